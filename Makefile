@@ -1,0 +1,60 @@
+# Every target makes its own virtual environment (.venv) when none is active: python3 and make suffice.
+PYTHON ?= python3
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.megatron
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Two test processes: each multi-rank test already forks up to 4 ranks of one thread.
+TEST_ENV := OMP_NUM_THREADS=1
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: help install quickstart fix check test test-all bench docs clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/run: setup.py constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV)"
+	@mkdir -p $(STAMPS)
+	$(PIP) -e ".[quickstart]"
+	@touch $@
+
+$(STAMPS)/dev: setup.py constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV)"
+	@mkdir -p $(STAMPS)
+	$(PIP) -e ".[dev]"
+	@touch $@ $(STAMPS)/run
+
+install: $(STAMPS)/dev ## everything needed to run, test and change the project
+
+quickstart: $(STAMPS)/run ## text -> tokenizer -> data -> 8-expert model on 2 ranks -> resume -> sample; 10 minutes
+	PATH="$(BIN):$$PATH" bash examples/quickstart/run.sh
+
+fix: $(STAMPS)/dev ## format, and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(STAMPS)/dev ## style, types, import direction, sizes, names in docs: seconds
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST) -q tests/architecture
+
+test: check ## all tests that need no GPU and no patience
+	$(PYTEST) -m "not gpu and not slow" --ignore tests/architecture
+
+test-all: check ## the slow ones too, and those on a GPU where there is one
+	$(PYTEST) --ignore tests/architecture
+
+bench: $(STAMPS)/dev ## speed against the machine's limits; tables here, JSON in runs/bench
+	$(BIN)/python tools/bench/run_all.py --output runs/bench
+
+docs: $(STAMPS)/dev ## rewrite the generated pages
+	$(BIN)/python tools/write_docs.py
+
+clean: ## remove what runs and tests wrote (not the virtual environment)
+	rm -rf runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

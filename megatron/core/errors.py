@@ -1,0 +1,30 @@
+"""Errors a user can cause. A bug of ours raises AssertionError, never one of these."""
+
+from collections.abc import Iterable
+
+
+class MegatronError(Exception):
+    """Base of every error that the user, not the developer, can fix."""
+
+
+class ConfigError(MegatronError, ValueError):
+    """One or more options contradict each other or the machine."""
+
+    @classmethod
+    def raise_if_any(cls, problems: Iterable[str]) -> None:
+        """Raise one error that lists every problem, so that a user fixes them in one go."""
+        found = list(problems)
+        if found:
+            raise cls("\n".join(["invalid configuration:"] + [f"  - {p}" for p in found]))
+
+
+class DataError(MegatronError):
+    """A file of text, tokens or samples is missing, damaged or of another kind."""
+
+
+class CheckpointError(MegatronError):
+    """A checkpoint is missing, incomplete or does not fit the model."""
+
+
+class BackendError(MegatronError):
+    """An optional package was asked for and cannot be used."""

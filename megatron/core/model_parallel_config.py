@@ -1,0 +1,54 @@
+"""Sizes of the parallel axes, as options. The rank arithmetic itself is in parallel_layout.py."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.core.parallel_layout import ParallelLayout
+
+
+@dataclass(kw_only=True)
+class ModelParallelConfig:
+    """Model parallelism."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each dense weight matrix. Only 1 is offered so far."""
+
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are split into. Only 1 is offered so far."""
+
+    context_parallel_size: int = 1
+    """Ranks that share one sequence. Only 1 is offered so far."""
+
+    expert_model_parallel_size: int = 1
+    """Ranks that the experts of a layer are spread over; divides --num-experts."""
+
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices; --tensor-model-parallel-size when not set. Only 1
+    is offered so far."""
+
+    def layout(self, world_size: int) -> ParallelLayout:
+        """Return the rank layout of these sizes over ``world_size`` ranks."""
+        return ParallelLayout(
+            world_size=world_size,
+            tp=self.tensor_model_parallel_size,
+            cp=self.context_parallel_size,
+            pp=self.pipeline_model_parallel_size,
+            ep=self.expert_model_parallel_size,
+            etp=self.expert_tensor_parallel_size,
+        )
+
+    def parallel_problems(self) -> Iterator[str]:
+        """Yield one sentence for each size that is not offered, in the user's flags."""
+        for flag, size in {
+            "--tensor-model-parallel-size": self.tensor_model_parallel_size,
+            "--pipeline-model-parallel-size": self.pipeline_model_parallel_size,
+            "--context-parallel-size": self.context_parallel_size,
+            "--expert-tensor-parallel-size": self.expert_tensor_parallel_size or 1,
+        }.items():
+            if size != 1:
+                yield (
+                    f"{flag} {size} is not offered yet, only 1; spread the model with "
+                    "--expert-model-parallel-size and data parallelism instead"
+                )
+        if self.expert_model_parallel_size < 1:
+            yield f"--expert-model-parallel-size {self.expert_model_parallel_size} must be >= 1"

@@ -1,0 +1,67 @@
+"""The process groups of this rank. The only module that calls ``torch.distributed.new_group``."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron.core.parallel_layout import ParallelLayout, rank_groups
+
+# field of ProcessGroupCollection -> (grid, axes that its ranks differ in)
+GROUP_AXES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "tp": ("dense", ("tp",)),
+    "cp": ("dense", ("cp",)),
+    "dp": ("dense", ("dp",)),
+    "pp": ("dense", ("pp",)),
+    "tp_cp": ("dense", ("tp", "cp")),
+    "dp_cp": ("dense", ("dp", "cp")),
+    "world": ("dense", ("tp", "cp", "dp", "pp")),
+    "ep": ("expert", ("ep",)),
+    "expt_tp": ("expert", ("etp",)),
+    "expt_dp": ("expert", ("edp",)),
+    "tp_ep": ("expert", ("etp", "ep")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessGroupCollection:
+    """The groups this rank belongs to; modules take it as ``pg_collection``."""
+
+    tp: ProcessGroup
+    cp: ProcessGroup
+    dp: ProcessGroup
+    pp: ProcessGroup
+    tp_cp: ProcessGroup
+    dp_cp: ProcessGroup
+    world: ProcessGroup
+    ep: ProcessGroup
+    expt_tp: ProcessGroup
+    expt_dp: ProcessGroup
+    tp_ep: ProcessGroup
+
+    @classmethod
+    def create(
+        cls, layout: ParallelLayout, timeout: timedelta | None = None
+    ) -> "ProcessGroupCollection":
+        """Create all groups. Every rank must call this, at the same point.
+
+        Axes with equal rank lists share one group, so a run makes no more communicators
+        than it needs.
+
+        Args:
+            layout: Sizes of the axes; ``layout.world_size`` equals that of the default group.
+            timeout: Of every collective in these groups; torch's default when None.
+        """
+        grids = {"dense": layout.dense_grid(), "expert": layout.expert_grid()}
+        cache: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
+        groups = {}
+        for name, (grid, axes) in GROUP_AXES.items():
+            ranks = rank_groups(grids[grid], axes)
+            key = tuple(map(tuple, ranks))
+            if key not in cache:
+                cache[key] = dist.new_subgroups_by_enumeration(
+                    ranks, timeout=timeout, group_desc=name
+                )[0]
+            groups[name] = cache[key]
+        return cls(**groups)

@@ -1,0 +1,42 @@
+"""Package metadata: what to install, in ranges. The versions we test are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+EXTRAS = {
+    "plots": ["matplotlib>=3.7"],
+    "progress": ["tqdm>=4.60"],
+    "tensorboard": ["tensorboard>=2.12"],
+    "tokenizers": ["tokenizers>=0.20"],
+    "tiktoken": ["tiktoken>=0.7"],
+    "parquet": ["pyarrow>=14"],
+    "zstd": ["zstandard>=0.21"],
+}
+DEV = [
+    "hypothesis>=6.100",
+    "import-linter>=2.0",
+    "mypy>=1.10",
+    "pytest>=8.0",
+    "pytest-xdist>=3.5",
+    "ruff>=0.6",
+    "types-PyYAML",
+]
+
+setup(
+    name="megatron-moe",
+    version="0.1.0",
+    description="Megatron-style training of GPT and Mixture-of-Experts models, proved layout by layout",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["megatron", "megatron.*"]),
+    package_data={"megatron.training.config": ["*.tsv"]},
+    install_requires=["torch>=2.9", "numpy>=1.26", "sentencepiece>=0.2", "pyyaml>=6.0"],
+    extras_require={
+        **EXTRAS,
+        "quickstart": EXTRAS["plots"] + EXTRAS["progress"] + EXTRAS["tensorboard"],
+        "dev": DEV + [package for extra in EXTRAS.values() for package in extra],
+    },
+)
