@@ -1,0 +1,146 @@
+"""Names and atomic changes in a folder of checkpoints. One rank calls these; no collectives.
+
+A checkpoint is complete as soon as it has its final name: it is written under a hidden name in
+the same folder, flushed, and renamed; the tracker file that names the newest follows last.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megatron.core.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"iter_(\d{7,})")
+_HIDDEN = re.compile(r"\.iter_\d{7,}\.(tmp|old|pruned)")
+
+
+def checkpoint_path(folder: Path, iteration: int) -> Path:
+    """Return the place of the checkpoint of ``iteration`` (which need not exist)."""
+    return folder / f"iter_{iteration:07d}"
+
+
+def temporary_path(folder: Path, iteration: int) -> Path:
+    """Return the hidden place in which the checkpoint of ``iteration`` is written."""
+    return _hidden(folder, iteration, "tmp")
+
+
+def complete_iterations(folder: Path) -> list[int]:
+    """List the iterations that have a checkpoint in ``folder``, in ascending order."""
+    if not folder.is_dir():
+        return []
+    found = [_NAME.fullmatch(entry.name) for entry in folder.iterdir()]
+    return sorted(int(m[1]) for m in found if m and (folder / m[0] / MANIFEST).is_file())
+
+
+def latest_iteration(folder: Path) -> int | None:
+    """Return the iteration that the tracker file names, or None in a folder without checkpoints.
+
+    A folder whose first save was killed just before the tracker was written has a complete
+    checkpoint and no tracker; the newest complete one counts then.
+
+    Raises:
+        CheckpointError: The tracker is unreadable or names a checkpoint that is not there.
+    """
+    complete = complete_iterations(folder)
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        return complete[-1] if complete else None
+    text = tracker.read_text(errors="replace").strip()
+    if not text.isdecimal():
+        raise CheckpointError(f"{tracker} holds {text[:40]!r}, not the number of an iteration")
+    if int(text) not in complete:
+        there = ", ".join(map(str, complete)) or "none"
+        raise CheckpointError(
+            f"{tracker} names iteration {text}, but {checkpoint_path(folder, int(text))} is "
+            f"missing or incomplete; complete here: {there}; choose one with --ckpt-step"
+        )
+    return int(text)
+
+
+def begin(folder: Path, iteration: int) -> Path:
+    """Clear what killed runs left and make the hidden folder that ``publish`` will rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    for entry in list(folder.iterdir()):
+        if _HIDDEN.fullmatch(entry.name):
+            shutil.rmtree(entry)
+    temporary = temporary_path(folder, iteration)
+    temporary.mkdir()
+    return temporary
+
+
+def publish(temporary: Path, folder: Path, iteration: int) -> Path:
+    """Give a finished checkpoint its name, then let the tracker name it. Returns its path."""
+    flush_folder(temporary)
+    final = checkpoint_path(folder, iteration)
+    replaced = _hidden(folder, iteration, "old")
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    flush_folder(folder)
+    write_file(folder / TRACKER, str(iteration))
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    return final
+
+
+def recover(folder: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    for entry in list(folder.iterdir()) if folder.is_dir() else []:
+        if entry.name.endswith(".old") and _HIDDEN.fullmatch(entry.name):
+            final = folder / entry.name.removeprefix(".").removesuffix(".old")
+            if not final.exists():
+                entry.rename(final)
+
+
+def prune(folder: Path, keep_last: int, current: int) -> list[int]:
+    """Delete all but the ``keep_last`` newest checkpoints; ``current`` always stays.
+
+    Returns:
+        The iterations that were deleted.
+    """
+    others = [iteration for iteration in complete_iterations(folder) if iteration != current]
+    doomed = others[: max(len(others) - (keep_last - 1), 0)]
+    for iteration in doomed:
+        hidden = _hidden(folder, iteration, "pruned")
+        checkpoint_path(folder, iteration).rename(hidden)  # never half a checkpoint by its name
+        shutil.rmtree(hidden)
+    return doomed
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file and flush it to the disk."""
+    shutil.copyfile(source, target)
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Make names that were created or renamed in ``folder`` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _hidden(folder: Path, iteration: int, suffix: str) -> Path:
+    return folder / f".{checkpoint_path(folder, iteration).name}.{suffix}"

@@ -1,0 +1,173 @@
+"""One checkpoint, written or opened by all ranks together: the order of steps is here.
+
+Write: hidden folder, tensors, documents, manifest, rename, tracker, pruning. A failure at any
+step removes the hidden folder and leaves every earlier checkpoint as it was.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron.core.dist_checkpointing import folders
+from megatron.core.dist_checkpointing.agreement import attempt, broadcast, rank_in
+from megatron.core.dist_checkpointing.manifest import verify_manifest, write_manifest
+from megatron.core.dist_checkpointing.serialization import write_tensors
+from megatron.core.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+COMMON = "common.json"
+FORMAT_VERSION = 1
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointContent:
+    """What goes into one checkpoint."""
+
+    tensors: Mapping[str, Tensor]
+    """Global key -> tensor of this rank."""
+    common: Mapping[str, Any]
+    """Plain JSON data, the same on every rank."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Relative name in the checkpoint -> small file to copy, such as the tokenizer's."""
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint whose files were found whole."""
+
+    path: Path
+    common: dict[str, Any]
+
+
+def write_checkpoint(
+    folder: Path,
+    iteration: int,
+    content: CheckpointContent,
+    group: ProcessGroup | None,
+    *,
+    keep_last: int | None = None,
+) -> tuple[Path, int]:
+    """Add a checkpoint to ``folder`` and make it the latest; every rank must call this.
+
+    Args:
+        folder: Holds the checkpoints of a run, on a file system that all ranks share.
+        iteration: Names the checkpoint; one of the same iteration is replaced.
+        content: Its content.
+        group: The ranks that take part; None for one process without torch.distributed.
+        keep_last: Delete older checkpoints but this many, after success.
+
+    Returns:
+        Path and size in bytes.
+
+    Raises:
+        CheckpointError: Some rank could not write; all ranks raise the same, the hidden folder is
+            gone and the latest checkpoint is the same as before.
+    """
+    temporary = folders.temporary_path(folder, iteration)
+    try:
+        _on_first(lambda: folders.begin(folder, iteration), group)
+        attempt(lambda: _must_see(temporary), group)
+        write_tensors(temporary, content.tensors, group)
+        _on_first(lambda: _write_documents(temporary, content), group)
+        size = write_manifest(temporary, group)
+        final = _on_first(lambda: folders.publish(temporary, folder, iteration), group)
+    except CheckpointError:
+        if rank_in(group) == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if keep_last is not None and rank_in(group) == 0:
+        _prune(folder, keep_last, iteration)
+    return final, size
+
+
+def open_checkpoint(
+    folder: Path, group: ProcessGroup | None, *, iteration: int | None = None
+) -> OpenCheckpoint | None:
+    """Find a checkpoint, compare it with its manifest, read its common data; on every rank.
+
+    Args:
+        folder: Holds checkpoints.
+        group: The ranks that take part.
+        iteration: The one to open; the latest when None.
+
+    Returns:
+        None when ``folder`` holds no checkpoint at all and no iteration was asked for.
+
+    Raises:
+        CheckpointError: The iteration is not there, or files are missing or damaged; the same
+            message on every rank.
+    """
+    path = _on_first(lambda: _find(folder, iteration), group)
+    if path is None:
+        return None
+    attempt(lambda: _must_see(path), group)
+    verify_manifest(path, group)
+    return OpenCheckpoint(path, _on_first(lambda: _read_common(path), group))
+
+
+def _must_see(path: Path) -> None:
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} was found by the first rank but is not visible on {os.uname().nodename}; "
+            "checkpoints need a folder on a file system that all nodes share"
+        )
+
+
+def _write_documents(temporary: Path, content: CheckpointContent) -> None:
+    for name, source in content.files.items():
+        target = temporary / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folders.copy_file(source, target)
+        folders.flush_folder(target.parent)
+    common = {"format_version": FORMAT_VERSION, **content.common}
+    folders.write_file(temporary / COMMON, json.dumps(common, indent=1) + "\n")
+
+
+def _prune(folder: Path, keep_last: int, iteration: int) -> None:
+    try:
+        folders.prune(folder, keep_last, iteration)
+    except OSError as error:
+        log.warning("could not delete old checkpoints in %s: %s", folder, error)
+
+
+def _find(folder: Path, iteration: int | None) -> Path | None:
+    folders.recover(folder)
+    found = folders.latest_iteration(folder) if iteration is None else iteration
+    if found is None:
+        return None
+    complete = folders.complete_iterations(folder)
+    if found not in complete:
+        raise CheckpointError(
+            f"{folder} has no complete checkpoint of iteration {found}; "
+            f"complete here: {', '.join(map(str, complete)) or 'none'}"
+        )
+    return folders.checkpoint_path(folder, found)
+
+
+def _read_common(path: Path) -> dict[str, Any]:
+    try:
+        common = json.loads((path / COMMON).read_text(encoding="utf-8"))
+        version = common["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / COMMON} is damaged: {error}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {version}; this version reads format {FORMAT_VERSION}"
+        )
+    return common
+
+
+def _on_first(work: Callable[[], ResultT], group: ProcessGroup | None) -> ResultT:
+    """Do ``work`` on the first rank only; all ranks get its result or its error."""
+    result = attempt(lambda: work() if rank_in(group) == 0 else None, group)
+    return broadcast(result, group)  # type: ignore[return-value]

@@ -1,0 +1,135 @@
+"""Where each parameter lies: flat buffers, buckets that are reduced at once, and their order.
+
+Pure arithmetic on sizes, equal on every rank: parameters are numbers in registration order, not
+names, since a rank's experts are named by their global ids. Easy to break: buckets are reduced in
+``BucketLayout.buckets`` order on every rank, dense and expert ones in one list, or ranks hang.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+PARAM_ALIGNMENT = 64
+"""Elements: a parameter starts at a multiple, so that kernels may load whole vectors from it."""
+
+BUFFER_ALIGNMENT = 1024
+"""Elements: a buffer ends at a multiple, so that it can be viewed as rows (see clip_grads.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamSpec:
+    """What the layout must know of one parameter."""
+
+    numel: int
+    is_expert: bool = False
+    decays: bool = True
+    dtype: str = "torch.float32"
+
+
+class BufferKey(NamedTuple):
+    """Parameters that agree in this share a buffer."""
+
+    is_expert: bool
+    decays: bool
+    dtype: str
+
+
+class Span(NamedTuple):
+    """Elements [start, end) of a buffer that hold parameter number ``param``."""
+
+    param: int
+    start: int
+    end: int
+
+
+class Bucket(NamedTuple):
+    """Elements [start, end) of buffer number ``buffer``, reduced by one collective."""
+
+    buffer: int
+    start: int
+    end: int
+    params: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferLayout:
+    """One flat buffer; what lies between its spans is padding and stays zero."""
+
+    key: BufferKey
+    numel: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketLayout:
+    """All buffers, and all buckets in the one order in which every rank reduces them."""
+
+    buffers: tuple[BufferLayout, ...]
+    buckets: tuple[Bucket, ...]
+
+    def fingerprint(self) -> str:
+        """Return a hash that is equal on two ranks exactly when their layouts are."""
+        return hashlib.sha256(repr((self.buffers, self.buckets)).encode()).hexdigest()
+
+
+def default_bucket_size(data_parallel_size: int) -> int:
+    """Return the parameters of a bucket when the user names no number.
+
+    Large enough that the start of a collective costs little against its transfer, whatever the
+    number of ranks.
+    """
+    return max(40_000_000, 1_000_000 * data_parallel_size)
+
+
+def plan_buckets(specs: Sequence[ParamSpec], bucket_size: int) -> BucketLayout:
+    """Lay parameters out in reverse registration order, the order in which backward fills them.
+
+    Args:
+        specs: The parameters in registration order, which is that of their use in forward.
+        bucket_size: A bucket is closed when it holds at least so many elements.
+
+    Returns:
+        Buffers by (is_expert, decays, dtype) in order of first use, and the buckets of all of
+        them ordered by when backward is expected to have filled them.
+    """
+    assert bucket_size > 0, f"a bucket holds at least one element: {bucket_size=}"
+    members: dict[BufferKey, list[int]] = {}
+    for param in reversed(range(len(specs))):
+        spec = specs[param]
+        members.setdefault(BufferKey(spec.is_expert, spec.decays, spec.dtype), []).append(param)
+    buffers, buckets = [], []
+    for number, (key, params) in enumerate(members.items()):
+        buffer = _lay_out(key, params, specs)
+        buffers.append(buffer)
+        buckets.extend(_cut(number, buffer, bucket_size))
+    # the last parameter that backward reaches completes a bucket
+    buckets.sort(key=lambda bucket: -min(bucket.params))
+    return BucketLayout(buffers=tuple(buffers), buckets=tuple(buckets))
+
+
+def _lay_out(key: BufferKey, params: Sequence[int], specs: Sequence[ParamSpec]) -> BufferLayout:
+    spans, end = [], 0
+    for param in params:
+        start = _round_up(end, PARAM_ALIGNMENT)
+        end = start + specs[param].numel
+        spans.append(Span(param, start, end))
+    return BufferLayout(key=key, numel=_round_up(end, BUFFER_ALIGNMENT), spans=tuple(spans))
+
+
+def _cut(number: int, buffer: BufferLayout, bucket_size: int) -> list[Bucket]:
+    buckets: list[Bucket] = []
+    start, params = 0, []
+    for place, span in enumerate(buffer.spans):
+        params.append(span.param)
+        is_last = place == len(buffer.spans) - 1
+        if span.end - start >= bucket_size or is_last:
+            # padding belongs to the bucket before it, so that buckets tile the buffer
+            end = buffer.numel if is_last else buffer.spans[place + 1].start
+            buckets.append(Bucket(number, start, end, tuple(params)))
+            start, params = end, []
+    return buckets
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

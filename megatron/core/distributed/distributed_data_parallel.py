@@ -1,0 +1,147 @@
+"""Data parallelism: gradients gather in flat buffers as backward makes them, and are summed.
+
+Sums, not means: the loss is divided by the global number of tokens before backward. Dense
+gradients are summed over ``dp_cp``, those of experts over ``expt_dp``. Every rank reduces every
+bucket in every step, also when some of its parameters got no gradient (they count as zero).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.distributed.bucket_layout import (
+    Bucket,
+    BufferKey,
+    ParamSpec,
+    default_bucket_size,
+    plan_buckets,
+)
+from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
+from megatron.core.distributed.grad_reducer import GradReducer, Pending
+from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer
+from megatron.core.param_role import role_of
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+class DistributedDataParallel(nn.Module):
+    """A model whose parameters and gradients live in flat buffers, shared by data ranks.
+
+    Every trainable parameter gets ``param.main_grad``, a view of fp32 (fp64) gradients that
+    accumulates over backwards; ``param.grad`` stays None. A tied parameter is one parameter.
+
+    One step: ``zero_grad_buffer()``; all microbatches but the last under ``no_sync()``; the last
+    one outside; ``finish_grad_sync()``. Then ``main_grad`` is the same on all replicas.
+    """
+
+    def __init__(
+        self,
+        ddp_config: DistributedDataParallelConfig,
+        module: nn.Module,
+        *,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        """Move the parameters of ``module``, which is on its device already, to flat buffers.
+
+        Args:
+            ddp_config: Bucket size, and whether buckets are reduced while backward runs.
+            module: The model; each of its parameters has a role (``set_role``).
+            pg_collection: ``dp_cp`` and ``expt_dp`` reduce gradients.
+        """
+        super().__init__()
+        self.module = module
+        self.pg_collection = pg_collection
+        self._names, self._params = _trainable(module)
+        self.bucket_layout = plan_buckets(
+            [_spec(param) for param in self._params],
+            ddp_config.bucket_size or default_bucket_size(pg_collection.dp_cp.size()),
+        )
+        self.grad_buffers = tuple(
+            ParamAndGradBuffer(layout, self._params, group=self._group(layout.key))
+            for layout in self.bucket_layout.buffers
+        )
+        self._reducer = GradReducer(self.bucket_layout.buckets, self._start_reduce)
+        self._overlap = ddp_config.overlap_grad_reduce
+        self._is_last_microbatch = True
+        self._is_synced = False
+        for number, param in enumerate(self._params):
+            param.register_post_accumulate_grad_hook(self._make_hook(number))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        return self.module(*args, **kwargs)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name in the model, parameter) in registration order, each parameter once."""
+        yield from zip(self._names, self._params, strict=True)
+
+    def zero_grad_buffer(self) -> None:
+        """Begin a step: set all gradients to zero."""
+        for buffer in self.grad_buffers:
+            buffer.grad_data.zero_()
+        self._reducer.reset()
+        self._is_synced = False
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Only accumulate: for every microbatch of a step but the last."""
+        before, self._is_last_microbatch = self._is_last_microbatch, False
+        try:
+            yield
+        finally:
+            self._is_last_microbatch = before
+
+    def finish_grad_sync(self) -> None:
+        """Start the reductions that were not started and wait for all; once in a step."""
+        self._reducer.finish()
+        self._is_synced = True
+
+    def nonfinite_gradients(self) -> list[str]:
+        """Name the parameters whose gradient holds an inf or a NaN; slow, for messages only."""
+        return [
+            name
+            for name, param in self.trainable_parameters()
+            if not torch.isfinite(_main_grad(param)).all()
+        ]
+
+    def _group(self, key: BufferKey) -> torch.distributed.ProcessGroup:
+        return self.pg_collection.expt_dp if key.is_expert else self.pg_collection.dp_cp
+
+    def _start_reduce(self, bucket: Bucket) -> Pending | None:
+        return self.grad_buffers[bucket.buffer].start_reduce(bucket.start, bucket.end)
+
+    def _make_hook(self, number: int) -> Any:
+        def accumulate(param: Tensor) -> None:
+            assert param.grad is not None, f"no gradient to accumulate: {self._names[number]}"
+            assert not self._is_synced, (
+                f"a gradient of {self._names[number]} came after finish_grad_sync(); "
+                "call zero_grad_buffer() before the next backward"
+            )
+            assert not self._reducer.is_late(number), (
+                f"a gradient of {self._names[number]} came after its bucket was reduced; "
+                "run all microbatches but the last under no_sync()"
+            )
+            _main_grad(param).add_(param.grad)
+            param.grad = None
+            if self._overlap and self._is_last_microbatch:
+                self._reducer.mark_filled(number)
+
+        return accumulate
+
+
+def _trainable(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
+    named = [(name, param) for name, param in module.named_parameters() if param.requires_grad]
+    return [name for name, _ in named], [param for _, param in named]
+
+
+def _spec(param: nn.Parameter) -> ParamSpec:
+    role = role_of(param)
+    return ParamSpec(
+        numel=param.numel(), is_expert=role.is_expert, decays=role.decays, dtype=str(param.dtype)
+    )
+
+
+def _main_grad(param: Tensor) -> Tensor:
+    return param.main_grad  # type: ignore[attr-defined, no-any-return]

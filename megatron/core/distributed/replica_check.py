@@ -1,0 +1,68 @@
+"""Proof that replicas hold the same parameters, bit for bit; nothing else ever compares them."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.errors import MegatronError
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NAMES_SHOWN = 5
+
+
+class ReplicaError(MegatronError):
+    """Data-parallel ranks hold different parameters."""
+
+
+def check_replicas(ddp: DistributedDataParallel) -> None:
+    """Compare every parameter with that of the first rank of its data-parallel group.
+
+    Collective over all ranks; moves the parameters once. Call it before the first step, when
+    weights were drawn or loaded.
+
+    Raises:
+        ReplicaError: On every rank, if any rank differs in any bit, or in how its parameters are
+            laid out.
+    """
+    _check_layouts(ddp)
+    names = [name for name, _ in ddp.trainable_parameters()]
+    differs = torch.zeros(
+        len(names), dtype=torch.int32, device=ddp.grad_buffers[0].param_data.device
+    )
+    for bucket in ddp.bucket_layout.buckets:
+        buffer = ddp.grad_buffers[bucket.buffer]
+        mine = buffer.param_data[bucket.start : bucket.end]
+        first = mine.clone()
+        dist.broadcast(first, group=buffer.group, group_src=0)
+        unequal = _bits(first) != _bits(mine)
+        for span in buffer.layout.spans:
+            if span.param in bucket.params:
+                found = unequal[span.start - bucket.start : span.end - bucket.start].any()
+                differs[span.param] = found
+    # every rank raises or none; experts of other ranks are told by this rank's names
+    dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=ddp.pg_collection.world)
+    bad = [name for name, flag in zip(names, differs.tolist(), strict=True) if flag]
+    if bad:
+        shown = ", ".join(bad[:_NAMES_SHOWN]) + (", ..." if len(bad) > _NAMES_SHOWN else "")
+        raise ReplicaError(
+            f"{len(bad)} of {len(names)} parameters differ between data-parallel replicas: "
+            f"{shown}. All ranks must start from the same --seed and the same checkpoint"
+        )
+
+
+def _check_layouts(ddp: DistributedDataParallel) -> None:
+    mine = ddp.bucket_layout.fingerprint()
+    world = ddp.pg_collection.world
+    every: list[str | None] = [None] * world.size()
+    dist.all_gather_object(every, mine, group=world)
+    if len(set(every)) > 1:
+        other = next(rank for rank, value in enumerate(every) if value != every[0])
+        raise ReplicaError(
+            f"ranks 0 and {other} have models of different shapes (parameters, dtypes or "
+            "bucket sizes); all ranks must run with the same options"
+        )
+
+
+def _bits(flat: Tensor) -> Tensor:
+    return flat.view(_BITS[flat.element_size()])

@@ -1,0 +1,113 @@
+"""The implementations that always exist, from torch alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megatron.core.extensions.registry import register
+
+
+@register("adam", "torch_native", why="torch.optim.AdamW, fused")
+def adam(
+    groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+) -> torch.optim.Optimizer:
+    """Make an AdamW whose moments are called ``exp_avg`` and ``exp_avg_sq``.
+
+    Args:
+        groups: torch parameter groups, each with its ``weight_decay``.
+        lr: Learning rate.
+        betas: Decay of the first and of the second moment.
+        eps: Added to the root of the second moment.
+
+    Source: Loshchilov and Hutter 2017 (arXiv:1711.05101).
+    """
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+@register(
+    "grouped_mm", "torch_native", why="torch.nn.functional.grouped_mm; loop over experts in fp64"
+)
+def grouped_mm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Multiply each group of rows by the matrix of its expert: ``rows @ weight[e].T``.
+
+    Gradients always exist: zeros for an expert without rows.
+
+    Args:
+        rows: [num_rows, in], grouped by expert.
+        weight: [num_experts, out, in], each slice as in ``nn.Linear``.
+        tokens_per_expert: [num_experts], int64, on the device of ``rows``; sums to num_rows.
+
+    Returns:
+        [num_rows, out].
+    """
+    out: Tensor = _GroupedMM.apply(rows, weight, tokens_per_expert)
+    return out
+
+
+def row_multiple(rows: Tensor) -> int:
+    """Return the multiple of rows in a group that ``grouped_mm`` is fast and repeatable with.
+
+    On the CPU a kernel is compiled for each new number of rows, and a product of 5 rows can differ
+    in the last bit from 5 rows of a larger one; with multiples of 16 neither happens.
+    """
+    return 16 if rows.device.type == "cpu" else 1
+
+
+class _GroupedMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        ctx.save_for_backward(rows, weight, tokens_per_expert)
+        return _product(rows, weight.transpose(1, 2), tokens_per_expert)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight, tokens_per_expert = ctx.saved_tensors
+        grad = grad.contiguous()
+        need_rows, need_weight, _ = ctx.needs_input_grad
+        return (
+            _product(grad, weight, tokens_per_expert) if need_rows else None,
+            _weight_grad(grad, rows, tokens_per_expert) if need_weight else None,
+            None,
+        )
+
+
+def _product(rows: Tensor, matrices: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Return rows of group e @ matrices[e], where matrices is [num_experts, in, out]."""
+    if _fits_grouped_mm(rows, matrices.shape[1], matrices.shape[2]):
+        return nn.functional.grouped_mm(rows, matrices, offs=_ends(tokens_per_expert))
+    out = rows.new_empty(rows.shape[0], matrices.shape[2])
+    sizes = tokens_per_expert.tolist()
+    for part, matrix, result in zip(rows.split(sizes), matrices, out.split(sizes), strict=True):
+        torch.mm(part, matrix, out=result)
+    return out
+
+
+def _weight_grad(grad: Tensor, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Return grad.T @ rows for each group: [num_experts, out, in]; zeros for an empty one."""
+    if _fits_grouped_mm(rows, grad.shape[1], rows.shape[1]):
+        result = nn.functional.grouped_mm(grad.t(), rows, offs=_ends(tokens_per_expert))
+        if (
+            rows.device.type == "cuda"
+        ):  # its kernels may leave the block of an empty group unwritten
+            result.masked_fill_((tokens_per_expert == 0).view(-1, 1, 1), 0.0)
+        return result
+    sizes = tokens_per_expert.tolist()
+    result = rows.new_empty(len(sizes), grad.shape[1], rows.shape[1])
+    for left, right, block in zip(grad.split(sizes), rows.split(sizes), result, strict=True):
+        torch.mm(left.t(), right, out=block)
+    return result
+
+
+def _fits_grouped_mm(rows: Tensor, *widths: int) -> bool:
+    """Whether ``F.grouped_mm`` takes it: fp32 or bf16, some rows, widths of whole 16 bytes."""
+    typed = rows.dtype in (torch.float32, torch.bfloat16)
+    aligned = all(width * rows.element_size() % 16 == 0 for width in widths)
+    return typed and aligned and rows.shape[0] > 0
+
+
+def _ends(tokens_per_expert: Tensor) -> Tensor:
+    return tokens_per_expert.cumsum(0, dtype=torch.int32)

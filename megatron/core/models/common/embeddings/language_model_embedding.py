@@ -1,0 +1,48 @@
+"""From ids to the residual stream: token vectors, learned positions, dropout."""
+
+from torch import Tensor, nn
+
+from megatron.core.tensor_parallel.layers import Embedding, VocabParallelEmbedding
+from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.init_rules import input_init
+from megatron.core.transformer.precision import params_dtype
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class LanguageModelEmbedding(nn.Module):
+    """Sum of a token's vector and, with learned positions, its position's; then dropout."""
+
+    position_embeddings: Embedding | None
+
+    def __init__(
+        self, config: TransformerConfig, vocab_size: int, max_sequence_length: int
+    ) -> None:
+        """Make the tables.
+
+        Args:
+            config: Width, kind of positions, dropout, initialisation.
+            vocab_size: Rows of the token table, padding included.
+            max_sequence_length: Rows of the position table.
+        """
+        super().__init__()
+        self.hidden_dropout = config.hidden_dropout
+        init, dtype = input_init(config), params_dtype(config)
+        self.word_embeddings = VocabParallelEmbedding(
+            vocab_size, config.hidden_size, init=init, dtype=dtype
+        )
+        self.position_embeddings = None
+        if config.position_embedding_type == "learned_absolute":
+            self.position_embeddings = Embedding(
+                max_sequence_length, config.hidden_size, init=init, dtype=dtype
+            )
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, context: ForwardContext) -> Tensor:
+        """Look up ``input_ids`` and ``position_ids``, both [b, s]: [s, b, h]."""
+        hidden_states: Tensor = self.word_embeddings(input_ids.T)
+        if self.position_embeddings is not None:
+            hidden_states = hidden_states + self.position_embeddings(position_ids.T)
+        if context.rng is None:
+            return hidden_states
+        return context.rng.dropout(
+            hidden_states, self.hidden_dropout, layer=-1, site="embedding", batch_dim=1
+        )

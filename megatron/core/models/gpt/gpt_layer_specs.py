@@ -1,0 +1,72 @@
+"""From the config to the tree of classes a GPT is built of: every choice of a class is here."""
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.activations import gelu, swiglu
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNorm, RMSNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+NORMS: dict[str, type] = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
+"""By the names that --normalization takes."""
+
+
+def get_gpt_decoder_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Describe all layers, each dense or MoE by ``config.moe_layer_pattern``, and the last norm."""
+    return TransformerBlockSubmodules(
+        layer_specs=tuple(get_gpt_layer_spec(config, moe) for moe in config.moe_layer_pattern),
+        layer_norm=NORMS[config.normalization],
+    )
+
+
+def get_gpt_layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
+    """Describe one layer.
+
+    Args:
+        config: Of the model.
+        moe: Whether its MLP is a mixture of experts.
+    """
+    norm = NORMS[config.normalization]
+    if moe:
+        from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    return ModuleSpec(
+        TransformerLayer,
+        TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=get_self_attention_spec(),
+            pre_mlp_layernorm=norm,
+            mlp=get_moe_module_spec(config) if moe else get_mlp_spec(config),
+        ),
+    )
+
+
+def get_self_attention_spec() -> ModuleSpec:
+    """Describe self-attention."""
+    return ModuleSpec(
+        SelfAttention,
+        SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=DotProductAttention,
+            linear_proj=RowParallelLinear,
+        ),
+    )
+
+
+def get_mlp_spec(config: TransformerConfig) -> ModuleSpec:
+    """Describe the dense MLP."""
+    return ModuleSpec(
+        MLP,
+        MLPSubmodules(
+            linear_fc1=ColumnParallelLinear,
+            linear_fc2=RowParallelLinear,
+            activation=swiglu if config.swiglu else gelu,
+            gated=config.swiglu,
+        ),
+    )

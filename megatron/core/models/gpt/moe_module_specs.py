@@ -1,0 +1,35 @@
+"""From the config to the parts of a MoE layer; the flags' values are named here."""
+
+from typing import Any
+
+from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+EXPERTS: dict[str, type] = {"grouped": GroupedMLP, "sequential": SequentialMLP}
+"""By the names that --moe-experts-type takes."""
+
+TOKEN_DISPATCHERS: dict[str, type[MoETokenDispatcher[Any]]] = {
+    "allgather": MoEAllGatherTokenDispatcher,
+    "alltoall": MoEAlltoAllTokenDispatcher,
+}
+"""By the names that --moe-token-dispatcher-type takes."""
+
+
+def get_moe_module_spec(config: TransformerConfig) -> ModuleSpec:
+    """Describe the MoE layer that ``config`` asks for."""
+    return ModuleSpec(
+        MoELayer,
+        MoESubmodules(
+            experts=EXPERTS[config.moe_experts_type],
+            router=TopKRouter,
+            token_dispatcher=TOKEN_DISPATCHERS[config.moe_token_dispatcher_type],
+        ),
+    )

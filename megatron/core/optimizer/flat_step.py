@@ -1,0 +1,121 @@
+"""The step of a torch optimizer over flat tensors: made, filled with zero moments, called.
+
+Knows tensors and numbers, not models. A fused torch optimizer divides gradients and skips a
+non-finite step inside its kernel; any other gets gradients divided, and is not called to skip.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.extensions.registry import resolve
+from megatron.core.optimizer.clip_grads import clip_divisor
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
+
+class FlatStep:
+    """Steps flat main parameters by the gradients in their ``.grad``.
+
+    Moments exist from the start, as zeros, so that a checkpoint can be loaded before any step.
+    """
+
+    def __init__(self, config: OptimizerConfig, groups: list[dict[str, Any]]) -> None:
+        """Make the optimizer.
+
+        Args:
+            config: Kind and constants of the optimizer, and ``clip_grad``.
+            groups: torch parameter groups; every parameter is flat, has its ``.grad``, and
+                every group names its ``weight_decay``.
+        """
+        self._clip_grad = config.clip_grad
+        self.optimizer = _make_optimizer(config, groups)
+        self.moment_names = _moment_names(config)
+        self._mains: list[Tensor] = [main for group in groups for main in group["params"]]
+        for main in self._mains:
+            self.optimizer.state[main] = {
+                "step": torch.zeros((), dtype=torch.float32, device=main.device),
+                **{name: torch.zeros_like(main) for name in self.moment_names},
+            }
+        self._folds = bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
+        # the kernel's divisor is fp32, too coarse for fp64
+        self._folds_clipping = self._folds and all(
+            main.dtype == torch.float32 for main in self._mains
+        )
+        self._step_count = 0
+
+    @property
+    def step_count(self) -> int:
+        """Steps taken, skipped ones left out."""
+        return self._step_count
+
+    @step_count.setter
+    def step_count(self, count: int) -> None:
+        self._step_count = count
+        for main in self._mains:
+            self.optimizer.state[main]["step"].fill_(count)
+        for group in self.optimizer.param_groups:
+            group["step"] = count  # where apex counts; torch ignores it
+
+    def moments(self, main: Tensor) -> dict[str, Tensor]:
+        """Return the flat moments of ``main`` by name."""
+        state = self.optimizer.state[main]
+        return {name: state[name] for name in self.moment_names}
+
+    def step(self, norm: Tensor) -> float:
+        """Clip and step; do nothing at all if the gradient is not finite.
+
+        Gradients are divided in place when they are clipped.
+
+        Args:
+            norm: Global norm of the gradient, a scalar on the device, equal on all ranks.
+
+        Returns:
+            The norm; reading it is the only time the host waits for the device.
+        """
+        if self._folds:
+            self._launch(norm)
+            value = norm.item()
+        else:
+            value = norm.item()
+            if math.isfinite(value):
+                self._divide(norm)
+                self.optimizer.step()
+        self._step_count += math.isfinite(value)
+        return value
+
+    def _launch(self, norm: Tensor) -> None:
+        """Queue the step without knowing the norm on the host (the protocol of ``GradScaler``)."""
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = torch.logical_not(torch.isfinite(norm)).float()
+        optimizer.grad_scale = None
+        if self._clip_grad > 0.0 and self._folds_clipping:
+            optimizer.grad_scale = clip_divisor(norm, self._clip_grad).float()
+        else:
+            self._divide(norm)
+        optimizer.step()
+
+    def _divide(self, norm: Tensor) -> None:
+        if self._clip_grad > 0.0:
+            divisor = clip_divisor(norm, self._clip_grad)
+            for main in self._mains:
+                assert main.grad is not None, "a flat gradient is set once and kept"
+                main.grad.div_(divisor)
+
+
+def _moment_names(config: OptimizerConfig) -> tuple[str, ...]:
+    if config.optimizer == "adam":
+        return ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if config.sgd_momentum else ()
+
+
+def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    assert config.lr is not None, "--lr is resolved before an optimizer is made"
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=True)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer: torch.optim.Optimizer = resolve("adam")(
+        groups, lr=config.lr, betas=betas, eps=config.adam_eps
+    )
+    return optimizer

@@ -1,0 +1,128 @@
+"""Cross entropy of each token, with the softmax in fp32 (fp64 in fp64) and little memory.
+
+Two forms of one thing: from logits that a caller already has, and from the hidden states and the
+output weight, which never holds more than one matrix as large as the logits.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Logits worked on at a time: on the CPU what stays in its cache."""
+_MIN_ROWS = 256
+"""Fewer rows at a time would slow the product down."""
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Return -log softmax(logits)[target] of each token.
+
+    Args:
+        logits: [..., v].
+        target: [...], int64 in [0, v).
+
+    Returns:
+        [...], fp32, or fp64 for fp64 logits.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    loss: Tensor = _CrossEntropy.apply(rows, target.reshape(-1))
+    return loss.view(target.shape)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Return the cross entropy of each token under the logits ``hidden @ weight.T``.
+
+    Args:
+        hidden: [..., h].
+        weight: [v, h].
+        target: [...], int64 in [0, v).
+
+    Returns:
+        [...], fp32, or fp64 for fp64 input.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    loss: Tensor = _LinearCrossEntropy.apply(
+        rows, weight, target.reshape(-1), torch.is_grad_enabled()
+    )
+    return loss.view(target.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Saves the logits and one number a row."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, target: Tensor) -> Tensor:
+        log_norm = logits.new_empty(len(logits), dtype=_wide(logits))
+        for rows in _chunks(len(logits), logits.shape[1], logits.device):
+            log_norm[rows] = logits[rows].to(log_norm.dtype).logsumexp(dim=-1)
+        ctx.save_for_backward(logits, target, log_norm)
+        return log_norm - logits.gather(1, target.unsqueeze(1)).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        logits, target, log_norm = ctx.saved_tensors  # type: ignore[attr-defined]
+        d_logits = torch.empty_like(logits)
+        for rows in _chunks(len(logits), logits.shape[1], logits.device):
+            probs = (logits[rows].to(log_norm.dtype) - log_norm[rows, None]).exp_()
+            _subtract_at(probs, target[rows], torch.ones_like(grad[rows]))
+            d_logits[rows] = probs.mul_(grad[rows, None])
+        return d_logits, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Saves exp(logits - max) less its sum at the target: the gradient of a row but for a factor.
+
+    Backward puts the factor, grad / sum, on the narrow side of both products, so that it reads
+    the wide matrix only to multiply it, and never changes what was saved.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, keep: bool
+    ) -> Tensor:
+        n, vocab = len(hidden), len(weight)
+        saved = hidden.new_empty(n if keep else 0, vocab)
+        loss = hidden.new_empty(n, dtype=_wide(hidden))
+        sums = torch.empty_like(loss)
+        for rows in _chunks(n, vocab, hidden.device):
+            room = saved[rows] if keep else hidden.new_empty(len(loss[rows]), vocab)
+            logits = torch.mm(hidden[rows], weight.T, out=room)
+            exps = logits.to(loss.dtype)  # itself, unless it is narrower
+            top, label = exps.amax(dim=-1, keepdim=True), target[rows]
+            chosen = exps.gather(1, label.unsqueeze(1)) - top
+            total = exps.sub_(top).exp_().sum(dim=-1)
+            loss[rows], sums[rows] = total.log() - chosen.squeeze(1), total
+            _subtract_at(exps, label, total)
+            if exps is not logits:
+                logits.copy_(exps)
+        ctx.save_for_backward(hidden, weight, saved, sums)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, saved, sums = ctx.saved_tensors  # type: ignore[attr-defined]
+        factor = (grad / sums).unsqueeze(1)
+        d_hidden = (saved @ weight).mul_(factor)
+        d_weight = saved.T @ (hidden * factor).to(hidden.dtype)
+        return d_hidden, d_weight, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Return the dtype of the softmax of ``x``."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _chunks(rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    """Yield slices that cover ``rows`` rows of ``vocab`` logits, a cache full at a time."""
+    step = max(_MIN_ROWS, _CHUNK_ELEMENTS.get(device.type, 1 << 24) // vocab)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
+def _subtract_at(x: Tensor, column: Tensor, value: Tensor) -> None:
+    """Subtract ``value`` [n] from one element of each row of ``x`` [n, v], in place."""
+    x.scatter_add_(1, column.unsqueeze(1), -value.unsqueeze(1))

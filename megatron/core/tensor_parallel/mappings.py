@@ -1,0 +1,204 @@
+"""Collectives with a gradient. A group of one rank is an identity, and only this file knows it.
+
+Rows are dim 0; sizes and splits are host integers, one for each rank of the group. Every rank of a
+group must make the same calls in the same order, also with zero rows.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+
+class RowSplits(NamedTuple):
+    """How many rows go to, and come from, each rank of a group."""
+
+    send: list[int]
+    """Rows for rank 0, 1, ... of the group."""
+    recv: list[int]
+    """Rows from rank 0, 1, ... of the group."""
+
+    def reversed(self) -> "RowSplits":
+        """Return the splits of the way back."""
+        return RowSplits(send=self.recv, recv=self.send)
+
+
+def all_to_all(group: ProcessGroup, x: Tensor, splits: RowSplits) -> Tensor:
+    """Send blocks of rows to the ranks of ``group``; the gradient takes the way back.
+
+    Args:
+        group: In a group of one rank ``x`` itself is returned.
+        x: [sum(splits.send), ...], the rows for rank 0 first.
+        splits: Rows to and from each rank; ignored in a group of one.
+
+    Returns:
+        [sum(splits.recv), ...], the rows of rank 0 first.
+    """
+    if group.size() == 1:
+        return x
+    out: Tensor = _AllToAll.apply(group, x, splits)
+    return out
+
+
+def all_gather_rows(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Concatenate the rows of all ranks; the gradient is summed back by ``reduce_scatter_rows``.
+
+    Args:
+        group: In a group of one rank ``x`` itself is returned.
+        x: [sizes[own rank], ...].
+        sizes: Rows of each rank, known to all of them.
+
+    Returns:
+        [sum(sizes), ...], the same on every rank.
+    """
+    if group.size() == 1:
+        return x
+    out: Tensor = _AllGatherRows.apply(group, x, tuple(sizes))
+    return out
+
+
+def reduce_scatter_rows(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Sum ``x`` over the ranks and keep own rows; the gradient is gathered back.
+
+    The sum is taken in rank order on the rank that keeps it, so it repeats bit for bit.
+
+    Args:
+        group: In a group of one rank ``x`` itself is returned.
+        x: [sum(sizes), ...].
+        sizes: Rows that each rank keeps, known to all of them.
+
+    Returns:
+        [sizes[own rank], ...].
+    """
+    if group.size() == 1:
+        return x
+    out: Tensor = _ReduceScatterRows.apply(group, x, tuple(sizes))
+    return out
+
+
+def all_reduce_sum(group: ProcessGroup, x: Tensor) -> Tensor:
+    """Return the sum of ``x`` over the ranks of ``group``; no gradient, ``x`` is left alone."""
+    if group.size() == 1:
+        return x
+    total = x.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class CountExchange(NamedTuple):
+    """What all ranks of a group are about to send this one."""
+
+    received: Tensor
+    """[ranks, num_local], int64: rows for each local expert from each rank."""
+    splits: RowSplits
+    """Sums of the counts for ``all_to_all``; empty lists in a group of one, which needs none."""
+
+
+def exchange_counts(group: ProcessGroup, counts: Tensor) -> CountExchange:
+    """Tell each rank how many rows it gets: one all-to-all and one device-to-host copy.
+
+    In a group of one rank there is neither.
+
+    Args:
+        group: Rank r owns the r-th of ``group.size()`` equal blocks of experts.
+        counts: [num_experts], int64, rows that this rank has for each expert.
+    """
+    ranks = group.size()
+    if ranks == 1:
+        return CountExchange(counts.view(1, -1), RowSplits([], []))
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts, group=group)
+    both = torch.stack([counts, received]).view(2, ranks, -1).sum(dim=2)
+    send, recv = both.tolist()
+    return CountExchange(received.view(ranks, -1), RowSplits(send, recv))
+
+
+class GatheredSizes(NamedTuple):
+    """Rows that each rank of a group brings to an all-gather."""
+
+    sizes: list[int]
+    """[ranks], rows of each rank."""
+    wanted: int | None
+    """How many (row, local expert) pairs belong to this rank; None in a group of one, which
+    asks nobody."""
+
+
+def gather_sizes(group: ProcessGroup, num_rows: int, counts: Tensor) -> GatheredSizes:
+    """Learn the rows of all ranks: one all-gather and one device-to-host copy.
+
+    In a group of one rank there is neither.
+
+    Args:
+        group: Rank r owns the r-th of ``group.size()`` equal blocks of experts.
+        num_rows: Rows of this rank.
+        counts: [num_experts], int64, (row, expert) pairs of this rank for each expert.
+    """
+    ranks = group.size()
+    if ranks == 1:
+        return GatheredSizes([num_rows], None)
+    own = torch.cat([counts.view(ranks, -1).sum(dim=1), counts.new_tensor([num_rows])])
+    table = counts.new_empty(ranks * (ranks + 1))
+    dist.all_gather_into_tensor(table, own, group=group)
+    host = table.view(ranks, ranks + 1).tolist()
+    return GatheredSizes([row[-1] for row in host], sum(row[group.rank()] for row in host))
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, x: Tensor, splits: RowSplits) -> Tensor:
+        ctx.group, ctx.splits = group, splits
+        return _exchange(group, x, splits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, _exchange(ctx.group, grad, ctx.splits.reversed()), None
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        return _gather(group, x, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, _sum_own_rows(ctx.group, grad, ctx.sizes), None
+
+
+class _ReduceScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        return _sum_own_rows(group, x, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, _gather(ctx.group, grad, ctx.sizes), None
+
+
+def _exchange(group: ProcessGroup, x: Tensor, splits: RowSplits) -> Tensor:
+    out = x.new_empty(sum(splits.recv), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), splits.recv, splits.send, group=group)
+    return out
+
+
+def _gather(group: ProcessGroup, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    if len(set(sizes)) > 1:  # gloo gathers equal sizes only
+        copies = torch.cat([x] * len(sizes))
+        return _exchange(group, copies, RowSplits([x.shape[0]] * len(sizes), list(sizes)))
+    out = x.new_empty(sum(sizes), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _sum_own_rows(group: ProcessGroup, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    own = sizes[group.rank()]
+    parts = _exchange(group, x, RowSplits(list(sizes), [own] * len(sizes)))
+    return parts.view(len(sizes), own, *x.shape[1:]).sum(dim=0)  # narrow dtypes add up in fp32

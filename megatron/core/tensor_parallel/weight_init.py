@@ -1,0 +1,65 @@
+"""Initial weights that do not depend on the layout, and hashes to prove it.
+
+Each logical tensor (one expert's slice is one) is drawn from a generator of its own, seeded by
+the run's seed and the tensor's global name: any rank draws the same values for the same tensor.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.param_role import Init, logical_tensors, role_of
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Fill every parameter of ``model`` by the ``init`` of its role.
+
+    Draws are made on the CPU in fp32 and converted, so they are the same for each device, and
+    equal up to rounding for each dtype. No global generator is used.
+
+    Args:
+        model: Whole model, not wrapped: its parameter names are the global names.
+        seed: Seed of the run.
+    """
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            role = role_of(param)
+            for key, piece in logical_tensors(name, param, role):
+                piece.copy_(_draw(key, piece.shape, role.init, seed))
+
+
+def tensor_hashes(model: nn.Module) -> dict[str, str]:
+    """Map the global name of each logical tensor of this rank to a hash of its bytes.
+
+    With expert parallelism each rank has its own experts; the union over ranks is the same in
+    every layout.
+    """
+    return {key: _digest(piece) for key, piece in _logical_parameters(model)}
+
+
+def model_hash(model: nn.Module) -> str:
+    """Return one hash of names and bytes of all logical tensors of this rank."""
+    lines = sorted(f"{key}={value}" for key, value in tensor_hashes(model).items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _logical_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, param in model.named_parameters():
+        yield from logical_tensors(name, param.detach(), role_of(param))
+
+
+def _draw(key: str, shape: torch.Size, init: Init, seed: int) -> Tensor:
+    if init.kind != "normal":
+        value = 0.0 if init.kind == "zeros" else 1.0
+        return torch.full(shape, value, dtype=torch.float32, device="cpu")
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return drawn.normal_(std=init.std, generator=generator)
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(data)).hexdigest()

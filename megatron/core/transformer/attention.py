@@ -1,0 +1,96 @@
+"""Self-attention: one projection to queries, keys and values, the core, one projection back."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.init_rules import input_init, output_init
+from megatron.core.transformer.precision import params_dtype
+from megatron.core.transformer.rotary import RotaryTables, split_and_rotate
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfAttentionSubmodules:
+    """What fills the slots of self-attention."""
+
+    linear_qkv: ModuleSpec | type
+    core_attention: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+
+
+class SelfAttention(nn.Module):
+    """Causal attention of each position to itself and earlier ones.
+
+    Rows of linear_qkv.weight come group by group: the queries of the group, its key, its value.
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762); groups: Ainslie et al. 2023
+    (arXiv:2305.13245).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        *,
+        layer_number: int,
+    ) -> None:
+        """Build both projections and the core.
+
+        Args:
+            config: Heads, groups, widths, biases, initialisation.
+            submodules: What to build.
+            layer_number: Global index of the layer, from 0.
+        """
+        super().__init__()
+        self.groups, self.head_dim = config.query_groups, config.head_dim
+        self.slots = config.num_attention_heads // self.groups + 2
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            self.groups * self.slots * self.head_dim,
+            init=input_init(config),
+            dtype=params_dtype(config),
+            bias=config.add_bias_linear or config.add_qkv_bias,
+        )
+        self.core_attention = build_module(
+            submodules.core_attention, config, layer_number=layer_number
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            init=output_init(config),
+            dtype=params_dtype(config),
+            bias=config.add_bias_linear,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary: RotaryTables | None,
+        context: ForwardContext,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: [s, b, h].
+            attention_mask: bool [b, 1, s, positions], True where a query may *not* look, on top
+                of causality; None forbids nothing more.
+            rotary: Rotation of these positions; None rotates nothing.
+            context: Of this forward.
+
+        Returns:
+            The output [s, b, h]; and the bias of linear_proj [h] if that was left to the caller.
+        """
+        mixed, bias = self.linear_qkv(hidden_states)
+        if bias is not None:
+            mixed = mixed + bias
+        mixed = mixed.unflatten(-1, (self.groups, self.slots, self.head_dim))
+        query, key, value = split_and_rotate(mixed, rotary)
+        attended = self.core_attention(query, key, value, attention_mask, context)  # [s, b, h]
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(attended)
+        return output

@@ -1,0 +1,162 @@
+"""Causal attention in blocks of queries, with the weights in hand: for dropout, and for CPUs.
+
+Half of a causal score matrix is never looked at. A block of queries multiplies only the keys up
+to its own end, so most of that half is never computed. Weights are kept for backward: memory
+grows with the square of the sequence, which is why long sequences go elsewhere.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from megatron.core.tensor_parallel.random import SampleRng, as_factor, keep_scale
+from megatron.core.transformer.precision import compute_dtype
+
+BLOCK = 128
+"""Queries of a block. Dropout masks are drawn by block, so another size gives other masks."""
+
+
+class WeightDropout(NamedTuple):
+    """How attention weights are dropped."""
+
+    rng: SampleRng
+    p: float
+    layer: int
+
+    def kept(self, weights: Tensor, start: int) -> Tensor:
+        """Draw the mask of ``weights`` [b, heads, block, end], a block that begins at ``start``."""
+        site = f"attention_weights/{start}"
+        return self.rng.kept(
+            weights.shape, self.p, layer=self.layer, site=site, batch_dim=0, device=weights.device
+        )
+
+
+def blocked_causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: WeightDropout | None = None,
+) -> Tensor:
+    """Attend: softmax(q k / sqrt(d)) v over each position's past.
+
+    Scores and weights have the dtype of ``query``; the softmax between them is computed in fp32
+    if that is narrower.
+
+    Args:
+        query: [b, heads, s, d].
+        key: [b, groups, s, d]; the heads of a group follow each other.
+        value: Like ``key``.
+        attention_mask: bool [b, 1, s, s], True where a query may *not* look, on top of causality.
+            Each position must be allowed some.
+        dropout: Of weights; None drops nothing.
+
+    Returns:
+        [b, heads, s, d].
+    """
+    out: Tensor = _BlockedAttention.apply(
+        query, key, value, attention_mask, dropout, torch.is_grad_enabled()
+    )
+    return out
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Each group of a sample is one matrix of the batched products; its r heads are more rows."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: WeightDropout | None,
+        keep: bool,
+    ) -> Tensor:
+        batch, groups, s, d = key.shape
+        q = query.reshape(batch * groups, -1, s, d)
+        k, v = key.flatten(0, 1), value.flatten(0, 1)  # [b * groups, s, d]
+        out = torch.empty_like(q)  # [b * groups, r, s, d]
+        saved: list[Tensor] = []
+        for start, end in _blocks(s):
+            scores = _product(_rows(q, start, end), k[:, :end].mT, d**-0.5)
+            scores = scores.view(batch, -1, end - start, end)  # [b, heads, block, end]
+            probs = _hide(scores, start, attention_mask).softmax(dim=-1)
+            masks = [] if dropout is None else [dropout.kept(probs, start)]
+            weights = probs * as_factor(masks[0], probs.dtype) if masks else probs
+            got = _product(weights.view(len(k), -1, end), v[:, :end], _scale(dropout))
+            out[:, :, start:end] = got.view(len(k), -1, end - start, d)
+            if keep:
+                saved += [probs, *masks]
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.dropout = dropout  # type: ignore[attr-defined]
+        return out.view(query.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: FunctionCtx, d_out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        q, k, v, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
+        dropout: WeightDropout | None = ctx.dropout  # type: ignore[attr-defined]
+        scale = _scale(dropout)
+        (n, _, s, d), shape = q.shape, d_out.shape
+        d_out, dq = d_out.reshape(q.shape), torch.empty_like(q)
+        wide = compute_dtype(q.dtype)
+        dk, dv = (torch.zeros_like(k, dtype=wide) for _ in range(2))
+        for start, end in _blocks(s):
+            probs = saved.pop(0)
+            factor = None if dropout is None else as_factor(saved.pop(0), probs.dtype)
+            d_rows = _rows(d_out, start, end)  # [n, r * block, d]
+            weights = probs if factor is None else probs * factor
+            _accumulate(dv[:, :end], weights.view(n, -1, end).mT, d_rows, scale)
+            d_probs = _product(d_rows, v[:, :end].mT, scale).view(probs.shape)
+            if factor is not None:
+                d_probs.mul_(factor)
+            d_scores = torch.ops.aten._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+            d_scores = d_scores.view(n, -1, end)
+            _accumulate(dk[:, :end], d_scores.mT, _rows(q, start, end), d**-0.5)
+            got = _product(d_scores, k[:, :end], d**-0.5)
+            dq[:, :, start:end] = got.view(n, -1, end - start, d)
+        dk, dv = (x.to(q.dtype).view(shape[0], -1, s, d) for x in (dk, dv))
+        return dq.view(shape), dk, dv, None, None, None
+
+
+def _blocks(s: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, s, BLOCK):
+        yield start, min(start + BLOCK, s)
+
+
+def _rows(x: Tensor, start: int, end: int) -> Tensor:
+    """Take queries ``start`` to ``end`` of all heads of a group: [n, r, s, d] -> [n, r * block, d]."""
+    return x[:, :, start:end].flatten(1, 2)
+
+
+def _scale(dropout: WeightDropout | None) -> float:
+    return 1.0 if dropout is None else keep_scale(dropout.p)
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return scale * a @ b of [n, i, j] and [n, j, k]."""
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Add scale * a @ b to ``total``, which may be of a wider dtype."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b, alpha=scale)
+    else:
+        total.add_(torch.bmm(a, b), alpha=scale)
+
+
+def _hide(scores: Tensor, start: int, attention_mask: Tensor | None) -> Tensor:
+    """Put -inf where a query may not look, in place: [b, heads, block, end]."""
+    block, end = scores.shape[-2:]
+    scores[..., start:] += scores.new_full((block, block), float("-inf")).triu_(1)
+    if attention_mask is not None:
+        scores.masked_fill_(attention_mask[:, :, start:end, :end], float("-inf"))
+    return scores

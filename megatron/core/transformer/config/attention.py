@@ -1,0 +1,52 @@
+"""Options of self-attention and positions. TransformerConfig inherits them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.core.config_field import derived
+
+
+@dataclass(kw_only=True)
+class AttentionConfig:
+    """Attention and positions."""
+
+    num_attention_heads: int = derived()
+    """Attention heads of a layer. When not set: the power-of-two-friendly number that makes heads
+    of 64 (or the nearest size that divides --hidden-size)."""
+
+    group_query_attention: bool = False
+    """Share each key and value head among several query heads (see --num-query-groups)."""
+
+    num_query_groups: int = 1
+    """Key and value heads under --group-query-attention; divides --num-attention-heads."""
+
+    kv_channels: int | None = None
+    """Size of one attention head; --hidden-size / --num-attention-heads when not set."""
+
+    attention_dropout: float = 0.1
+    """Probability of dropping an attention weight in training; 0 keeps the fast attention kernel."""
+
+    add_qkv_bias: bool = False
+    """Give the query, key and value projection a bias even under --disable-bias-linear."""
+
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    """How tokens know their place: a learned table, rotated queries and keys, or not at all."""
+
+    max_position_embeddings: int = derived()
+    """Longest position that the learned table holds; --seq-length when not set."""
+
+    rotary_base: int = 10000
+    """Base of the rotary frequencies."""
+
+    rotary_percent: float = 1.0
+    """Share of each head that is rotated, in (0, 1]."""
+
+    def attention_problems(self) -> Iterator[str]:
+        """Yield one sentence for each contradiction, in the user's flags."""
+        yield from ()
+
+    @property
+    def query_groups(self) -> int:
+        """Key and value heads of a layer."""
+        return self.num_query_groups if self.group_query_attention else self.num_attention_heads

@@ -1,0 +1,20 @@
+"""Options of number formats. TransformerConfig inherits them; torch dtypes are made elsewhere."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 main weights, gradients and moments. Otherwise fp32."""
+
+    fp64: bool = False
+    """Compute everything in float64, for proofs and tests: slow, and grouped GEMM becomes a loop
+    over experts."""
+
+    @property
+    def params_dtype_name(self) -> str:
+        """Name of the dtype that parameters are computed in: ``bfloat16``, ``float64``, ``float32``."""
+        return "bfloat16" if self.bf16 else "float64" if self.fp64 else "float32"

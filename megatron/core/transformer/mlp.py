@@ -1,0 +1,81 @@
+"""The dense MLP: one matrix, an activation, one matrix."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.init_rules import input_init, output_init
+from megatron.core.transformer.precision import params_dtype
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPSubmodules:
+    """What fills the slots of an MLP."""
+
+    linear_fc1: ModuleSpec | type
+    linear_fc2: ModuleSpec | type
+    activation: Callable[[Tensor], Tensor]
+    """From the output of linear_fc1 to the input of linear_fc2."""
+    gated: bool
+    """linear_fc1 is twice as wide as linear_fc2 reads: the activation halves it."""
+
+
+class MLP(nn.Module):
+    """h -> ffn -> h, for each token alone."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        *,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        """Build both matrices.
+
+        Args:
+            config: Widths, biases and initialisation.
+            submodules: What to build.
+            layer_number: Taken because every MLP slot is given it; a dense MLP needs it not.
+            pg_collection: As ``layer_number``.
+        """
+        super().__init__()
+        del layer_number, pg_collection
+        hidden, ffn, dtype = config.hidden_size, config.ffn_size, params_dtype(config)
+        self.activation = submodules.activation
+        self.linear_fc1 = build_module(
+            submodules.linear_fc1,
+            hidden,
+            ffn * (2 if submodules.gated else 1),
+            init=input_init(config),
+            dtype=dtype,
+            bias=config.add_bias_linear,
+        )
+        self.linear_fc2 = build_module(
+            submodules.linear_fc2,
+            ffn,
+            hidden,
+            init=output_init(config),
+            dtype=dtype,
+            bias=config.add_bias_linear,
+        )
+
+    def forward(
+        self, hidden_states: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """Apply to ``hidden_states`` [s, b, h].
+
+        Returns:
+            The output [s, b, h]; and the bias of linear_fc2 [h] if that was left to the caller.
+        """
+        del context  # for MLPs with a router
+        inner, bias = self.linear_fc1(hidden_states)
+        if bias is not None:
+            inner = inner + bias
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(self.activation(inner))
+        return output

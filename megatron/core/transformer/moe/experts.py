@@ -1,0 +1,217 @@
+"""Expert banks: GroupedMLP computes all experts of this rank together, SequentialMLP one by one.
+
+Both hold the same logical tensors (see ``ParamRole.expert_ids``), so checkpoints and initial
+weights are interchangeable. Probs are applied to the activation, before the second matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.extensions.registry import resolve
+from megatron.core.extensions.torch_native import row_multiple
+from megatron.core.param_role import Init, ParamRole, role_of, set_role
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers.linear import Linear
+from megatron.core.transformer.init_rules import input_init, output_init
+from megatron.core.transformer.moe.expert_activation import weighted_activation
+from megatron.core.transformer.moe.permutation import pad_groups, unpad_groups
+from megatron.core.transformer.precision import compute_dtype, params_dtype
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class GroupedMLP(nn.Module):
+    """The experts of this rank as one stacked weight for each projection.
+
+    Every parameter gets a gradient in every step, zeros for an expert without tokens.
+    """
+
+    weight1: nn.Parameter
+    """[num_local_experts, ffn, h]; 2 * ffn under SwiGLU, first gate, then up."""
+    weight2: nn.Parameter
+    """[num_local_experts, h, ffn]."""
+    bias1: nn.Parameter | None
+    """[num_local_experts, ffn or 2 * ffn]."""
+    bias2: nn.Parameter | None
+    """[num_local_experts, h]; weighted by the prob, as the rest of an expert's output is."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        """Make the parameters, uninitialised; ``init_weights`` fills them by role.
+
+        Args:
+            num_local_experts: Experts of this rank.
+            config: Widths, activation, biases and initialisation.
+            pg_collection: Its ``ep`` rank says which experts these are.
+        """
+        super().__init__()
+        self.gated = config.swiglu
+        self.grouped_mm = resolve("grouped_mm")
+        ids = local_expert_ids(num_local_experts, pg_collection)
+        hidden, ffn, dtype = config.hidden_size, config.moe_ffn_size, params_dtype(config)
+        inner = ffn * (2 if self.gated else 1)
+        matrices = {
+            "weight1": ("linear_fc1.weight", (inner, hidden), input_init(config)),
+            "weight2": ("linear_fc2.weight", (hidden, ffn), output_init(config)),
+        }
+        vectors = {
+            "bias1": ("linear_fc1.bias", (inner,), Init(kind="zeros")),
+            "bias2": ("linear_fc2.bias", (hidden,), Init(kind="zeros")),
+        }
+        self.bias1 = self.bias2 = None
+        for name, (piece, shape, init) in {
+            **matrices,
+            **(vectors if config.add_bias_linear else {}),
+        }.items():
+            role = ParamRole(
+                init=init,
+                is_expert=True,
+                expert_ids=ids,
+                expert_name=piece,
+                decays=piece.endswith("weight"),
+            )
+            param = nn.Parameter(torch.empty(num_local_experts, *shape, dtype=dtype))
+            setattr(self, name, set_role(param, role))
+
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+    ) -> tuple[Tensor, None]:
+        """Run each row through its expert and weight the result.
+
+        Args:
+            permuted_local_hidden_states: [num_recv, h], grouped by local expert.
+            tokens_per_expert: [num_local_experts], int64; sums to num_recv.
+            permuted_probs: [num_recv].
+
+        Returns:
+            [num_recv, h]; and None, for no bias is left to add.
+        """
+        rows = permuted_local_hidden_states
+        multiple = row_multiple(rows)
+        if multiple == 1:
+            return self._compute(rows, tokens_per_expert, permuted_probs), None
+        sizes = tokens_per_expert.tolist()  # on the CPU
+        padded = [-(-size // multiple) * multiple for size in sizes]
+        output = self._compute(
+            pad_groups(rows, sizes, padded),
+            torch.tensor(padded),
+            pad_groups(permuted_probs, sizes, padded),  # padding has prob 0, so no gradient
+        )
+        return unpad_groups(output, sizes, padded), None
+
+    def _compute(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
+        probs = probs.to(compute_dtype(rows.dtype))
+        inner = self.grouped_mm(rows, self.weight1, tokens_per_expert)
+        if self.bias1 is None or self.bias2 is None:
+            active = weighted_activation(inner, probs, gated=self.gated)
+            output: Tensor = self.grouped_mm(active, self.weight2, tokens_per_expert)
+            return output
+        member = self._membership(tokens_per_expert, rows)
+        inner = torch.addmm(inner, member, self.bias1)
+        active = weighted_activation(inner, probs, gated=self.gated)
+        output = self.grouped_mm(active, self.weight2, tokens_per_expert)
+        return torch.addmm(output, member * probs.unsqueeze(1).to(member.dtype), self.bias2)
+
+    @staticmethod
+    def _membership(tokens_per_expert: Tensor, rows: Tensor) -> Tensor:
+        """[num_rows, num_local_experts]: 1 at the expert of each row, in the dtype of ``rows``.
+
+        Multiplied by biases it gives each row its own, with a gradient summed in a fixed order.
+        """
+        num_rows, ends = rows.shape[0], tokens_per_expert.cumsum(0)
+        place = torch.arange(num_rows, device=rows.device).unsqueeze(1)
+        return ((place < ends) & (place >= ends - tokens_per_expert)).to(rows.dtype)
+
+
+class ExpertMLP(nn.Module):
+    """One expert, the readable way."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gated = config.swiglu
+        hidden, ffn, dtype = config.hidden_size, config.moe_ffn_size, params_dtype(config)
+        bias = config.add_bias_linear
+        self.linear_fc1 = Linear(
+            hidden,
+            ffn * (2 if self.gated else 1),
+            init=input_init(config),
+            dtype=dtype,
+            bias=bias,
+        )
+        self.linear_fc2 = Linear(
+            ffn, hidden, init=output_init(config), dtype=dtype, bias=bias, skip_bias_add=True
+        )
+        _mark_as_expert(self)
+
+    def forward(self, rows: Tensor, probs: Tensor) -> Tensor:
+        """Return prob * expert(row) for ``rows`` [n, h] and ``probs`` [n] (fp32 or fp64)."""
+        inner, _ = self.linear_fc1(rows)
+        wide = inner.to(probs.dtype)
+        if self.gated:
+            gate, up = wide.chunk(2, dim=-1)
+            active = nn.functional.silu(gate) * up
+        else:
+            active = nn.functional.gelu(wide)
+        weight = probs.unsqueeze(1)
+        output, bias = self.linear_fc2((active * weight).to(rows.dtype))
+        result: Tensor = output
+        return result if bias is None else result + weight.to(rows.dtype) * bias
+
+
+class SequentialMLP(nn.Module):
+    """The experts of this rank one after another: readable, slow, for comparison."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        """See ``GroupedMLP``."""
+        super().__init__()
+        ids = local_expert_ids(num_local_experts, pg_collection)
+        self.local_experts = nn.ModuleDict({str(expert): ExpertMLP(config) for expert in ids})
+
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+    ) -> tuple[Tensor, None]:
+        """See ``GroupedMLP.forward``."""
+        sizes = tokens_per_expert.tolist()
+        probs = permuted_probs.to(compute_dtype(permuted_local_hidden_states.dtype))
+        outputs: Sequence[Tensor] = [
+            expert(rows, weights)
+            for expert, rows, weights in zip(
+                self.local_experts.values(),
+                permuted_local_hidden_states.split(sizes),
+                probs.split(sizes),
+                strict=True,
+            )
+        ]
+        return torch.cat(list(outputs)), None
+
+
+def local_expert_ids(
+    num_local_experts: int, pg_collection: ProcessGroupCollection
+) -> tuple[int, ...]:
+    """Return the global ids of this rank's experts: one block of neighbours."""
+    first = pg_collection.ep.rank() * num_local_experts
+    return tuple(range(first, first + num_local_experts))
+
+
+def _mark_as_expert(module: nn.Module) -> None:
+    for param in module.parameters():
+        set_role(param, replace(role_of(param), is_expert=True))

@@ -1,0 +1,72 @@
+"""Options of the mixture-of-experts layer. TransformerConfig inherits them, so names stay flat."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron.core.config_field import flag
+from megatron.core.transformer.config.layer_pattern import parse_layer_pattern
+
+
+@dataclass(kw_only=True)
+class MoEConfig:
+    """Mixture-of-experts layer."""
+
+    num_moe_experts: int | None = field(default=None, metadata=flag("--num-experts"))
+    """Number of routed experts in a MoE layer. Dense MLP layers when not set."""
+
+    moe_layer_freq: int | list[int] = field(default=1, metadata=flag(parse=parse_layer_pattern))
+    """Which layers are MoE: N for every N-th layer beginning with the first, or a pattern such as
+    ([0]*3+[1]*9) with one 0 (dense) or 1 (MoE) for each layer."""
+
+    moe_ffn_hidden_size: int | None = None
+    """Width of each expert; --ffn-hidden-size when not set."""
+
+    moe_router_topk: int = 2
+    """Number of experts that each token is sent to."""
+
+    moe_router_pre_softmax: bool = False
+    """Apply the softmax over all experts before top-k instead of over the selected ones."""
+
+    moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
+    """Number format of the router's product, scores, losses and combine weights."""
+
+    moe_router_load_balancing_type: list[Literal["aux_loss", "none"]] = field(
+        default_factory=lambda: ["aux_loss"]
+    )
+    """How tokens are kept spread over experts: an auxiliary loss, or none."""
+
+    moe_aux_loss_coeff: list[float] | None = None
+    """Weight of the load-balancing loss, one value for each balancing type; 0 turns it off. When
+    not set: 0.01 under aux_loss, announced at the start."""
+
+    moe_z_loss_coeff: float | None = None
+    """Weight of the router z-loss, which keeps logits small; 1e-3 is a usual start. Off when not
+    set."""
+
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
+    """How tokens travel to the ranks that hold their experts: gather all tokens everywhere, or
+    send each only where it is needed."""
+
+    moe_experts_type: Literal["grouped", "sequential"] = "grouped"
+    """Expert bank: one stacked weight with grouped matrix products, or one plain MLP after
+    another (readable, slow). Checkpoints are interchangeable."""
+
+    def moe_problems(self) -> Iterator[str]:
+        """Yield one sentence for each contradiction, in the user's flags."""
+        if self.num_moe_experts is None:
+            return
+        if not 1 <= self.moe_router_topk <= self.num_moe_experts:
+            yield (
+                f"--moe-router-topk {self.moe_router_topk} must lie between 1 and "
+                f"--num-experts {self.num_moe_experts}"
+            )
+
+    @property
+    def aux_loss_coeff(self) -> float:
+        """Coefficient of the auxiliary loss in force: 0 when balancing is ``none``."""
+        if "aux_loss" not in self.moe_router_load_balancing_type:
+            return 0.0
+        if self.moe_aux_loss_coeff is None:
+            return 0.01
+        return self.moe_aux_loss_coeff[self.moe_router_load_balancing_type.index("aux_loss")]

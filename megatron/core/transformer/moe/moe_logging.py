@@ -1,0 +1,213 @@
+"""How evenly experts are used: recorded by routers, folded every step, reduced when reported.
+
+A router *assigns* into the slot [layer, microbatch], so a recomputed forward cannot count twice.
+Nothing here waits for the device before ``report``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import all_reduce_sum
+
+_LOSSES = ("load_balancing_loss", "z_loss", "entropy")
+WARN_MAX_VIOLATION = 2.0
+"""Busiest expert at three times the mean: ``MoEReport.lines`` warns from here on."""
+_COUNTS_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class MoEReport:
+    """Expert use over one log interval, over all data ranks; the same on every rank."""
+
+    moe_layers: tuple[int, ...]
+    """Global indices of the MoE layers, which the other fields follow."""
+    tokens_per_expert: Tensor
+    """[layers, num_experts], int64, on the CPU; each row sums to tokens * topk."""
+    load_balancing_loss: float | None
+    """Mean over layers and microbatches, without its coefficient; 1.0 is balanced."""
+    z_loss: float | None
+    """Mean over layers and microbatches, without its coefficient; None when it is off."""
+    max_violation: tuple[float, ...]
+    """Busiest expert / mean - 1: 0.0 is balanced."""
+    min_violation: tuple[float, ...]
+    """Idlest expert / mean - 1: -1.0 is an expert without tokens."""
+    dead_experts: tuple[int, ...]
+    """Experts without any token."""
+    entropy: tuple[float, ...]
+    """Mean over tokens of the entropy of the router's softmax, in nats."""
+    ep_load_ratio: float
+    """Tokens of the busiest expert-parallel rank / mean, in the worst layer."""
+
+    def lines(self) -> list[str]:
+        """Return one line a layer for people, and a warning for layers in trouble."""
+        rows = zip(
+            self.moe_layers,
+            self.tokens_per_expert,
+            self.max_violation,
+            self.min_violation,
+            self.dead_experts,
+            self.entropy,
+            strict=True,
+        )
+        text = [
+            f"MoE layer {layer}: tokens/expert {_show(counts)} | max violation {high:+.1%} | "
+            f"min violation {low:+.1%} | dead experts {dead} | entropy {entropy:.3f} nats"
+            for layer, counts, high, low, dead, entropy in rows
+        ]
+        return text + self.warnings()
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each kind of trouble, naming the layers; empty when all is well."""
+        num_experts = self.tokens_per_expert.shape[1]
+        dead = [
+            f"{layer} ({count} of {num_experts})"
+            for layer, count in zip(self.moe_layers, self.dead_experts, strict=True)
+            if count
+        ]
+        skewed = [
+            f"{layer} ({high + 1:.1f} x the mean)"
+            for layer, high in zip(self.moe_layers, self.max_violation, strict=True)
+            if high >= WARN_MAX_VIOLATION
+        ]
+        advice = "raise --moe-aux-loss-coeff if it stays so"
+        text = []
+        if dead:
+            text.append(
+                f"WARNING: experts without tokens in MoE layers {', '.join(dead)}; {advice}"
+            )
+        if skewed:
+            text.append(f"WARNING: routing collapses in MoE layers {', '.join(skewed)}; {advice}")
+        return text
+
+    def scalars(self) -> dict[str, float]:
+        """Return the metrics by name, summed up and for each layer."""
+        found: dict[str, float] = {
+            "moe/max_violation_max": max(self.max_violation, default=0.0),
+            "moe/min_violation_min": min(self.min_violation, default=0.0),
+            "moe/dead_experts_sum": float(sum(self.dead_experts)),
+            "moe/entropy_mean_nats": sum(self.entropy) / max(len(self.entropy), 1),
+            "moe/ep_load_ratio": self.ep_load_ratio,
+        }
+        if self.load_balancing_loss is not None:
+            found["moe/load_balancing_loss"] = self.load_balancing_loss
+        if self.z_loss is not None:
+            found["moe/z_loss"] = self.z_loss
+        for i, layer in enumerate(self.moe_layers):
+            found[f"moe/layer_{layer}/max_violation"] = self.max_violation[i]
+            found[f"moe/layer_{layer}/min_violation"] = self.min_violation[i]
+            found[f"moe/layer_{layer}/dead_experts"] = float(self.dead_experts[i])
+            found[f"moe/layer_{layer}/entropy_nats"] = self.entropy[i]
+        return found
+
+
+class MoEMetricsTracker:
+    """Holds the slots of one step and the sums of one interval, on the device."""
+
+    def __init__(
+        self,
+        moe_layers: Sequence[int],
+        num_experts: int,
+        topk: int,
+        num_microbatches: int,
+        device: torch.device | str,
+    ) -> None:
+        """Make empty slots.
+
+        Args:
+            moe_layers: Global indices of the MoE layers of this rank.
+            num_experts: Of each of them.
+            topk: Experts per token.
+            num_microbatches: In one optimizer step.
+            device: Where routers compute.
+        """
+        self._row_of_layer = {layer: row for row, layer in enumerate(moe_layers)}
+        self.topk = topk
+        slots = (len(moe_layers), num_microbatches)
+        self._counts = torch.zeros(*slots, num_experts, dtype=torch.int64, device=device)
+        self._losses = torch.zeros(*slots, len(_LOSSES), dtype=torch.float64, device=device)
+        self._has: set[str] = set()
+        self._count_sums = torch.zeros_like(self._counts[:, 0])
+        self._loss_sums = torch.zeros_like(self._losses[:, 0])
+        self._microbatches = 0
+
+    def record(
+        self,
+        layer: int,
+        microbatch: int,
+        *,
+        tokens_per_expert: Tensor,
+        load_balancing_loss: Tensor | None,
+        z_loss: Tensor | None,
+        entropy: Tensor,
+    ) -> None:
+        """Assign the values of one router in one microbatch; a second time changes nothing.
+
+        Args:
+            layer: Global index of the layer.
+            microbatch: Slot within the step.
+            tokens_per_expert: [num_experts], int64, of this rank's tokens.
+            load_balancing_loss: Scalar without its coefficient, or None.
+            z_loss: Scalar without its coefficient, or None.
+            entropy: Scalar, nats.
+        """
+        row = self._row_of_layer[layer]
+        self._counts[row, microbatch] = tokens_per_expert
+        values = (load_balancing_loss, z_loss, entropy)
+        for column, (name, value) in enumerate(zip(_LOSSES, values, strict=True)):
+            if value is not None:
+                self._losses[row, microbatch, column] = value
+                self._has.add(name)
+
+    def end_step(self) -> None:
+        """Add the slots to the interval and empty them; no communication."""
+        self._count_sums += self._counts.sum(dim=1)
+        self._loss_sums += self._losses.sum(dim=1)
+        self._microbatches += self._counts.shape[1]
+        self._counts.zero_()
+        self._losses.zero_()
+
+    def report(self, pg_collection: ProcessGroupCollection) -> MoEReport:
+        """Reduce the interval over ``dp_cp``, start a new one, and say how it was.
+
+        Every rank of the group must call this.
+        """
+        group, ep = pg_collection.dp_cp, pg_collection.ep.size()
+        counts = all_reduce_sum(group, self._count_sums).cpu()
+        weight = max(self._microbatches, 1) * group.size()
+        means = (all_reduce_sum(group, self._loss_sums) / weight).cpu()  # [layers, losses]
+        self._count_sums = torch.zeros_like(self._count_sums)
+        self._loss_sums = torch.zeros_like(self._loss_sums)
+        self._microbatches = 0
+        by_rank = counts.view(len(counts), ep, -1).sum(dim=2)
+        return MoEReport(
+            moe_layers=tuple(self._row_of_layer),
+            tokens_per_expert=counts,
+            load_balancing_loss=self._mean_loss(means, "load_balancing_loss"),
+            z_loss=self._mean_loss(means, "z_loss"),
+            max_violation=tuple(_over_mean(counts.amax(dim=1), counts)),
+            min_violation=tuple(_over_mean(counts.amin(dim=1), counts)),
+            dead_experts=tuple((counts == 0).sum(dim=1).tolist()),
+            entropy=tuple(means[:, _LOSSES.index("entropy")].tolist()),
+            ep_load_ratio=1.0 + max(_over_mean(by_rank.amax(dim=1), by_rank), default=0.0),
+        )
+
+    def _mean_loss(self, means: Tensor, name: str) -> float | None:
+        return means[:, _LOSSES.index(name)].mean().item() if name in self._has else None
+
+
+def _over_mean(extreme: Tensor, counts: Tensor) -> list[float]:
+    """Return extreme / mean - 1 for each row of ``counts``; 0.0 where nothing was counted."""
+    mean = counts.double().mean(dim=1)
+    return torch.where(mean > 0, extreme / mean - 1, 0.0).tolist()
+
+
+def _show(counts: Tensor) -> str:
+    """Show the counts of one layer, or only their range when there are many."""
+    if len(counts) <= _COUNTS_SHOWN:
+        return "[" + " ".join(map(str, counts.tolist())) + "]"
+    low, middle, high = counts.min(), counts.median(), counts.max()
+    return f"min {low} median {middle} max {high} of {len(counts)} experts"

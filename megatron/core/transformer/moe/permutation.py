@@ -1,0 +1,242 @@
+"""Rows by expert and back: pure tensor functions, no module and no group.
+
+Rows are expert-major, and in the order of their tokens within an expert; every function keeps
+that order, so that a weight gradient adds up the same tokens in the same order in any layout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    """Where each row of the permuted order comes from."""
+
+    token_of_row: Tensor
+    """[num_rows], int64."""
+    pair_of_row: Tensor
+    """[num_rows], int64: index into the flattened [num_tokens, num_experts]."""
+    routing_map: Tensor
+    """[num_tokens, num_experts], bool."""
+    max_rows_per_token: int
+    """No token has more rows than this."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the rows come from."""
+        return self.routing_map.shape[0]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[max_rows_per_token, num_tokens]: rows of each token; num_rows where it has fewer."""
+        num_rows = self.token_of_row.shape[0]
+        ordinal = self.routing_map.cumsum(dim=1).view(-1).index_select(0, self.pair_of_row) - 1
+        place = ordinal * self.num_tokens + self.token_of_row
+        slots = place.new_full((self.max_rows_per_token * self.num_tokens,), num_rows)
+        slots[place] = torch.arange(num_rows, device=place.device)
+        return slots.view(self.max_rows_per_token, self.num_tokens)
+
+
+def plan_rows(
+    routing_map: Tensor, *, num_rows: int | None = None, max_rows_per_token: int | None = None
+) -> RowPlan:
+    """Order the (token, expert) pairs of ``routing_map``: experts first, tokens within.
+
+    Args:
+        routing_map: [num_tokens, num_experts], bool.
+        num_rows: Number of True entries where the host knows it; otherwise a CUDA device is
+            waited for.
+        max_rows_per_token: Upper bound; num_experts when None.
+    """
+    num_experts = routing_map.shape[1]
+    by_expert = routing_map.t().contiguous()
+    if num_rows is None or by_expert.device.type == "cpu":
+        expert_of_row, token_of_row = by_expert.nonzero(as_tuple=True)
+    else:
+        expert_of_row, token_of_row = torch.nonzero_static(by_expert, size=num_rows).unbind(1)
+    return RowPlan(
+        token_of_row=token_of_row,
+        pair_of_row=token_of_row * num_experts + expert_of_row,
+        routing_map=routing_map,
+        max_rows_per_token=num_experts if max_rows_per_token is None else max_rows_per_token,
+    )
+
+
+def permute(tokens: Tensor, plan: RowPlan) -> Tensor:
+    """Copy each token to its rows: [num_tokens, h] -> [num_rows, h]."""
+    rows: Tensor = _Permute.apply(tokens, plan)
+    return rows
+
+
+def permute_probs(probs: Tensor, plan: RowPlan) -> Tensor:
+    """Pick the weight of each row: [num_tokens, num_experts] -> [num_rows]."""
+    return probs.reshape(-1).index_select(0, plan.pair_of_row)
+
+
+def unpermute(rows: Tensor, plan: RowPlan, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum the rows of each token, experts ascending: [num_rows, h] -> [num_tokens, h].
+
+    Summed in fp32 or wider, in a fixed order on every device. A token without rows gives zeros.
+
+    Args:
+        rows: Rows in the order of ``plan``.
+        plan: The plan that ``permute`` had.
+        dtype: Of the result; that of ``rows`` when None.
+    """
+    out: Tensor = _Unpermute.apply(rows, plan, dtype or rows.dtype)
+    return out
+
+
+class ChunkOrder(NamedTuple):
+    """A permutation of rows that keeps chunks together."""
+
+    old_place: Tensor
+    """[num_rows], where each row of the new order was."""
+    new_place: Tensor
+    """[num_rows], where each row of the old order went."""
+
+
+def rank_major_to_expert_major(counts: Tensor, num_rows: int) -> ChunkOrder | None:
+    """Order rows that came source by source so that they lie expert by expert.
+
+    Within an expert the sources ascend, and each keeps its own order.
+
+    Args:
+        counts: [sources, experts], int64, rows in each chunk of the arrival order.
+        num_rows: Sum of ``counts``, known to the host.
+
+    Returns:
+        The order, or None where the rows lie right already.
+    """
+    if 1 in counts.shape:
+        return None
+    old_start = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).t().flatten()
+    sizes = counts.t().flatten()
+    shift = old_start - (sizes.cumsum(0) - sizes)  # of each chunk, in the new order
+    place = torch.arange(num_rows, device=counts.device)
+    index = place + shift.repeat_interleave(sizes, output_size=num_rows)
+    return ChunkOrder(index, torch.empty_like(index).scatter_(0, index, place))
+
+
+def reorder(rows: Tensor, order: ChunkOrder | None, *, back: bool = False) -> Tensor:
+    """Apply ``order`` to ``rows`` [num_rows, ...], or undo it; None changes nothing."""
+    if order is None:
+        return rows
+    there, home = (order.new_place, order.old_place) if back else order
+    out: Tensor = _Reorder.apply(rows, there, home)
+    return out
+
+
+def pad_groups(rows: Tensor, sizes: Sequence[int], padded: Sequence[int]) -> Tensor:
+    """Give each group of rows trailing zero rows: [sum(sizes), ...] -> [sum(padded), ...]."""
+    out: Tensor = _PadGroups.apply(rows, tuple(sizes), tuple(padded))
+    return out
+
+
+def unpad_groups(rows: Tensor, sizes: Sequence[int], padded: Sequence[int]) -> Tensor:
+    """Undo ``pad_groups``: [sum(padded), ...] -> [sum(sizes), ...]."""
+    out: Tensor = _UnpadGroups.apply(rows, tuple(sizes), tuple(padded))
+    return out
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, plan: RowPlan) -> Tensor:
+        ctx.plan = plan
+        return tokens.index_select(0, plan.token_of_row)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_rows(grad, ctx.plan, grad.dtype), None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
+        ctx.plan, ctx.dtype = plan, rows.dtype
+        return _sum_rows(rows, plan, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.to(ctx.dtype).index_select(0, ctx.plan.token_of_row), None, None
+
+
+class _Reorder(torch.autograd.Function):
+    """A gather both ways; index_select's own backward would add into zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _PadGroups(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...], padded: tuple[int, ...]) -> Tensor:
+        ctx.sizes, ctx.padded = sizes, padded
+        return _pad(rows, sizes, padded)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _unpad(grad, ctx.sizes, ctx.padded), None, None
+
+
+class _UnpadGroups(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...], padded: tuple[int, ...]) -> Tensor:
+        ctx.sizes, ctx.padded = sizes, padded
+        return _unpad(rows, sizes, padded)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _pad(grad, ctx.sizes, ctx.padded), None, None
+
+
+def _sum_rows(rows: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
+    """Sum the rows of each token in fp32 or wider, in the order of the experts."""
+    few = plan.max_rows_per_token <= 2  # one addition rounds once, whatever it is done in
+    wide = rows.dtype in (torch.float32, torch.float64)
+    shape = (plan.num_tokens, *rows.shape[1:])
+    if rows.device.type == "cpu" and rows.dtype == dtype and (few or wide):
+        # In order on a CPU. CUDA adds atomically, in any order.
+        return rows.new_zeros(shape).index_add_(0, plan.token_of_row, rows)
+    total = rows.new_zeros(shape, dtype=torch.promote_types(rows.dtype, torch.float32))
+    num_rows = rows.shape[0]
+    if num_rows == 0:
+        return total.to(dtype)
+    full = num_rows == plan.num_tokens * plan.max_rows_per_token
+    for row_of_token in plan.slots:
+        picked = rows.index_select(0, row_of_token.clamp(max=num_rows - 1))
+        if not full:
+            picked.masked_fill_((row_of_token == num_rows).unsqueeze(1), 0.0)
+        total.add_(picked)
+    return total.to(dtype)
+
+
+def _pad(rows: Tensor, sizes: tuple[int, ...], padded: tuple[int, ...]) -> Tensor:
+    out = rows.new_empty(sum(padded), *rows.shape[1:])
+    for source, target in zip(rows.split(sizes), out.split(padded), strict=True):
+        target[: source.shape[0]] = source
+        target[source.shape[0] :] = 0
+    return out
+
+
+def _unpad(rows: Tensor, sizes: tuple[int, ...], padded: tuple[int, ...]) -> Tensor:
+    pairs = zip(rows.split(padded), sizes, strict=True)
+    return torch.cat([group[:size] for group, size in pairs])

@@ -1,0 +1,120 @@
+"""The router module: a learned gate in front of ``routing.topk_routing``, with its losses.
+
+Product, scores, losses and probs are fp32 (or fp64) whatever the model's dtype: in bf16 a few
+percent of tokens would go to other experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megatron.core.param_role import ParamRole, set_role
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.init_rules import input_init
+from megatron.core.transformer.moe.load_balancing import (
+    MoEAuxLossAutoScaler,
+    router_entropy,
+    router_z_loss,
+    switch_load_balancing_loss,
+)
+from megatron.core.transformer.moe.routing import Routing, topk_routing
+from megatron.core.transformer.precision import params_dtype
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class TopKRouter(nn.Module):
+    """Route each token to its top-k experts; keeps nothing of a forward.
+
+    The balance losses ride on ``probs`` (``MoEAuxLossAutoScaler``): their scope is the tokens of
+    one microbatch on this rank, and ``context.aux_loss_scale`` makes the mean over those.
+    """
+
+    weight: nn.Parameter
+    """[num_experts, h]."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        """Make the gate's weight, uninitialised; ``init_weights`` fills it by role.
+
+        Args:
+            config: Number of experts, topk, order of softmax and top-k, losses, dtype.
+            layer_number: Global index of the layer, under which metrics are recorded.
+            pg_collection: Taken because every router slot is given it; this one needs no group.
+        """
+        super().__init__()
+        del pg_collection
+        assert config.num_moe_experts is not None, "a router needs num_moe_experts"
+        self.layer_number = layer_number
+        self.topk = config.moe_router_topk
+        self.pre_softmax = config.moe_router_pre_softmax
+        self.aux_loss_coeff = config.aux_loss_coeff
+        self.z_loss_coeff = config.moe_z_loss_coeff or 0.0
+        self.dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
+        weight = torch.empty(config.num_moe_experts, config.hidden_size, dtype=params_dtype(config))
+        self.weight = set_role(nn.Parameter(weight), ParamRole(init=input_init(config)))
+
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Routing:
+        """Route ``hidden_states`` [num_tokens, h].
+
+        The routing's probs carry the balance losses into backward. Counts, losses and entropy go
+        to ``context.moe_metrics`` if there is one, without waiting for the device.
+        """
+        logits = self.gating(hidden_states)
+        probs, routing_map = topk_routing(logits, self.topk, pre_softmax=self.pre_softmax)
+        tokens_per_expert = routing_map.sum(dim=0)
+        if self.aux_loss_coeff:
+            aux_loss = switch_load_balancing_loss(logits, tokens_per_expert, self.topk)
+            probs = self._attach(probs, aux_loss * self.aux_loss_coeff, context)
+        if self.z_loss_coeff:
+            probs = self._attach(probs, router_z_loss(logits) * self.z_loss_coeff, context)
+        self._record(logits.detach(), tokens_per_expert, context)
+        return Routing(probs, routing_map)
+
+    def gating(self, hidden_states: Tensor) -> Tensor:
+        """Return the logits [num_tokens, num_experts] of ``hidden_states`` [num_tokens, h]."""
+        dtype = torch.promote_types(hidden_states.dtype, self.dtype)
+        logits: Tensor = _WideLinear.apply(hidden_states, self.weight, dtype)
+        return logits
+
+    def _record(self, logits: Tensor, tokens_per_expert: Tensor, context: ForwardContext) -> None:
+        if context.moe_metrics is None:
+            return
+        context.moe_metrics.record(
+            self.layer_number,
+            context.microbatch,
+            tokens_per_expert=tokens_per_expert,
+            load_balancing_loss=switch_load_balancing_loss(logits, tokens_per_expert, self.topk),
+            z_loss=router_z_loss(logits) if self.z_loss_coeff else None,
+            entropy=router_entropy(logits),
+        )
+
+    @staticmethod
+    def _attach(probs: Tensor, loss: Tensor, context: ForwardContext) -> Tensor:
+        attached: Tensor = MoEAuxLossAutoScaler.apply(probs, loss, context.aux_loss_scale)
+        return attached
+
+
+class _WideLinear(torch.autograd.Function):
+    """``input @ weight.T`` in a wider dtype, keeping only the narrow operands for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, input_: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(input_, weight)
+        ctx.dtype = dtype
+        return input_.to(dtype) @ weight.to(dtype).t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        input_, weight = ctx.saved_tensors
+        grad_input = (grad @ weight.to(ctx.dtype)).to(input_.dtype)
+        grad_weight = (grad.t() @ input_.to(ctx.dtype)).to(weight.dtype)
+        return grad_input, grad_weight, None

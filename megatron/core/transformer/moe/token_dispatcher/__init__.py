@@ -1,0 +1,15 @@
+"""Token dispatchers; Megatron's import path."""
+
+from megatron.core.transformer.moe.token_dispatcher.allgather import MoEAllGatherTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher.alltoall import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher.base import (
+    DispatchedTokens,
+    MoETokenDispatcher,
+)
+
+__all__ = [
+    "DispatchedTokens",
+    "MoEAllGatherTokenDispatcher",
+    "MoEAlltoAllTokenDispatcher",
+    "MoETokenDispatcher",
+]

@@ -1,0 +1,92 @@
+"""Every rank sees all tokens and keeps those of its experts: simple, for few ranks or large topk.
+
+Collectives of one layer: one exchange of sizes, then in each direction one all-gather of tokens and
+one reduce-scatter. Probs travel in a small all-to-all: a rank gets the columns of its experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron.core.tensor_parallel.mappings import (
+    RowSplits,
+    all_gather_rows,
+    all_to_all,
+    gather_sizes,
+    reduce_scatter_rows,
+)
+from megatron.core.transformer.moe.permutation import (
+    RowPlan,
+    permute,
+    permute_probs,
+    plan_rows,
+    unpermute,
+)
+from megatron.core.transformer.moe.token_dispatcher.base import (
+    DispatchedTokens,
+    MoETokenDispatcher,
+    local_expert_count,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllGatherState:
+    """How the rows of one dispatch were chosen."""
+
+    plan: RowPlan
+    """Tokens of all ranks -> rows of this rank's experts."""
+    sizes: list[int]
+    """Tokens of each rank."""
+
+
+class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
+    """Gather tokens over ep -> pick those of local experts, and sum the ranks' parts back."""
+
+    def __init__(
+        self, num_experts: int, *, ep_group: ProcessGroup, topk: int | None = None
+    ) -> None:
+        """See ``MoEAlltoAllTokenDispatcher``; ``topk`` here is an upper bound with ep > 1."""
+        self.num_local_experts = local_expert_count(num_experts, ep_group.size())
+        self.ep_group = ep_group
+        self.topk = topk
+
+    def token_permutation(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> DispatchedTokens[AllGatherState]:
+        """See ``MoETokenDispatcher.token_permutation``."""
+        num_tokens = hidden_states.shape[0]
+        sizes, wanted = gather_sizes(self.ep_group, num_tokens, routing_map.sum(dim=0))
+        if wanted is None and self.topk is not None:  # no other rank: every pair is ours
+            wanted = num_tokens * self.topk
+        tokens = all_gather_rows(self.ep_group, hidden_states, sizes)
+        columns = self._own_columns(probs, routing_map, sizes)  # [sum(sizes), num_local_experts]
+        routed = ~(columns.detach() < 0.0)  # so written, a NaN stays routed
+        plan = plan_rows(routed, num_rows=wanted, max_rows_per_token=self._max_rows())
+        return DispatchedTokens(
+            hidden_states=permute(tokens, plan),
+            probs=permute_probs(columns, plan),
+            tokens_per_expert=routed.sum(dim=0),
+            state=AllGatherState(plan=plan, sizes=sizes),
+        )
+
+    def token_unpermutation(
+        self, expert_output: Tensor, dispatched: DispatchedTokens[AllGatherState]
+    ) -> Tensor:
+        """See ``MoETokenDispatcher.token_unpermutation``."""
+        state = dispatched.state
+        wide = torch.promote_types(expert_output.dtype, torch.float32)
+        parts = unpermute(expert_output, state.plan, dtype=wide)
+        return reduce_scatter_rows(self.ep_group, parts, state.sizes).to(expert_output.dtype)
+
+    def _own_columns(self, probs: Tensor, routing_map: Tensor, sizes: list[int]) -> Tensor:
+        """Gather the probs of local experts, -1 where a token is not routed to them."""
+        marked = probs.masked_fill(~routing_map, -1.0)
+        num_tokens, num_blocks = probs.shape[0], probs.shape[1] // self.num_local_experts
+        by_owner = marked.view(num_tokens, num_blocks, self.num_local_experts).transpose(0, 1)
+        splits = RowSplits(send=[num_tokens] * num_blocks, recv=sizes)
+        return all_to_all(self.ep_group, by_owner.reshape(-1, self.num_local_experts), splits)
+
+    def _max_rows(self) -> int:
+        return min(self.topk or self.num_local_experts, self.num_local_experts)

@@ -1,0 +1,62 @@
+"""What a token dispatcher promises; alltoall.py and allgather.py keep the promise.
+
+Shapes: h hidden size, num_tokens tokens of this rank, num_recv rows that this rank's experts
+receive, num_local_experts = num_experts / ep.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+StateT = TypeVar("StateT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchedTokens(Generic[StateT]):
+    """Tokens at the experts, and what ``token_unpermutation`` needs to bring them home."""
+
+    hidden_states: Tensor
+    """[num_recv, h], by local expert; within an expert by source rank, then by token."""
+    probs: Tensor
+    """[num_recv], the weight of each row's expert for its token."""
+    tokens_per_expert: Tensor
+    """[num_local_experts], int64; sums to num_recv."""
+    state: StateT
+    """Private to the dispatcher; lives as long as one forward, never on ``self``."""
+
+
+class MoETokenDispatcher(ABC, Generic[StateT]):
+    """Moves tokens to their experts and back.
+
+    Holds process groups and sizes only. Two microbatches may be in flight at once, and an
+    activation-checkpointed layer may dispatch twice, so nothing of a forward is kept here.
+
+    Law, for every subclass (test_dispatcher_laws.py): with experts that do nothing but weight
+    their rows by ``probs``, unpermuting what was permuted gives ``x * probs.sum(-1)``.
+    """
+
+    @abstractmethod
+    def token_permutation(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> DispatchedTokens[StateT]:
+        """Send tokens to the ranks of their experts.
+
+        Args:
+            hidden_states: [num_tokens, h]; any number of tokens, 0 included.
+            probs: [num_tokens, num_experts], at least 0; differentiable.
+            routing_map: [num_tokens, num_experts], bool.
+        """
+
+    @abstractmethod
+    def token_unpermutation(
+        self, expert_output: Tensor, dispatched: DispatchedTokens[StateT]
+    ) -> Tensor:
+        """Bring ``expert_output`` [num_recv, h] back to its tokens and sum: [num_tokens, h]."""
+
+
+def local_expert_count(num_experts: int, ranks: int) -> int:
+    """Return the experts of each of ``ranks`` ranks, which must divide ``num_experts``."""
+    assert num_experts % ranks == 0, f"{num_experts=} do not spread evenly over {ranks=}"
+    return num_experts // ranks

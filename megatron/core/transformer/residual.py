@@ -1,0 +1,32 @@
+"""What joins a branch to the residual stream: bias, dropout, addition."""
+
+from torch import Tensor
+
+from megatron.core.transformer.forward_context import ForwardContext
+
+
+def bias_dropout_add(
+    branch: tuple[Tensor, Tensor | None],
+    residual: Tensor,
+    p: float,
+    context: ForwardContext,
+    *,
+    layer: int,
+    site: str,
+) -> Tensor:
+    """Return residual + dropout(output + bias), [s, b, h].
+
+    Args:
+        branch: Output [s, b, h] of attention or MLP, and a bias [h] not yet added, or None.
+        residual: [s, b, h].
+        p: Probability of dropping an element; without ``context.rng`` nothing is dropped.
+        context: Gives the random numbers.
+        layer: Global index of the layer.
+        site: Name of the branch.
+    """
+    output, bias = branch
+    if bias is not None:
+        output = output + bias
+    if context.rng is not None:
+        output = context.rng.dropout(output, p, layer=layer, site=site, batch_dim=1)
+    return residual + output

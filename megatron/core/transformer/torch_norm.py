@@ -1,0 +1,89 @@
+"""LayerNorm and RMSNorm in torch, with statistics in fp32 (fp64 in fp64).
+
+``F.rms_norm`` is several times slower than ``F.layer_norm`` on the CPU, forward and backward;
+there RMSNorm borrows the fused backward of LayerNorm (see ``_RMSNormOnCPU``).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from megatron.core.param_role import Init, ParamRole, set_role
+from megatron.core.transformer.precision import compute_dtype, params_dtype
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class LayerNorm(nn.Module):
+    """Subtract the mean, divide by the standard deviation, scale and shift each row.
+
+    Source: Ba et al. 2016 (arXiv:1607.06450).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.eps = config.layernorm_epsilon
+        self.weight = _vector(config, hidden_size, "ones")
+        self.bias = _vector(config, hidden_size, "zeros")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` [..., h] over its last dimension."""
+        # Weights in the wider dtype make the CPU kernel keep its statistics there too. CUDA's
+        # always does, and takes no mixture.
+        dtype = x.dtype if x.is_cuda else compute_dtype(x.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return nn.functional.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Divide each row by its root mean square and scale it.
+
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.eps = config.layernorm_epsilon
+        self.weight = _vector(config, hidden_size, "ones")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` [..., h] over its last dimension."""
+        if x.is_cuda:
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        out: Tensor = _RMSNormOnCPU.apply(x, self.weight, self.eps)
+        return out
+
+
+def _vector(config: TransformerConfig, size: int, kind: str) -> nn.Parameter:
+    role = ParamRole(init=Init(kind=kind), decays=False)  # type: ignore[arg-type]
+    return set_role(nn.Parameter(torch.empty(size, dtype=params_dtype(config))), role)
+
+
+class _RMSNormOnCPU(torch.autograd.Function):
+    """RMSNorm in two passes forward, and LayerNorm's fused kernel plus a correction backward.
+
+    With mean 0 and the reciprocal root mean square r in place of a row's statistics, LayerNorm's
+    backward gives the gradient of RMSNorm but for a term that its subtraction of the mean adds:
+    -r * mean(dy * w) in every element of the row. That term is added back.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = compute_dtype(x.dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(wide)  # [n, h]
+        mean_square = torch.linalg.vecdot(rows, rows).div_(rows.shape[-1])
+        rstd = mean_square.add_(eps).rsqrt_().unsqueeze(-1)  # [n, 1]
+        ctx.save_for_backward(x, weight, rstd)
+        return (rows * rstd).mul_(weight.to(wide)).to(x.dtype).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors  # type: ignore[attr-defined]
+        hidden = x.shape[-1]
+        rows, wide_weight = x.reshape(-1, hidden).to(rstd.dtype), weight.to(rstd.dtype)
+        dy = grad.reshape(-1, hidden).to(rstd.dtype).contiguous()
+        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, rows, [hidden], torch.zeros_like(rstd), rstd, wide_weight, None, [True, True, False]
+        )
+        dx.addcmul_((dy @ wide_weight).unsqueeze(-1), rstd, value=1.0 / hidden)
+        return dx.to(x.dtype).view(x.shape), dw.to(weight.dtype), None

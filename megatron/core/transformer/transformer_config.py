@@ -1,0 +1,74 @@
+"""TransformerConfig: depth, width and every option of a layer, under Megatron's flat names.
+
+Composed of mixins, so that a module can ask for the narrowest part it needs. Imports no torch:
+``--help`` and configuration errors must come before torch is loaded.
+"""
+
+from dataclasses import dataclass, field
+
+from megatron.core.config_field import derived, flag
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.config.attention import AttentionConfig
+from megatron.core.transformer.config.init import InitConfig
+from megatron.core.transformer.config.norm import NormConfig
+from megatron.core.transformer.config.precision import PrecisionConfig
+from megatron.core.transformer.moe.moe_config import MoEConfig
+
+
+@dataclass(kw_only=True)
+class TransformerConfig(
+    MoEConfig, AttentionConfig, NormConfig, InitConfig, PrecisionConfig, ModelParallelConfig
+):
+    """Model shape."""
+
+    num_layers: int = derived()
+    """Transformer layers."""
+
+    hidden_size: int = derived()
+    """Width of the residual stream."""
+
+    ffn_hidden_size: int | None = None
+    """Width of the dense MLP; 4 x --hidden-size when not set, with --swiglu two thirds of that in
+    multiples of 64."""
+
+    swiglu: bool = False
+    """Gated MLP with SiLU (three matrices) instead of GELU (two)."""
+
+    add_bias_linear: bool = field(default=True, metadata=flag("--disable-bias-linear"))
+    """Give linear layers a bias."""
+
+    hidden_dropout: float = 0.1
+    """Probability of dropping an element of an attention or MLP output in training."""
+
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer a weight of its own instead of the embedding's."""
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the dense MLP; of gate and up each under ``swiglu``."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        width = 4 * self.hidden_size
+        return max(64, width * 2 // 3 // 64 * 64) if self.swiglu else width
+
+    @property
+    def moe_ffn_size(self) -> int:
+        """Width of each expert; of gate and up each under ``swiglu``."""
+        return self.moe_ffn_hidden_size or self.ffn_size
+
+    @property
+    def moe_layer_pattern(self) -> tuple[bool, ...]:
+        """For each layer, in order, whether it is a MoE layer."""
+        if self.num_moe_experts is None:
+            return (False,) * self.num_layers
+        if isinstance(self.moe_layer_freq, int):
+            return tuple(layer % self.moe_layer_freq == 0 for layer in range(self.num_layers))
+        assert len(self.moe_layer_freq) == self.num_layers, (
+            f"{self.moe_layer_freq=} needs one entry for each of {self.num_layers=}"
+        )
+        return tuple(map(bool, self.moe_layer_freq))

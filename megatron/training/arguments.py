@@ -1,0 +1,73 @@
+"""The command line of a run -> a complete, checked ``RunConfig``. Imports no torch."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.config.flags import help_page, read_command_line
+from megatron.training.config.options import options_of
+from megatron.training.config.resolve import resolve
+from megatron.training.config.run_config import RunConfig
+from megatron.training.config.show import config_page
+from megatron.training.config.yaml_file import read_yaml_file
+
+
+def parse_args(argv: Sequence[str] | None = None, *, world_size: int | None = None) -> RunConfig:
+    """Read the command line and the YAML file it names, complete and check the options.
+
+    ``--help``, ``--version`` and ``--print-config`` write to stdout and end the program.
+
+    Args:
+        argv: Words after the program's name; those of this process when None.
+        world_size: Ranks of the run; torchrun's WORLD_SIZE, or 1, when None.
+
+    Returns:
+        Options with every size resolved, the source of each, and the notices to show.
+
+    Raises:
+        ConfigError: Lists everything that is wrong, in the user's flags.
+    """
+    options = options_of(RunConfig)
+    given = read_command_line(sys.argv[1:] if argv is None else argv, options)
+    if "--help" in given.actions:
+        _write_and_exit(help_page(options))
+    if "--version" in given.actions:
+        _write_and_exit(f"megatron-moe {_version()}\n")
+    sources = {"cli": given}
+    if "--yaml-cfg" in given.actions:
+        sources = {"yaml": read_yaml_file(Path(given.actions["--yaml-cfg"]), options), **sources}
+    config = resolve(sources, options, _world_size() if world_size is None else world_size)
+    if "--print-config" in given.actions:
+        _write_and_exit(config_page(config, options))
+    return config
+
+
+def core_transformer_config_from_args(args: RunConfig) -> TransformerConfig:
+    """Return the model's part of the options, under Megatron-LM's name for users' scripts."""
+    return args.model
+
+
+def _version() -> str:
+    try:
+        return metadata.version("megatron-moe")
+    except metadata.PackageNotFoundError:
+        return "(not installed, run from a folder)"
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _write_and_exit(page: str) -> NoReturn:
+    if _rank() == 0:
+        sys.stdout.write(page)
+        sys.stdout.flush()
+    raise SystemExit(0)

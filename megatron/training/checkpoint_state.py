@@ -1,0 +1,87 @@
+"""What goes into and comes out of saving and loading a run; the types alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.core.dist_checkpointing.mapping import NamedState
+
+
+class SavedOptimizer(Protocol):
+    """What checkpoints need of an optimizer."""
+
+    step_count: int
+
+    def named_state(self) -> NamedState:
+        """Yield (parameter name, role, state name -> tensor that is written and read in place)."""
+
+    def after_load(self, *, with_optim: bool) -> None:
+        """Bring weights and main weights together after one of them was read."""
+
+
+class SavedTokenizer(Protocol):
+    """What checkpoints need of a tokenizer; see megatron.core.tokenizers.base."""
+
+    name: str
+    files: dict[str, Path]
+    settings: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    def fingerprint(self) -> str:
+        """Hash of its content."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveResult:
+    """How a save went. A failed one leaves earlier checkpoints as they were."""
+
+    iteration: int
+    path: Path | None
+    """None when nothing was saved."""
+    size_bytes: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    """Why nothing was saved; empty after success."""
+
+    def line(self) -> str:
+        """Return one line for the log."""
+        if self.path is None:
+            reason = " | ".join(self.error.splitlines())
+            return (
+                f"checkpoint of iteration {self.iteration} was NOT saved: {reason}; training goes "
+                "on, earlier checkpoints are untouched"
+            )
+        return (
+            f"saved checkpoint of iteration {self.iteration} to {self.path} "
+            f"({self.size_bytes / 2**20:.1f} MiB in {self.seconds:.2f} s)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedState:
+    """Where a run begins."""
+
+    iteration: int
+    """Optimizer steps already done."""
+    consumed_train_samples: int
+    """Place in the global order of samples."""
+    dropout_seed: int
+    """Of the dropout stream: ``SampleRng(dropout_seed, sample_ids)``."""
+    path: Path | None = None
+    """Checkpoint that was loaded; None in a fresh run."""
+    notices: tuple[str, ...] = ()
+    """One line for each thing the user should know about the difference to the checkpoint."""
+
+    def line(self) -> str:
+        """Return the first line of the log: fresh, or resumed at which step from where."""
+        if self.path is None:
+            return "starting a fresh run at iteration 0"
+        if self.iteration == 0:
+            return f"finetuning at iteration 0 with the weights of {self.path}"
+        return (
+            f"resumed at iteration {self.iteration} ({self.consumed_train_samples} samples) "
+            f"from {self.path}"
+        )

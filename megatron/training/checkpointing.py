@@ -1,0 +1,315 @@
+"""What a checkpoint of a run holds, and how a run goes on from one.
+
+Files and atomicity are in megatron.core.dist_checkpointing; which differences between a run and
+a checkpoint are refused is in resume_rules.py. Every rank calls these functions.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron.core.dist_checkpointing.agreement import rank_in, size_of
+from megatron.core.dist_checkpointing.mapping import (
+    MODEL,
+    OPTIMIZER,
+    RNG,
+    model_tensors,
+    optimizer_tensors,
+)
+from megatron.core.dist_checkpointing.rng_state import capture_rng_state, restore_rng_state
+from megatron.core.dist_checkpointing.serialization import read_tensors, stored_tensors
+from megatron.core.dist_checkpointing.store import (
+    CheckpointContent,
+    OpenCheckpoint,
+    open_checkpoint,
+    write_checkpoint,
+)
+from megatron.core.errors import CheckpointError
+from megatron.training.checkpoint_state import (
+    LoadedState,
+    SavedOptimizer,
+    SavedTokenizer,
+    SaveResult,
+)
+from megatron.training.config.run_config import RunConfig
+from megatron.training.resume_rules import (
+    architecture,
+    architecture_problems,
+    changed_options,
+    config_data,
+    schedule,
+    schedule_problems,
+    tokenizer_problem,
+)
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_LARGEST_COPY_BYTES = 64 << 20
+
+
+def save_checkpoint(
+    folder: str | Path,
+    iteration: int,
+    *,
+    config: RunConfig,
+    model: nn.Module,
+    optimizer: SavedOptimizer | None,
+    consumed_samples: int,
+    dropout_seed: int,
+    tokenizer: SavedTokenizer | None = None,
+) -> SaveResult:
+    """Save a run; on every rank. A failure to write is returned, not raised.
+
+    Args:
+        folder: ``--save``; gets ``iter_0000010`` for iteration 10 and the tracker file.
+        iteration: Optimizer steps done.
+        config: Of the run; saved whole. ``--no-save-optim``, ``--no-save-rng`` and ``--keep-last``
+            are read from it.
+        model: The model or its DistributedDataParallel.
+        optimizer: None when there is none (then its state is left out).
+        consumed_samples: Training samples of all ranks so far.
+        dropout_seed: Of the dropout stream in use (``LoadedState.dropout_seed``).
+        tokenizer: Its fingerprint is saved and its files are copied; None with mock data.
+
+    Returns:
+        The same on every rank, but for ``seconds``.
+    """
+    begin, group = time.perf_counter(), _world()
+    tensors = model_tensors(unwrap(model))
+    if optimizer is not None and not config.checkpoint.no_save_optim:
+        tensors |= optimizer_tensors(optimizer.named_state())
+    if not config.checkpoint.no_save_rng:
+        tensors |= {
+            f"{RNG}{rank_in(group)}.{name}": state for name, state in capture_rng_state().items()
+        }
+    common = {
+        "iteration": iteration,
+        "consumed_train_samples": consumed_samples,
+        "dropout_seed": None if config.checkpoint.no_save_rng else dropout_seed,
+        "optimizer": _optimizer_facts(config, optimizer),
+        "world_size": size_of(group),
+        "padded_vocab_size": _padded_vocab_size(tensors),
+        "architecture": architecture(config.model),
+        "schedule": schedule(config),
+        "tokenizer": tokenizer_facts(tokenizer),
+        "torch": torch.__version__,
+        "config": config_data(config),
+    }
+    copies = _copies(tokenizer) if tokenizer is not None else {}
+    files = {name: path for name, (_, path) in copies.items()}
+    content = CheckpointContent(tensors=tensors, common=common, files=files)
+    try:
+        path, size = write_checkpoint(
+            Path(folder), iteration, content, group, keep_last=config.checkpoint.keep_last
+        )
+    except CheckpointError as error:
+        return SaveResult(iteration=iteration, path=None, error=str(error))
+    seconds = time.perf_counter() - begin
+    return SaveResult(iteration=iteration, path=path, size_bytes=size, seconds=seconds)
+
+
+def load_checkpoint(
+    folder: str | Path | None,
+    *,
+    config: RunConfig,
+    model: nn.Module,
+    optimizer: SavedOptimizer | None,
+    tokenizer: SavedTokenizer | None = None,
+) -> LoadedState:
+    """Load a run into model and optimizer, in place; on every rank.
+
+    The number of ranks and --expert-model-parallel-size may differ from those that saved.
+
+    Args:
+        folder: ``--load``; None begins a fresh run.
+        config: Of this run; ``--ckpt-step``, ``--finetune``, ``--no-load-optim``,
+            ``--no-load-rng``, ``--override-opt_param-scheduler`` and ``--allow-fresh-start`` are
+            read from it.
+        model: The model or its DistributedDataParallel.
+        optimizer: None when there is none (evaluation).
+        tokenizer: Of this run, compared with the checkpoint's.
+
+    Raises:
+        CheckpointError: Nothing there, damaged, or it does not fit this run; every rank raises the
+            same, and model and optimizer are as before unless reading itself failed.
+    """
+    options, group = config.checkpoint, _world()
+    fresh = LoadedState(iteration=0, consumed_train_samples=0, dropout_seed=config.training.seed)
+    if folder is None:
+        return fresh
+    opened = open_checkpoint(Path(folder), group, iteration=options.ckpt_step)
+    if opened is None:
+        if options.allow_fresh_start:
+            return fresh
+        raise CheckpointError(
+            f"--load {folder} holds no checkpoint; to start from the beginning there, "
+            "add --allow-fresh-start"
+        )
+    with_optim = optimizer is not None and not (options.finetune or options.no_load_optim)
+    with_rng = not (options.finetune or options.no_load_rng)
+    _refuse_misfits(opened, config, tokenizer_facts(tokenizer), with_optim, with_rng)
+    notices = _read(opened, model, optimizer if with_optim else None, with_rng, group)
+    if optimizer is not None:
+        optimizer.after_load(with_optim=with_optim)
+        if with_optim:
+            optimizer.step_count = opened.common["optimizer"]["step_count"]
+    return _loaded_state(opened, config, notices)
+
+
+def tokenizer_facts(tokenizer: SavedTokenizer | None) -> dict[str, Any] | None:
+    """Return what is saved of a tokenizer: enough to compare it and to build it again."""
+    if tokenizer is None:
+        return None
+    return {
+        "type": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint(),
+        "settings": dict(tokenizer.settings),
+        "files": {role: str(path.absolute()) for role, path in tokenizer.files.items()},
+        "copies": {role: name for name, (role, _) in _copies(tokenizer).items()},
+    }
+
+
+def _copies(tokenizer: SavedTokenizer) -> dict[str, tuple[str, Path]]:
+    """Return name in the checkpoint -> (role, file) of the tokenizer's files that are small."""
+    return {
+        f"tokenizer/{role}/{path.name}": (role, path)
+        for role, path in tokenizer.files.items()
+        if path.is_file() and path.stat().st_size <= _LARGEST_COPY_BYTES
+    }
+
+
+def restart_seed(seed: int, iteration: int) -> int:
+    """Return the seed of a fresh dropout stream for a run that restarts at ``iteration``."""
+    digest = hashlib.sha256(f"{seed}/restart/{iteration}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside a DistributedDataParallel, or the model itself."""
+    inner = getattr(model, "module", model)
+    assert isinstance(inner, nn.Module), f"{type(model)}.module is no module"
+    return inner
+
+
+def _world() -> ProcessGroup | None:
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def _padded_vocab_size(tensors: dict[str, Tensor]) -> int | None:
+    embedding = tensors.get(MODEL + _EMBEDDING)
+    return None if embedding is None else embedding.shape[0]
+
+
+def _optimizer_facts(config: RunConfig, optimizer: SavedOptimizer | None) -> dict[str, Any] | None:
+    if optimizer is None or config.checkpoint.no_save_optim:
+        return None
+    return {"kind": config.optimizer.optimizer, "step_count": optimizer.step_count}
+
+
+def _refuse_misfits(
+    opened: OpenCheckpoint,
+    config: RunConfig,
+    tokenizer: dict[str, Any] | None,
+    with_optim: bool,
+    with_rng: bool,
+) -> None:
+    """Raise one error with everything that keeps this run from going on from ``opened``."""
+    common = opened.common
+    problems = list(architecture_problems(common["architecture"], architecture(config.model)))
+    if problem := tokenizer_problem(common["tokenizer"], tokenizer):
+        problems.append(problem)
+    if with_rng and common["dropout_seed"] is None:
+        problems.append("it was saved with --no-save-rng: add --no-load-rng")
+    if with_optim:
+        problems += _optimizer_problems(common, config)
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise CheckpointError(f"{opened.path} does not fit this run:{listed}")
+
+
+def _optimizer_problems(common: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    stored = common["optimizer"]
+    if stored is None:
+        yield "it was saved with --no-save-optim: add --no-load-optim"
+    elif stored["kind"] != config.optimizer.optimizer:
+        yield (
+            f"--optimizer is {stored['kind']} in the checkpoint and "
+            f"{config.optimizer.optimizer} in this run (--no-load-optim starts a new optimizer)"
+        )
+    if not config.checkpoint.override_opt_param_scheduler:
+        for problem in schedule_problems(common, config):
+            yield f"{problem} (--override-opt_param-scheduler takes this run's)"
+
+
+def _read(
+    opened: OpenCheckpoint,
+    model: nn.Module,
+    optimizer: SavedOptimizer | None,
+    with_rng: bool,
+    group: ProcessGroup | None,
+) -> list[str]:
+    """Read all tensors that are wanted, in place; returns notices."""
+    tensors = model_tensors(unwrap(model))
+    _refuse_vocab(opened, tensors)
+    prefixes = [MODEL]
+    if optimizer is not None:
+        tensors |= optimizer_tensors(optimizer.named_state())
+        prefixes.append(OPTIMIZER)
+    states: dict[str, Tensor] = {}
+    same_world = opened.common["world_size"] == size_of(group)
+    if with_rng and same_world:
+        prefix = f"{RNG}{rank_in(group)}."
+        states = {
+            key.removeprefix(prefix): torch.empty(facts.shape, dtype=facts.dtype)
+            for key, facts in stored_tensors(opened.path).items()
+            if key.startswith(prefix)
+        }
+        tensors |= {prefix + name: state for name, state in states.items()}
+        prefixes.append(RNG)
+    read_tensors(opened.path, tensors, group, prefixes=tuple(prefixes))
+    if states:
+        restore_rng_state(states)
+    if with_rng and not same_world:
+        return [
+            f"saved by {opened.common['world_size']} ranks, resumed on {size_of(group)}: torch's "
+            "global generators start anew (dropout and data order do not use them)"
+        ]
+    return []
+
+
+def _refuse_vocab(opened: OpenCheckpoint, tensors: dict[str, Tensor]) -> None:
+    then, now = opened.common["padded_vocab_size"], _padded_vocab_size(tensors)
+    if then is not None and now is not None and then != now:
+        raise CheckpointError(
+            f"{opened.path} has a vocabulary padded to {then} and this run pads it to {now}: the "
+            f"tokenizer or --make-vocab-size-divisible-by differs; --padded-vocab-size {then} "
+            "takes the checkpoint's"
+        )
+
+
+def _loaded_state(opened: OpenCheckpoint, config: RunConfig, notices: list[str]) -> LoadedState:
+    common, seed = opened.common, config.training.seed
+    if config.checkpoint.finetune:
+        return LoadedState(
+            iteration=0, consumed_train_samples=0, dropout_seed=seed, path=opened.path
+        )
+    iteration = common["iteration"]
+    dropout_seed = common["dropout_seed"]
+    if config.checkpoint.no_load_rng:
+        dropout_seed = restart_seed(seed, iteration)
+        notices = [*notices, "--no-load-rng: dropout goes on with a fresh stream"]
+    changes = [f"changed since the checkpoint: {text}" for text in changed_options(common, config)]
+    return LoadedState(
+        iteration=iteration,
+        consumed_train_samples=common["consumed_train_samples"],
+        dropout_seed=dropout_seed,
+        path=opened.path,
+        notices=tuple(notices + changes),
+    )

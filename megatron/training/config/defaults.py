@@ -1,0 +1,226 @@
+"""What a run uses where the user says nothing: derived from the rest, and announced.
+
+Pure: takes the options, the world size and what was found on disk, and returns new options.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.training.config.checks import divisors
+from megatron.training.config.data_source import DataSource
+from megatron.training.config.options import Option
+from megatron.training.config.run_config import RunConfig
+
+HEAD_DIM = 64
+SEQ_LENGTH = 1024
+MICRO_BATCH_SIZE = 4
+MOCK_ITERS = 100
+LEARNING_RATE = 3e-4
+WARMUP_FRACTION = 0.01
+EVAL_ITERS = 100
+
+
+@dataclass(kw_only=True)
+class Derivation:
+    """Options on the way to being complete; ``config`` is a copy, ``notices`` grow."""
+
+    config: RunConfig
+    options: dict[str, Option]
+    world_size: int
+    source: DataSource
+    notices: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def is_set(self, name: str) -> bool:
+        """Return whether the option has a value already."""
+        return self.get(name) is not None
+
+    def get(self, name: str) -> Any:
+        """Return the option's value, by field name."""
+        return getattr(getattr(self.config, self.options[name].section), name)
+
+    def use(self, name: str, value: Any, why: str = "") -> None:
+        """Set an option and announce it, unless ``why`` is empty."""
+        setattr(getattr(self.config, self.options[name].section), name, value)
+        self.config.sources[name] = "derived"
+        if why:
+            self.notices.append(f"using {self.options[name].show(value)} ({why})")
+
+
+def derive(
+    config: RunConfig, options: dict[str, Option], world_size: int, source: DataSource
+) -> Derivation:
+    """Complete the options.
+
+    Args:
+        config: Options as given; --num-layers and --hidden-size are set. Not changed.
+        options: The table of all options.
+        world_size: Ranks of the run; all of them are data-parallel.
+        source: What was found on disk.
+
+    Returns:
+        The complete options, the announcements, and the problems found on the way.
+    """
+    run = Derivation(
+        config=copy.deepcopy(config), options=options, world_size=world_size, source=source
+    )
+    for step in _STEPS:
+        step(run)
+    return run
+
+
+def _experts(run: Derivation) -> None:
+    model = run.config.model
+    if model.num_moe_experts == 0:
+        model.num_moe_experts = None
+        run.notices.append("--num-experts 0: all layers are dense")
+
+
+def _heads(run: Derivation) -> None:
+    if run.is_set("num_attention_heads"):
+        return
+    model = run.config.model
+    hidden, groups = model.hidden_size, run.get("num_query_groups")
+    if model.kv_channels is not None:
+        heads = max(1, hidden // model.kv_channels)
+        run.use("num_attention_heads", heads, f"hidden {hidden} / heads of {model.kv_channels}")
+        return
+    even = [d for d in divisors(hidden) if d % 2 == 0 and hidden // d % groups == 0]
+    sizes = even or [d for d in divisors(hidden) if hidden // d % groups == 0] or [hidden]
+    size = min(sizes, key=lambda d: (abs(d - HEAD_DIM), d))
+    run.use("num_attention_heads", hidden // size, f"hidden {hidden} / heads of {size}")
+
+
+def _sequence(run: Derivation) -> None:
+    if not run.is_set("seq_length"):
+        length, why = SEQ_LENGTH, "the default"
+        longest = run.get("max_position_embeddings")
+        if longest is not None and longest < length:
+            length, why = longest, "all of --max-position-embeddings"
+        facts = run.source.facts
+        while facts is not None and length > 1 and facts.samples_per_epoch(length) < 1:
+            length //= 2
+            why = f"the training split has only {facts.num_tokens:,} tokens"
+        run.use("seq_length", length, why)
+    if not run.is_set("max_position_embeddings"):
+        run.use("max_position_embeddings", run.get("seq_length"))
+
+
+def _batches(run: Derivation) -> None:
+    micro, whole, world = run.get("micro_batch_size"), run.get("global_batch_size"), run.world_size
+    if micro is None:
+        micro, why = MICRO_BATCH_SIZE, "the default"
+        if whole is not None and whole % world == 0:
+            share = whole // world
+            micro = max(d for d in range(1, MICRO_BATCH_SIZE + 1) if share % d == 0)
+            why = f"divides --global-batch-size {whole} / {world} data-parallel ranks"
+        elif whole is not None:
+            micro = 1
+        run.use("micro_batch_size", micro, why)
+    if whole is None:
+        ranks = f"{world} data-parallel rank{'s' if world > 1 else ''}"
+        run.use("global_batch_size", micro * world, f"--micro-batch-size {micro} x {ranks}")
+
+
+def _iterations(run: Derivation) -> None:
+    if run.is_set("train_iters"):
+        return
+    facts, length, batch = run.source.facts, run.get("seq_length"), run.get("global_batch_size")
+    if facts is None:
+        run.use("train_iters", MOCK_ITERS, "mock data has no end")
+        return
+    samples = facts.samples_per_epoch(length)
+    run.use(
+        "train_iters",
+        max(1, samples // batch),
+        f"one epoch: {facts.num_tokens:,} training tokens / --seq-length {length} = {samples:,} "
+        f"samples, {batch} a step",
+    )
+
+
+def _schedule(run: Derivation) -> None:
+    if not run.is_set("lr_decay_iters"):
+        run.use("lr_decay_iters", run.get("train_iters"))
+    if run.is_set("lr"):
+        return
+    run.use("lr", LEARNING_RATE, "the default")
+    silent = not run.config.given("lr_warmup_iters") and not run.is_set("lr_warmup_fraction")
+    if silent and run.get("optimizer") == "adam":
+        run.use("lr_warmup_fraction", WARMUP_FRACTION, "since --lr is not given either")
+
+
+def _tokenizer(run: Derivation) -> None:
+    source = run.source
+    for name, value in source.tokenizer.items():
+        run.use(name, value, f"from {source.tokenizer_from}")
+    if source.vocab_size is None:
+        return
+    padded = run.get("padded_vocab_size")
+    if padded is None:
+        unit = run.get("make_vocab_size_divisible_by") * run.get("tensor_model_parallel_size")
+        padded = -(-source.vocab_size // unit) * unit
+        run.use("padded_vocab_size", padded, f"{source.vocab_size} ids, a multiple of {unit}")
+    elif padded < source.vocab_size:
+        run.problems.append(
+            f"--padded-vocab-size {padded} must be at least the {source.vocab_size} ids of "
+            f"--tokenizer-type {run.get('tokenizer_type')}"
+        )
+
+
+def _evaluation(run: Derivation) -> None:
+    if run.is_set("eval_iters"):
+        return
+    if not _has_validation(run):
+        run.use("eval_iters", 0, "there is no validation data")
+        return
+    iters = run.get("train_iters")
+    tenth = max(1, iters // 10)
+    why = "the default" if tenth >= EVAL_ITERS else f"a tenth of --train-iters {iters}"
+    run.use("eval_iters", min(EVAL_ITERS, tenth), why)
+
+
+def _has_validation(run: Derivation) -> bool:
+    from megatron.core.datasets.splits import DEFAULT_SPLIT, parse_split
+    from megatron.core.errors import ConfigError
+
+    data = run.config.data
+    if data.mock_data or data.valid_data_path:
+        return True
+    if data.data_path is None:
+        return False
+    try:
+        return parse_split(data.split or DEFAULT_SPLIT)[1] > 0
+    except ConfigError:
+        return True  # a rule reports the split
+
+
+def _balancing(run: Derivation) -> None:
+    model = run.config.model
+    if model.num_moe_experts is None:
+        return
+    kinds = model.moe_router_load_balancing_type
+    if "aux_loss" in kinds and model.moe_aux_loss_coeff is None:
+        run.use("moe_aux_loss_coeff", [0.01] * len(kinds))
+        run.notices.append(
+            "load balancing: aux_loss with coefficient 0.01 (Megatron-LM's default 0.0 would turn "
+            "balancing off; set --moe-aux-loss-coeff)"
+        )
+    elif model.aux_loss_coeff == 0:
+        run.notices.append(
+            "load balancing: OFF, by request; watch tokens per expert in the log, experts may die"
+        )
+
+
+_STEPS: tuple[Callable[[Derivation], None], ...] = (
+    _experts,
+    _heads,
+    _sequence,
+    _batches,
+    _iterations,
+    _schedule,
+    _tokenizer,
+    _evaluation,
+    _balancing,
+)

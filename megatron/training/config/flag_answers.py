@@ -1,0 +1,297 @@
+"""What to say to a Megatron-LM flag that is no option here: tables only, no logic.
+
+A flag is either without effect here (accepted with a notice) or refused with what to do instead.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """A flag that old launch scripts pass and that changes nothing here."""
+
+    why: str
+    values: tuple[str, ...] | None = None
+    """The only values that change nothing; any other is refused. None takes every value."""
+    otherwise: str = ""
+    """What to do instead of another value."""
+
+
+_FUSED = "it names a fused kernel, the results do not depend on it"
+_ALWAYS = "it is always so here"
+
+NO_EFFECT: dict[str, NoEffect] = {
+    "--accumulate-allreduce-grads-in-fp32": NoEffect(_ALWAYS),
+    "--attention-backend": NoEffect(
+        "PyTorch's scaled_dot_product_attention picks its kernel", ("auto",), "leave it out"
+    ),
+    "--attention-softmax-in-fp32": NoEffect(_ALWAYS),
+    "--calculate-per-token-loss": NoEffect(
+        "the loss is always the sum over all tokens of a step divided by their number"
+    ),
+    "--ckpt-format": NoEffect(
+        "checkpoints are always written by torch.distributed.checkpoint",
+        ("torch_dcp",),
+        "leave it out",
+    ),
+    "--ckpt-fully-parallel-load": NoEffect(_ALWAYS),
+    "--ckpt-fully-parallel-save": NoEffect(_ALWAYS),
+    "--cross-entropy-fusion-impl": NoEffect(_FUSED, ("native",), "leave it out"),
+    "--cross-entropy-loss-fusion": NoEffect(_FUSED),
+    "--dataloader-type": NoEffect(
+        "samples are read in order of their number, as single does", ("single",), "leave it out"
+    ),
+    "--ddp-average-in-collective": NoEffect(
+        "gradients are already divided by the number of tokens of the step"
+    ),
+    "--disable-gloo-process-groups": NoEffect("no gloo groups are made beside NCCL's"),
+    "--disable-jit-fuser": NoEffect(_FUSED),
+    "--empty-unused-memory-level": NoEffect("PyTorch's allocator keeps its cache", ("0",)),
+    "--exit-on-missing-checkpoint": NoEffect(
+        "--load without a checkpoint always ends the run, unless --allow-fresh-start"
+    ),
+    "--exit-signal": NoEffect("SIGTERM saves and ends the run", ("15", "SIGTERM")),
+    "--exit-signal-handler": NoEffect("SIGTERM always saves and ends the run"),
+    "--lazy-mpu-init": NoEffect("process groups are made once, at the start"),
+    "--local-rank": NoEffect("torchrun's LOCAL_RANK says which device a rank takes"),
+    "--local_rank": NoEffect("torchrun's LOCAL_RANK says which device a rank takes"),
+    "--manual-gc": NoEffect("Python collects its own garbage"),
+    "--manual-gc-interval": NoEffect("Python collects its own garbage"),
+    "--moe-grouped-gemm": NoEffect("it is already so: --moe-experts-type grouped"),
+    "--moe-per-layer-logging": NoEffect("expert load is always logged for each layer"),
+    "--moe-permute-fusion": NoEffect(_FUSED),
+    "--moe-router-fusion": NoEffect(_FUSED),
+    "--moe-router-score-function": NoEffect(
+        "scores are a softmax", ("softmax",), "sigmoid and sqrtsoftplus are not offered yet"
+    ),
+    "--moe-token-drop-policy": NoEffect("no token is ever dropped"),
+    "--no-align-grad-reduce": NoEffect("it concerns pipeline stages, and there is one"),
+    "--no-barrier-with-level-1-timing": NoEffect("there are no such timers"),
+    "--no-bias-dropout-fusion": NoEffect(_FUSED),
+    "--no-bias-gelu-fusion": NoEffect(_FUSED),
+    "--no-bias-swiglu-fusion": NoEffect(_FUSED),
+    "--no-check-for-nan-in-loss-and-grad": NoEffect(
+        "a step whose gradient is not finite is skipped on every rank; the check costs nothing"
+    ),
+    "--no-create-attention-mask-in-dataloader": NoEffect(_ALWAYS),
+    "--no-gradient-accumulation-fusion": NoEffect(_FUSED),
+    "--no-masked-softmax-fusion": NoEffect(_FUSED),
+    "--no-one-logger": NoEffect("there is no One Logger"),
+    "--no-persist-layer-norm": NoEffect(_FUSED),
+    "--no-position-embedding": NoEffect("--position-embedding-type says it"),
+    "--no-rope-fusion": NoEffect(_FUSED),
+    "--num-dataset-builder-threads": NoEffect("sample indices are built by numpy in one thread"),
+    "--overlap-param-gather": NoEffect("parameters are not sharded, there is nothing to gather"),
+    "--rerun-mode": NoEffect("steps are never rerun", ("disabled",), "leave it out"),
+    "--sequence-parallel": NoEffect("at --tensor-model-parallel-size 1 there is nothing to split"),
+    "--softmax-type": NoEffect("attention takes a plain softmax", ("vanilla",), "leave it out"),
+    "--timing-log-level": NoEffect("there are no such timers", ("0",), "leave it out"),
+    "--transformer-impl": NoEffect(
+        "layers are always PyTorch's own", ("local",), "leave it out, or give local"
+    ),
+    "--use-cpu-initialization": NoEffect("initial weights are always drawn on the CPU"),
+    "--use-dist-ckpt": NoEffect(_ALWAYS),
+    "--use-flash-attn": NoEffect(
+        "PyTorch's scaled_dot_product_attention takes its flash kernel where it can"
+    ),
+    "--use-mcore-models": NoEffect("there is one model implementation"),
+    "--use-tp-pp-dp-mapping": NoEffect("with one tensor and pipeline rank the order is the same"),
+    "--vocab-extra-ids": NoEffect("no ids are added", ("0",), "leave it out"),
+}
+
+_KEPT = "activations are kept; lower --micro-batch-size to save memory"
+_SAMPLES = "the run is counted in iterations of --global-batch-size samples; give "
+_JSONL = "metrics are in metrics.jsonl under --log-dir, and in --tensorboard-dir"
+_SHARDED = "optimizer state is not sharded yet; leave it out, each rank keeps the whole state"
+
+SUBSTITUTES: dict[str, str] = {
+    "--apply-layernorm-1p": "use --normalization RMSNorm or LayerNorm",
+    "--async-save": "checkpoints are saved in the run itself; leave it out",
+    "--auto-detect-ckpt-format": "there is one checkpoint format; leave it out",
+    "--batch-size": "use --micro-batch-size",
+    "--check-weight-hash-across-dp-replicas-interval": "replica hashes are not checked yet",
+    "--checkpoint-activations": _KEPT,
+    "--cp-comm-type": "only --context-parallel-size 1 is offered so far",
+    "--data-args-path": "put the words of the file after --data-path",
+    "--data-parallel-random-init": "initial weights depend on --seed alone, never on a rank",
+    "--dataloader-inter-document-masking": "use --reset-attention-mask",
+    "--ddp-num-buckets": "use --ddp-bucket-size",
+    "--decoder-num-layers": "use --num-layers",
+    "--decoder-seq-length": "use --seq-length",
+    "--decoupled-lr": "all parameters share --lr",
+    "--decoupled-min-lr": "all parameters share --min-lr",
+    "--dist-ckpt-format": "there is one checkpoint format; leave it out",
+    "--dist-ckpt-strictness": "loading is always strict, both ways; leave it out",
+    "--encoder-num-layers": "use --num-layers",
+    "--encoder-seq-length": "use --seq-length",
+    "--eval-global-batch-size": "evaluation uses --global-batch-size",
+    "--eval-micro-batch-size": "evaluation uses --micro-batch-size",
+    "--fp16": "use --bf16, which needs no loss scaling",
+    "--fp16-lm-cross-entropy": "the loss is always computed in fp32",
+    "--full-validation": "use --eval-iters",
+    "--grad-reduce-in-bf16": "gradients are always reduced in fp32",
+    "--init-method-xavier-uniform": "weights are drawn with --init-method-std",
+    "--log-memory-to-tensorboard": _JSONL,
+    "--log-num-zeros-in-grad": "the gradient norm is logged always",
+    "--log-params-norm": "the gradient norm is logged always",
+    "--log-progress": _JSONL,
+    "--log-timers-to-tensorboard": _JSONL,
+    "--log-validation-ppl-to-tensorboard": _JSONL,
+    "--log-world-size-to-tensorboard": "the start-up lines say it",
+    "--lr-decay-samples": _SAMPLES + "--lr-decay-iters",
+    "--lr-warmup-samples": _SAMPLES + "--lr-warmup-iters",
+    "--lr-wsd-decay-samples": _SAMPLES + "--lr-wsd-decay-iters",
+    "--model-parallel-size": "use --tensor-model-parallel-size",
+    "--moe-enable-deepep": "use --moe-token-dispatcher-type alltoall",
+    "--moe-expert-capacity-factor": "no token is ever dropped and no expert padded; leave it out",
+    "--moe-input-jitter-eps": "use --moe-z-loss-coeff 1e-3 to keep routing stable",
+    "--moe-pad-expert-input-to-capacity": "experts take any number of tokens; leave it out",
+    "--moe-router-enable-expert-bias": "use --moe-aux-loss-coeff",
+    "--no-ckpt-fully-parallel-save": "every rank always writes its own part; leave it out",
+    "--no-mmap-bin-files": "data files are always memory-mapped; leave it out",
+    "--no-pad-vocab-size": "use --make-vocab-size-divisible-by 1",
+    "--openai-gelu": "leave it out for GELU, or use --swiglu",
+    "--pretrained-checkpoint": "use --load with --finetune",
+    "--qk-layernorm": "queries and keys are not normalised yet",
+    "--quick-geglu": "use --swiglu",
+    "--rampup-batch-size": "the batch size is constant; use --global-batch-size",
+    "--recompute-activations": _KEPT,
+    "--rope-type": "use --position-embedding-type rope",
+    "--save-retain-interval": "use --keep-last",
+    "--spec": "the layers follow from the options of --help",
+    "--squared-relu": "leave it out for GELU, or use --swiglu",
+    "--step-batch-size-schedule": "the batch size is constant; use --global-batch-size",
+    "--test-mode": "use --skip-train",
+    "--train-samples": _SAMPLES + "--train-iters",
+    "--use-checkpoint-args": "give the model's flags again",
+    "--use-checkpoint-opt_param-scheduler": (
+        "give the settings of the checkpoint again, or --override-opt_param-scheduler"
+    ),
+    "--use-distributed-optimizer": _SHARDED,
+    "--use-precision-aware-optimizer": "moments are always fp32",
+    "--use-rotary-position-embeddings": "use --position-embedding-type rope",
+    "--warmup": "use --lr-warmup-fraction, a share and not a percentage",
+    "--window-size": "attention sees all earlier tokens",
+}
+
+_GPU_LIB = "it tunes a package that is not used here; leave it out"
+_PIPELINE = "only --pipeline-model-parallel-size 1 is offered so far"
+_BF16 = "number formats offered are fp32, --bf16 and --fp64"
+_OTHER_MODEL = "only GPT models with attention are offered"
+_GENERATE = "tools/generate.py generates text"
+
+# first match wins
+PREFIXES: tuple[tuple[str, str], ...] = (
+    ("--fp8", _BF16),
+    ("--no-fp8", _BF16),
+    ("--fp4", _BF16),
+    ("--first-last-layers-bf16", _BF16),
+    ("--num-layers-at-", _BF16),
+    ("--loss-scale", "--bf16 needs no loss scaling; leave it out"),
+    ("--initial-loss-scale", "--bf16 needs no loss scaling; leave it out"),
+    ("--min-loss-scale", "--bf16 needs no loss scaling; leave it out"),
+    ("--hysteresis", "--bf16 needs no loss scaling; leave it out"),
+    ("--recompute-", _KEPT),
+    ("--distribute-saved-activations", _KEPT),
+    ("--cpu-offload", _KEPT),
+    ("--fine-grained-", _KEPT),
+    ("--offload-", _KEPT),
+    ("--activation-offload", _KEPT),
+    ("--tp-comm-", "only --tensor-model-parallel-size 1 is offered so far"),
+    ("--no-tp-comm-", "only --tensor-model-parallel-size 1 is offered so far"),
+    ("--num-layers-per-virtual", _PIPELINE),
+    ("--num-virtual-stages", _PIPELINE),
+    ("--pipeline-model-parallel-", _PIPELINE),
+    ("--decoder-first-pipeline", _PIPELINE),
+    ("--decoder-last-pipeline", _PIPELINE),
+    ("--microbatch-group-size", _PIPELINE),
+    ("--account-for-", _PIPELINE),
+    ("--overlap-p2p", _PIPELINE),
+    ("--no-overlap-p2p", _PIPELINE),
+    ("--hierarchical-context", "only --context-parallel-size 1 is offered so far"),
+    ("--hybrid-context", "only --context-parallel-size 1 is offered so far"),
+    ("--moe-shared-expert", "shared experts are not offered yet; all experts are routed"),
+    ("--moe-router-num-groups", "every expert may be chosen; groups are not offered yet"),
+    ("--moe-router-group-topk", "every expert may be chosen; groups are not offered yet"),
+    ("--moe-flex", "use --moe-token-dispatcher-type alltoall"),
+    ("--moe-deepep", "use --moe-token-dispatcher-type alltoall"),
+    ("--moe-hybridep", "use --moe-token-dispatcher-type alltoall"),
+    ("--moe-ncclep", "use --moe-token-dispatcher-type alltoall"),
+    ("--moe-permute-fusion-into", "use --moe-token-dispatcher-type alltoall"),
+    ("--moe-router-force", "real routing is always used, also in benchmarks"),
+    ("--moe-routing-trace", "tokens per expert are logged; see --log-dir"),
+    ("--moe-", "this part of the MoE layer is not offered yet; see --help for what is"),
+    ("--mtp-", "multi-token prediction is not offered yet; leave it out"),
+    ("--yarn-", "use --rotary-base to stretch rotary positions"),
+    ("--rope-scaling", "use --rotary-base to stretch rotary positions"),
+    ("--use-rope-scaling", "use --rotary-base to stretch rotary positions"),
+    ("--rotary-", "use --rotary-base and --rotary-percent"),
+    ("--mrope", "use --position-embedding-type rope"),
+    ("--relative-attention", "use --position-embedding-type rope"),
+    ("--multi-latent", "use --group-query-attention to shrink keys and values"),
+    ("--mamba", _OTHER_MODEL),
+    ("--is-hybrid", _OTHER_MODEL),
+    ("--hybrid-", _OTHER_MODEL),
+    ("--linear-", _OTHER_MODEL),
+    ("--dsa-", _OTHER_MODEL),
+    ("--no-dsa-", _OTHER_MODEL),
+    ("--bert", _OTHER_MODEL),
+    ("--inference-", _GENERATE),
+    ("--flash-decode", _GENERATE),
+    ("--cuda-graph", "CUDA graphs are not used; leave it out"),
+    ("--enable-cuda-graph", "CUDA graphs are not used; leave it out"),
+    ("--external-cuda-graph", "CUDA graphs are not used; leave it out"),
+    ("--muon", "use --optimizer adam or sgd"),
+    ("--lion", "use --optimizer adam or sgd"),
+    ("--optimizer-", "the optimizer runs where the model is; leave it out"),
+    ("--use-megatron-fsdp", _SHARDED),
+    ("--use-torch-fsdp2", _SHARDED),
+    ("--megatron-fsdp", _SHARDED),
+    ("--data-parallel-sharding", _SHARDED),
+    ("--wandb", _JSONL),
+    ("--profile", "start the run under nsys or torch.profiler from a script of your own"),
+    ("--fim-", "samples are read as they are; leave it out"),
+    ("--use-te-", _GPU_LIB),
+    ("--te-", _GPU_LIB),
+    ("--use-transformer-engine", _GPU_LIB),
+    ("--use-kitchen", _GPU_LIB),
+    ("--kitchen", _GPU_LIB),
+)
+
+GROUPS: dict[str, str] = {
+    "transformer configuration": "the layer does not have this part yet; see --help",
+    "network size": "the model does not have this part yet; see --help",
+    "regularization": "see --help for the optimizer's options; leave it out",
+    "profiling": "start the run under nsys or torch.profiler from a script of your own",
+    "training": "the training loop does not have it yet; leave it out",
+    "rl": "reinforcement learning is not offered; this project pretrains",
+    "RNG and initialization": "randomness depends on --seed alone; leave it out",
+    "learning rate and weight decay": "see --help for the schedule's options; leave it out",
+    "checkpointing": "see --help for the checkpoint options; leave it out",
+    "mixed precision": _BF16,
+    "distributed init": "only data and expert parallelism are offered so far; leave it out",
+    "validation": "use --eval-interval and --eval-iters",
+    "data and dataloader": "see --help for the data options; leave it out",
+    "tokenizer": "the tokenizer's own file says it; leave it out",
+    "autoresume": "SIGTERM saves the run, and --load resumes it",
+    "biencoder": _OTHER_MODEL,
+    "vision": _OTHER_MODEL,
+    "moe": "this part of the MoE layer is not offered yet; see --help for what is",
+    "mla": "use --group-query-attention to shrink keys and values",
+    "experimental_attention_variant": "only softmax attention is offered",
+    "heterogeneous architecture": "all layers share one shape, but for --moe-layer-freq",
+    "logging": _JSONL,
+    "Logits Distillation": "training is on the next token only; leave it out",
+    "straggler": "the log line says how even the ranks are; leave it out",
+    "workload inspector": "there is no such server; leave it out",
+    "inference": _GENERATE,
+    "Transformer-Engine": _GPU_LIB,
+    "experimental": "it is experimental there; leave it out",
+    "one logger": "there is no One Logger; leave it out",
+    "In-process restart": "torchrun --max-restarts restarts failed runs; resume with --load",
+    "ft_package": "torchrun --max-restarts restarts failed runs; resume with --load",
+    "rerun engine": "steps are never rerun; leave it out",
+    "msc": "files are read from a file system; mount the storage and leave it out",
+    "sft": "only pretraining is offered so far",
+    "fault injector": "faults are not injected; leave it out",
+}

@@ -1,0 +1,27 @@
+"""Options of what a run prints and writes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """Logging."""
+
+    log_interval: int = 100
+    """Iterations between log lines."""
+
+    log_throughput: bool = False
+    """Add model FLOP/s of each rank to the log line."""
+
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard scalars; needs the extra ``tensorboard``."""
+
+    tensorboard_log_interval: int = 1
+    """Iterations between TensorBoard scalars."""
+
+    tensorboard_queue_size: int = 1000
+    """Scalars that TensorBoard may hold back before it writes."""
+
+    log_dir: str | None = None
+    """Folder for metrics.jsonl (one line an iteration) and the plot; --save when not set, nothing
+    is written without either."""

@@ -1,0 +1,162 @@
+"""Rules of the model, the MoE layer and the parallel sizes; each yields sentences."""
+
+from collections.abc import Iterator
+
+from megatron.training.config.checks import Check, Rule, divisors, nearest
+
+
+def parallel_sizes(check: Check) -> Iterator[str]:
+    """Only data and expert parallelism exist, and experts must fill the ranks evenly."""
+    model, world = check.config.model, check.world_size
+    yield from model.parallel_problems()
+    experts, size = model.num_moe_experts, model.expert_model_parallel_size
+    if experts is None:
+        if size > 1:
+            yield f"{check.show('expert_model_parallel_size')} needs --num-experts"
+        return
+    legal = [d for d in divisors(experts) if world % d == 0]
+    valid = f"valid --expert-model-parallel-size here: {', '.join(map(str, legal))}"
+    if experts % size:
+        yield (
+            f"{check.show('expert_model_parallel_size')} does not divide "
+            f"{check.show('num_moe_experts')}; {valid}"
+        )
+    if world % size:
+        yield (
+            f"{check.show('expert_model_parallel_size')} does not divide the world size {world} "
+            f"(ranks started by torchrun); {valid}"
+        )
+
+
+def heads(check: Check) -> Iterator[str]:
+    """Heads share the width evenly, and query groups share the heads evenly."""
+    model = check.config.model
+    count, hidden = model.num_attention_heads, model.hidden_size
+    if model.kv_channels is None and hidden % count:
+        yield (
+            f"{check.show('hidden_size')} must be a multiple of "
+            f"{check.show('num_attention_heads')}, or give --kv-channels; heads that fit: "
+            f"{nearest(count, divisors(hidden))}"
+        )
+    if not model.group_query_attention:
+        yield from check.useless("num_query_groups", "without --group-query-attention")
+    elif count % model.num_query_groups:
+        yield (
+            f"{check.show('num_query_groups')} must divide {check.show('num_attention_heads')}; "
+            f"groups that fit: {nearest(model.num_query_groups, divisors(count))}"
+        )
+
+
+def positions(check: Check) -> Iterator[str]:
+    """Positions must reach as far as samples; rotary options need rotary positions."""
+    model, length = check.config.model, check.config.data.seq_length
+    if length > model.max_position_embeddings:
+        yield (
+            f"{check.show('seq_length')} must not be larger than "
+            f"{check.show('max_position_embeddings')}"
+        )
+    if model.position_embedding_type != "rope":
+        yield from check.useless(
+            "rotary_base rotary_percent", "without --position-embedding-type rope"
+        )
+    else:
+        rotated = int(model.head_dim * model.rotary_percent)
+        if rotated < 2 or rotated % 2:
+            share = (
+                "" if model.rotary_percent == 1 else f" x --rotary-percent {model.rotary_percent:g}"
+            )
+            yield (
+                f"rotary positions turn pairs: head size {model.head_dim}{share} = {rotated} must "
+                "be even; change --num-attention-heads, --kv-channels or --rotary-percent"
+            )
+    learned = model.position_embedding_type == "learned_absolute"
+    if learned and "--no-position-embedding" in check.without_effect:
+        yield (
+            "--no-position-embedding contradicts --position-embedding-type learned_absolute, the "
+            "default; add --position-embedding-type rope or none"
+        )
+
+
+def number_format(check: Check) -> Iterator[str]:
+    """One number format at a time."""
+    if check.config.model.bf16 and check.config.model.fp64:
+        yield "--bf16 and --fp64 exclude each other; give one of them"
+
+
+def moe_without_experts(check: Check) -> Iterator[str]:
+    """Options of the MoE layer need one."""
+    if check.config.model.num_moe_experts is not None:
+        return
+    found = check.given(*(name for name in check.options if name.startswith("moe_")))
+    flags = sorted(flag for flag in check.without_effect if flag.startswith("--moe-"))
+    if found or flags:
+        shown = ", ".join([*([check.show(*found)] if found else []), *flags])
+        yield f"{shown} need a MoE layer: add --num-experts, or leave them out"
+
+
+def routing(check: Check) -> Iterator[str]:
+    """Each token goes to some of the experts, and the router must get a gradient."""
+    model = check.config.model
+    if model.num_moe_experts is None:
+        return
+    yield from model.moe_problems()
+    if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
+        yield (
+            "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over the one chosen "
+            "expert is always 1 and would give the router no gradient"
+        )
+    if model.moe_experts_type == "sequential" and "--moe-grouped-gemm" in check.without_effect:
+        yield "--moe-grouped-gemm contradicts --moe-experts-type sequential; leave one out"
+
+
+def moe_layers(check: Check) -> Iterator[str]:
+    """--moe-layer-freq says for each layer whether it is MoE, and at least one is."""
+    model = check.config.model
+    freq = model.moe_layer_freq
+    if model.num_moe_experts is None:
+        return
+    if isinstance(freq, int):
+        if freq < 1:
+            yield f"--moe-layer-freq {freq} must be at least 1, or a pattern such as ([0]*3+[1]*9)"
+        return
+    if len(freq) != model.num_layers:
+        yield (
+            f"--moe-layer-freq has {len(freq)} entries, one for each of {check.show('num_layers')} "
+            "is needed"
+        )
+    others = sorted({entry for entry in freq if entry not in (0, 1)})
+    if others:
+        yield f"--moe-layer-freq holds {others[0]}; entries are 0 (dense) or 1 (MoE)"
+    elif not any(freq):
+        yield f"--moe-layer-freq makes no layer MoE; leave out {check.show('num_moe_experts')}"
+
+
+def balancing(check: Check) -> Iterator[str]:
+    """One coefficient for each way of balancing."""
+    model = check.config.model
+    if model.num_moe_experts is None:
+        return
+    kinds, coeffs = model.moe_router_load_balancing_type, model.moe_aux_loss_coeff
+    if len(set(kinds)) < len(kinds):
+        yield f"{check.show('moe_router_load_balancing_type')} names one way twice"
+    elif "none" in kinds and len(kinds) > 1:
+        yield f"{check.show('moe_router_load_balancing_type')}: none excludes the others"
+    elif kinds == ["none"]:
+        yield from check.useless("moe_aux_loss_coeff", "with --moe-router-load-balancing-type none")
+    elif coeffs is not None and len(coeffs) != len(kinds):
+        yield (
+            f"{check.show('moe_aux_loss_coeff')} has {len(coeffs)} values for the {len(kinds)} of "
+            f"{check.show('moe_router_load_balancing_type')}; give one for each"
+        )
+
+
+MODEL_RULES: tuple[Rule, ...] = (
+    parallel_sizes,
+    heads,
+    positions,
+    number_format,
+    moe_without_experts,
+    routing,
+    moe_layers,
+    balancing,
+)

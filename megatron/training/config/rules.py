@@ -1,0 +1,28 @@
+"""All rules of a run, applied together: every problem is found in one go."""
+
+from collections.abc import Iterable
+
+from megatron.training.config.checks import Check
+from megatron.training.config.data_rules import DATA_RULES
+from megatron.training.config.model_rules import MODEL_RULES
+from megatron.training.config.run_rules import RUN_RULES
+
+RULES = (*MODEL_RULES, *DATA_RULES, *RUN_RULES)
+
+
+def find_problems(check: Check) -> list[str]:
+    """Return a sentence for each broken rule, in the order of ``RULES``."""
+    return [sentence for rule in RULES for sentence in rule(check)]
+
+
+def without_doubtful(problems: Iterable[str], doubtful: Iterable[str]) -> list[str]:
+    """Leave out problems that speak of a flag whose value is not known.
+
+    A misspelt ``--num-expertz 8`` would otherwise also say that ``--num-experts`` is missing.
+    """
+    words = set(doubtful)
+    return [
+        problem
+        for problem in dict.fromkeys(problems)
+        if not words & {word.strip(",;:()=.") for word in problem.split()}
+    ]

@@ -1,0 +1,47 @@
+"""One microbatch of samples, as the data iterators hand it out."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one microbatch of one data-parallel rank."""
+
+    tokens: Tensor
+    """[b, s] int64."""
+    labels: Tensor
+    """[b, s] int64: the next token of each position."""
+    loss_mask: Tensor
+    """[b, s] float32: 0 where a token does not count."""
+    position_ids: Tensor
+    """[b, s] int64."""
+    attention_mask: Tensor | None
+    """[b, 1, s, s] bool, True where a token may not attend; None for plain causal attention."""
+    sample_ids: tuple[int, ...]
+    """[b]: numbers of the samples in the global order; dropout masks depend on them."""
+
+    @classmethod
+    def of_samples(cls, samples: list[dict[str, Tensor]], sample_ids: tuple[int, ...]) -> "Batch":
+        """Stack samples."""
+        names = [field.name for field in fields(cls) if field.name != "sample_ids"]
+        stacked = {
+            name: torch.stack([sample[name] for sample in samples]) if name in samples[0] else None
+            for name in names
+        }
+        return cls(**stacked, sample_ids=sample_ids)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on ``device``; from pinned memory the copy does not wait."""
+        tensors = {name: t.to(device, non_blocking=True) for name, t in self._tensors().items()}
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory; the DataLoader calls this."""
+        return replace(self, **{n: t.pin_memory() for n, t in self._tensors().items()})  # type: ignore[arg-type]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in found if isinstance(value, Tensor)}

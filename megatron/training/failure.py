@@ -1,0 +1,123 @@
+"""How a run that fails ends: quickly, on every rank, with the first failure told once.
+
+The first failing rank notes its error in the store of the launcher before its connections close;
+the others find the note and add one line instead of a traceback of a broken connection. A rank
+that is stuck in a collective is ended by a watching thread.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from datetime import timedelta
+from types import TracebackType
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from megatron.core.errors import MegatronError
+from megatron.training.user_errors import EXIT_CODE
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 4.0
+"""How long a rank may take to notice by itself that another one failed."""
+DYING_SECONDS = 8
+"""How long a failing process may take to end; destructors of communicators can hang."""
+
+
+class FailureReport:
+    """Context around a whole run. An exception that leaves it is reported by one rank only.
+
+    Errors the user can mend become ``SystemExit(2)`` after one message without traceback; others
+    pass on with a note that names rank, iteration and place.
+    """
+
+    def __init__(self, store: dist.Store | None = None) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.where = f"rank {self.rank}"
+        """Place of this rank in the layout, for messages."""
+        self.iteration: int | None = None
+        """The step in progress; None before and after training."""
+        self._key = f"megatron/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._store = store
+        self._done = threading.Event()
+
+    def __enter__(self) -> "FailureReport":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        if error is None or not isinstance(error, Exception):
+            return
+        first = self._note_first(f"{type(error).__name__}: {error}")
+        if self._store is not None:
+            _end_soon()
+        if first is not None:
+            log.error("%s stops because %s", self.where, first)
+            raise SystemExit(1) from None
+        error.add_note(f"First failure of the run: {self.place()}")
+        get_error_handler().record_exception(error)  # torchrun shows it at its very end
+        if isinstance(error, MegatronError):
+            sys.stderr.write(f"{error}\n")
+            raise SystemExit(EXIT_CODE) from None
+
+    def watch(self) -> None:
+        """Begin to end this process when another rank fails. Call after connecting."""
+        if self._store is None:
+            self._store = _own_connection()
+        if self._store is not None:
+            threading.Thread(target=self._watch, name="failure watch", daemon=True).start()
+
+    def place(self) -> str:
+        """Name rank and step, such as ``rank 1 (dp 1, ep 1), iteration 7``."""
+        step = "outside training" if self.iteration is None else f"iteration {self.iteration}"
+        return f"{self.where}, {step}"
+
+    def _note_first(self, message: str) -> str | None:
+        """Note the failure of this rank; return another rank's note if that came first."""
+        if self._store is None:
+            return None
+        mine = json.dumps({"rank": self.rank, "text": f"{self.place()} failed: {message}"})
+        try:
+            noted = json.loads(self._store.compare_set(self._key, "", mine))
+        except dist.DistError:  # the launcher is gone: nobody can tell who was first
+            return None
+        return None if noted["rank"] == self.rank else noted["text"]
+
+    def _watch(self) -> None:
+        assert self._store is not None, "watching needs a store"
+        while not self._done.wait(POLL_SECONDS):
+            if self._store.check([self._key]):
+                if not self._done.wait(GRACE_SECONDS):
+                    log.error("%s ends: another rank failed", self.place())
+                    os._exit(1)
+                return
+
+
+def _end_soon() -> None:
+    """Let the kernel end this process if it hangs on its way out."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(DYING_SECONDS)
+
+
+def _own_connection() -> dist.Store | None:
+    """Connect to torchrun's store apart from the process groups, whose calls may block it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
+        return None
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=20),
+    )

@@ -1,0 +1,208 @@
+"""May this run go on from that checkpoint? Pure comparisons of settings, everything named.
+
+What would change the model is refused; what would change the schedule is refused unless the user
+overrides it; what else differs is told. Shapes are compared again, tensor by tensor, at load.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from megatron.core.errors import CheckpointError
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.config.options import options_of
+from megatron.training.config.run_config import RunConfig
+
+# flag -> attribute of TransformerConfig, resolved: what the function of the network depends on
+ARCHITECTURE = {
+    "--num-layers": "num_layers",
+    "--hidden-size": "hidden_size",
+    "--ffn-hidden-size": "ffn_size",
+    "--num-attention-heads": "num_attention_heads",
+    "--num-query-groups": "query_groups",
+    "--kv-channels": "head_dim",
+    "--add-qkv-bias": "add_qkv_bias",
+    "--position-embedding-type": "position_embedding_type",
+    "--rotary-base": "rotary_base",
+    "--rotary-percent": "rotary_percent",
+    "--swiglu": "swiglu",
+    "--add-bias-linear": "add_bias_linear",
+    "--normalization": "normalization",
+    "--norm-epsilon": "layernorm_epsilon",
+    "--untie-embeddings-and-output-weights": "untie_embeddings_and_output_weights",
+    "--num-experts": "num_moe_experts",
+    "--moe-layer-freq": "moe_layer_pattern",
+    "--moe-ffn-hidden-size": "moe_ffn_size",
+    "--moe-router-topk": "moe_router_topk",
+    "--moe-router-pre-softmax": "moe_router_pre_softmax",
+    "number format (--bf16, --fp64)": "params_dtype_name",
+}
+_ONLY_WITH = {
+    "--rotary-base": ("position_embedding_type", "rope"),
+    "--rotary-percent": ("position_embedding_type", "rope"),
+}
+_ONLY_MOE = ("--moe-layer-freq", "--moe-ffn-hidden-size", "--moe-router-topk")
+
+# these may change from start to start without a word
+_FREE_SECTIONS = ("checkpoint", "logging", "distributed", "ddp", "validation", "tokenizer")
+_FREE = {
+    "micro_batch_size",
+    "num_workers",
+    "data_cache_path",
+    "moe_token_dispatcher_type",
+    "moe_experts_type",
+    "expert_model_parallel_size",
+    "exit_interval",
+    "exit_duration_in_mins",
+    "exit_signal_handler",
+    "skip_train",
+}
+
+
+def architecture(config: TransformerConfig) -> dict[str, Any]:
+    """Return flag -> resolved value of everything that makes the model what it is; plain JSON."""
+    facts = {flag: getattr(config, name) for flag, name in ARCHITECTURE.items()}
+    for flag, (name, value) in _ONLY_WITH.items():
+        if getattr(config, name) != value:
+            facts[flag] = None
+    if config.num_moe_experts is None:
+        facts.update(dict.fromkeys((*_ONLY_MOE, "--moe-router-pre-softmax")))
+    pattern = facts["--moe-layer-freq"]
+    facts["--moe-layer-freq"] = pattern and [int(is_moe) for is_moe in pattern]
+    return facts
+
+
+def schedule(config: RunConfig) -> dict[str, Any]:
+    """Return setting -> value of learning rate and weight decay, lengths in samples (R13).
+
+    Settings that have no effect under the chosen style are left out.
+    """
+    scheduler, optimizer, training = config.scheduler, config.optimizer, config.training
+    batch = training.global_batch_size or 1
+    decay = scheduler.lr_decay_iters or training.train_iters or 0
+    warmup: float = scheduler.lr_warmup_iters
+    if scheduler.lr_warmup_fraction is not None:
+        warmup = scheduler.lr_warmup_fraction * decay
+    found: dict[str, Any] = {
+        "--lr": optimizer.lr,
+        "--lr-decay-style": scheduler.lr_decay_style,
+        "--lr-warmup-iters": warmup * batch,
+        "--weight-decay-incr-style": scheduler.weight_decay_incr_style,
+    }
+    if scheduler.weight_decay_incr_style == "constant":
+        found["--weight-decay"] = optimizer.weight_decay
+    else:
+        found |= {
+            "--start-weight-decay": scheduler.start_weight_decay,
+            "--end-weight-decay": scheduler.end_weight_decay,
+            "--train-iters": (training.train_iters or 0) * batch,
+        }
+    if warmup:
+        found["--lr-warmup-init"] = scheduler.lr_warmup_init
+    if scheduler.lr_decay_style != "constant":
+        found |= {"--min-lr": optimizer.min_lr, "--lr-decay-iters": decay * batch}
+    if scheduler.lr_decay_style == "WSD":
+        found["--lr-wsd-decay-style"] = scheduler.lr_wsd_decay_style
+        found["--lr-wsd-decay-iters"] = (scheduler.lr_wsd_decay_iters or 0) * batch
+    return found
+
+
+def architecture_problems(stored: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each flag that makes this run's model another one."""
+    for flag, value in current.items():
+        if flag in stored and stored[flag] != value:
+            yield f"{flag} is {stored[flag]} in the checkpoint and {value} in this run"
+
+
+def schedule_problems(stored: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    """Yield a sentence for each learning-rate or weight-decay setting that differs.
+
+    Args:
+        stored: The ``common.json`` of the checkpoint.
+        config: Of this run.
+    """
+    then, now = stored["schedule"], schedule(config)
+    old = flat(stored["config"])
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) == now.get(name):
+            continue
+        if not name.endswith("-iters"):
+            yield f"{name} is {then.get(name)} in the checkpoint and {now.get(name)} in this run"
+            continue
+        text = f"{name} {_length(then.get(name), old['global_batch_size'])} in the checkpoint and "
+        text += f"{_length(now.get(name), config.training.global_batch_size)} in this run"
+        yield text + _why_length(old, config)
+
+
+def _length(samples: float | None, batch: int | None) -> str:
+    if samples is None:
+        return "has no effect"
+    return f"is {samples / (batch or 1):g} (x --global-batch-size {batch} = {samples:g} samples)"
+
+
+def _why_length(old: dict[str, Any], config: RunConfig) -> str:
+    then, now = old["train_iters"], config.training.train_iters
+    if then == now:
+        return ""
+    return (
+        f"; unless set, it follows --train-iters, which was {then} and now is {now}: to keep the "
+        f"schedule, say --lr-decay-iters {old['lr_decay_iters'] or then} and "
+        f"--lr-warmup-iters {old['lr_warmup_iters']}"
+    )
+
+
+def tokenizer_problem(stored: dict[str, Any] | None, current: dict[str, Any] | None) -> str:
+    """Say what differs between two tokenizers' facts; empty when one of them is unknown."""
+    if not stored or not current or stored["fingerprint"] == current["fingerprint"]:
+        return ""
+    return (
+        f"the checkpoint was trained with tokenizer {_name(stored)}, this run has "
+        f"{_name(current)}: the same ids would mean other text"
+    )
+
+
+def _name(facts: dict[str, Any]) -> str:
+    return f"{facts['type']} of {facts['vocab_size']} ids (content {facts['fingerprint'][:12]})"
+
+
+def changed_options(stored: dict[str, Any], config: RunConfig) -> list[str]:
+    """List the options that differ and are worth a line: data, batch, seed, dropout, losses."""
+    old, now = flat(stored["config"]), config.flat()
+    return [
+        f"{option.flag} was {old[name]} and now is {plain(now[name])}"
+        for name, option in options_of(RunConfig).items()
+        if option.section not in _FREE_SECTIONS and name not in _FREE
+        if name in old and old[name] != plain(now[name])
+    ]
+
+
+def config_data(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the whole configuration as JSON: section -> option -> value."""
+    return {
+        name: {field.name: plain(getattr(section, field.name)) for field in fields(section)}
+        for name, section in config.sections()
+    }
+
+
+def config_from_data(data: dict[str, dict[str, Any]]) -> RunConfig:
+    """Rebuild the configuration that ``config_data`` saved.
+
+    Raises:
+        CheckpointError: It holds an option that this version does not have.
+    """
+    values = flat(data)
+    if unknown := sorted(values.keys() - options_of(RunConfig).keys()):
+        raise CheckpointError(
+            f"the checkpoint was saved with options this version does not have: {unknown}"
+        )
+    return RunConfig.from_flat(values)
+
+
+def flat(data: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Merge the sections of saved configuration: option -> value."""
+    return {name: value for section in data.values() for name, value in section.items()}
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as JSON would give it back."""
+    return list(value) if isinstance(value, tuple) else value

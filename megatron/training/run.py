@@ -1,0 +1,70 @@
+"""The live objects of one run, and the few numbers that change from step to step."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.training.config.run_config import RunConfig
+from megatron.training.datasets.batch import Batch
+from megatron.training.initialize import World
+from megatron.training.loss import MaskedLoss
+
+LossFunction = Callable[[Tensor], MaskedLoss]
+ForwardStep = Callable[[Iterator[Batch], Callable[..., Tensor]], tuple[Tensor, LossFunction]]
+"""``forward_step(data_iterator, model) -> (output, loss_func)``, as in Megatron's scripts: takes
+one microbatch from the iterator; ``loss_func(output)`` gives its ``MaskedLoss``."""
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Where training stands. Everything here is in a checkpoint."""
+
+    iteration: int = 0
+    """Optimizer steps done, skipped ones included."""
+    consumed_samples: int = 0
+    """Samples read so far; decides which come next, the learning rate and the dropout masks."""
+    dropout_seed: int = 0
+    """Seed of the stream of dropout masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything a step needs."""
+
+    config: RunConfig
+    world: World
+    model: DistributedDataParallel
+    optimizer: Any
+    """Has ``step()`` and ``param_groups``."""
+    scheduler: OptimizerParamScheduler
+    forward_step: ForwardStep
+    num_microbatches: int
+    padded_vocab_size: int
+    moe_metrics: MoEMetricsTracker | None
+    """None in a model without MoE layers."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples of one step over all ranks."""
+        size = self.config.training.global_batch_size
+        assert size is not None, "config is not resolved"
+        return size
+
+    @property
+    def train_iters(self) -> int:
+        """Steps of the whole run."""
+        iters = self.config.training.train_iters
+        assert iters is not None, "config is not resolved"
+        return iters
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of one sample."""
+        length = self.config.data.seq_length
+        assert length is not None, "config is not resolved"
+        return length

@@ -1,0 +1,130 @@
+"""Options to the live objects of a run: model, gradient buffers, optimizer, schedule, metrics."""
+
+import logging
+from collections.abc import Callable
+
+from torch import nn
+
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.num_microbatches_calculator import NumMicroBatches
+from megatron.core.optimizer.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.param_role import role_of
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.weight_init import init_weights
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.training.config.run_config import RunConfig
+from megatron.training.initialize import World
+from megatron.training.run import ForwardStep, Run
+
+log = logging.getLogger(__name__)
+
+ModelProvider = Callable[[RunConfig, ProcessGroupCollection], nn.Module]
+"""``model_provider(config, pg_collection)``: the model on the CPU, its weights not yet drawn."""
+
+
+def setup_run(
+    config: RunConfig, world: World, model_provider: ModelProvider, forward_step: ForwardStep
+) -> Run:
+    """Build everything a step needs; the same weights on every layout for the same seed."""
+    groups = world.pg_collection
+    model = model_provider(config, groups)
+    init_weights(model, config.training.seed)
+    model = DistributedDataParallel(config.ddp, model.to(world.device), pg_collection=groups)
+    model.train()
+    assert config.tokenizer.padded_vocab_size is not None, "the vocabulary is not padded yet"
+    num_microbatches = microbatches(config, world).count
+    run = Run(
+        config=config,
+        world=world,
+        model=model,
+        optimizer=get_megatron_optimizer(config.optimizer, model, pg_collection=groups),
+        scheduler=build_scheduler(config),
+        forward_step=forward_step,
+        num_microbatches=num_microbatches,
+        padded_vocab_size=config.tokenizer.padded_vocab_size,
+        moe_metrics=build_moe_metrics(config, world, num_microbatches),
+    )
+    _tell_parameters(model, world)
+    return run
+
+
+def microbatches(config: RunConfig, world: World) -> NumMicroBatches:
+    """Return the split of a global batch over ranks and microbatches."""
+    training = config.training
+    assert training.global_batch_size is not None, "config is not resolved"
+    assert training.micro_batch_size is not None, "config is not resolved"
+    return NumMicroBatches(
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        data_parallel_size=world.pg_collection.dp.size(),
+    )
+
+
+def build_scheduler(config: RunConfig) -> OptimizerParamScheduler:
+    """Translate the schedule from iterations to samples."""
+    schedule, optimizer, training = config.scheduler, config.optimizer, config.training
+    assert optimizer.lr is not None, "config is not resolved"
+    assert training.train_iters is not None, "config is not resolved"
+    assert training.global_batch_size is not None, "config is not resolved"
+    batch = training.global_batch_size
+    decay = (schedule.lr_decay_iters or max(1, training.train_iters)) * batch
+    warmup = schedule.lr_warmup_iters * batch
+    if schedule.lr_warmup_fraction is not None:
+        warmup = int(schedule.lr_warmup_fraction * decay)
+    wsd = schedule.lr_wsd_decay_iters
+    start_wd, end_wd = schedule.start_weight_decay, schedule.end_weight_decay
+    return OptimizerParamScheduler(
+        init_lr=schedule.lr_warmup_init,
+        max_lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=schedule.lr_decay_style,
+        start_wd=optimizer.weight_decay if start_wd is None else start_wd,
+        end_wd=optimizer.weight_decay if end_wd is None else end_wd,
+        wd_incr_steps=training.train_iters * batch,
+        wd_incr_style=schedule.weight_decay_incr_style,
+        override_opt_param_scheduler=config.checkpoint.override_opt_param_scheduler,
+        wsd_decay_steps=None if wsd is None else wsd * batch,
+        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
+    )
+
+
+def build_moe_metrics(
+    config: RunConfig, world: World, num_microbatches: int
+) -> MoEMetricsTracker | None:
+    """Return the slots that routers write their counts into; None without MoE layers."""
+    model = config.model
+    layers = [layer for layer, is_moe in enumerate(model.moe_layer_pattern) if is_moe]
+    if model.num_moe_experts is None or not layers:
+        return None
+    return MoEMetricsTracker(
+        layers,
+        num_experts=model.num_moe_experts,
+        topk=model.moe_router_topk,
+        num_microbatches=num_microbatches,
+        device=world.device,
+    )
+
+
+def _tell_parameters(model: DistributedDataParallel, world: World) -> None:
+    """Say how many parameters this rank and the whole model have."""
+    sizes = [(p.numel(), role_of(p).is_expert) for _, p in model.trainable_parameters()]
+    here = sum(size for size, _ in sizes)
+    experts = sum(size for size, is_expert in sizes if is_expert)
+    ep_size = world.pg_collection.ep.size()
+    log.info(
+        " > number of parameters on (tensor, pipeline) model parallel rank (%d, %d): %d",
+        world.pg_collection.tp.rank(),
+        world.pg_collection.pp.rank(),
+        here,
+    )
+    log.info(
+        " > number of parameters of the whole model: %d (%d of them in experts, spread over %d "
+        "expert-parallel rank%s)",
+        here + experts * (ep_size - 1),
+        experts * ep_size,
+        ep_size,
+        "s" if ep_size > 1 else "",
+    )

@@ -1,0 +1,46 @@
+"""What a run says before it begins: fresh or resumed, its options, what was decided for the user."""
+
+import logging
+from pathlib import Path
+
+from megatron.core.dist_checkpointing.folders import checkpoint_path, latest_iteration
+from megatron.core.extensions import registry
+from megatron.core.log import banner
+from megatron.training.config.run_config import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+def start_line(config: RunConfig) -> str:
+    """Return the first line of the log: fresh, or resuming at which step from where.
+
+    Raises:
+        CheckpointError: The folder of --load is damaged.
+    """
+    options = config.checkpoint
+    if options.load is None:
+        return "starting a fresh run at iteration 0 (no --load)"
+    folder = Path(options.load)
+    latest = latest_iteration(folder)
+    found = latest if options.ckpt_step is None else options.ckpt_step
+    if found is None:
+        return f"starting a fresh run at iteration 0 ({folder} holds no checkpoint yet)"
+    path = checkpoint_path(folder, found)
+    if options.finetune:
+        return f"finetuning at iteration 0 with the weights of {path}"
+    return f"resuming at iteration {found} from {path}"
+
+
+def tell_options(config: RunConfig) -> None:
+    """Show every option with its value, and whence it came unless it is the default."""
+    rows = []
+    for name, value in config.flat().items():
+        source = config.sources.get(name, "default")
+        rows.append((name, str(value) if source == "default" else f"{value}  ({source})"))
+    log.info("%s", banner("arguments", rows))
+    log.info("  %-16s %-14s %s", "op", "chosen", "why (also known)")
+    for choice in registry.table():
+        why = f"{choice.why} ({choice.also_known})"
+        log.info("  %-16s %-14s %s", choice.op, choice.chosen, why)
+    for notice in config.notices:
+        log.info(" > %s", notice)

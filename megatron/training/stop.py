@@ -1,0 +1,68 @@
+"""When a run ends before its last iteration: signals, a time limit, --exit-interval.
+
+A signal reaches one rank or all, at any moment; nothing is done in the handler but noting it. The
+notes travel with the sum of losses that every step makes anyway, so all ranks stop at the same
+step.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from megatron.training.config.training import TrainingConfig
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NUM_NOTES = 2
+
+
+class StopRequest:
+    """Collects this rank's reasons to stop. A context: signals are watched inside it.
+
+    The first SIGTERM or SIGINT asks for a stop at the end of the step; the second one of a kind
+    acts as if nobody watched (SIGINT raises KeyboardInterrupt, SIGTERM ends the process).
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._exit_interval = config.exit_interval
+        self._limit_s = 60.0 * (config.exit_duration_in_mins or 0)
+        self._began = time.monotonic()
+        self._received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+        signal.signal(number, self._previous[self._received])
+
+    def notes(self) -> tuple[float, float]:
+        """Return this rank's (signal, time limit) as 0 or 1, to be summed over all ranks."""
+        overdue = self._limit_s > 0 and time.monotonic() - self._began > self._limit_s
+        return float(self._received is not None), float(overdue)
+
+    def reason(self, agreed_notes: Sequence[float], iteration: int) -> str | None:
+        """Say why all ranks stop after ``iteration``, or None to go on.
+
+        Args:
+            agreed_notes: ``notes()`` summed over all ranks, so that each rank decides alike.
+            iteration: The step just done.
+        """
+        signals, overdue = agreed_notes
+        if signals:
+            return f"a termination signal ({self._received.name if self._received else 'a peer'})"
+        if overdue:
+            return f"--exit-duration-in-mins {self._limit_s / 60:g}"
+        if self._exit_interval and iteration % self._exit_interval == 0:
+            return f"--exit-interval {self._exit_interval}"
+        return None

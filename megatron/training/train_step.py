@@ -1,0 +1,147 @@
+"""One optimizer step, in the order in which things happen: the route of a batch as code.
+
+Every loss is divided by the number of unmasked tokens of the whole global batch before backward,
+so that gradients are plain sums over microbatches and ranks, whatever the layout. The update is
+done by all ranks or by none.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.tensor_parallel.random import SampleRng
+from megatron.core.transformer.forward_context import ForwardContext
+from megatron.training.datasets.batch import Batch
+from megatron.training.initialize import World
+from megatron.training.run import Run, TrainState
+
+log = logging.getLogger(__name__)
+
+
+class StepOutcome(NamedTuple):
+    """What a step tells; the same on every rank."""
+
+    lm_loss: float
+    """Sum of the losses of all unmasked tokens of the global batch over their number."""
+    grad_norm: float | None
+    """Global L2 norm before clipping; None when the loss was not finite."""
+    learning_rate: float
+    """The rate this step was made with."""
+    updated: bool
+    """False when loss or gradient was not finite and the weights stayed as they were."""
+    notes: tuple[float, ...]
+    """The ranks' reasons to stop, summed (see StopRequest)."""
+
+
+def train_step(
+    run: Run, state: TrainState, data_iterator: Iterator[Batch], notes: Sequence[float] = ()
+) -> StepOutcome:
+    """Make one step from ``state``, which the caller then moves on.
+
+    Args:
+        run: Model, optimizer and groups.
+        state: Iterations and samples before this step.
+        data_iterator: Microbatches of this rank.
+        notes: This rank's reasons to stop, to be agreed on with the losses.
+    """
+    cpu_batches = list(islice(data_iterator, run.num_microbatches))
+    num_tokens = count_tokens(cpu_batches, run.world)  # [], over the global batch
+    batches = [batch.to(run.world.device) for batch in cpu_batches]
+    run.scheduler.step(run.optimizer, state.consumed_samples)
+    run.model.zero_grad_buffer()
+    losses = []
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
+        with nullcontext() if is_last else run.model.no_sync():
+            losses.append(forward_backward(run, state, batch, index, num_tokens))
+    finalize_model_grads(run.model)
+    loss, agreed = agree(torch.stack(losses), num_tokens, notes, run.world)
+    grad_norm, updated = None, math.isfinite(loss)
+    if updated:
+        result = run.optimizer.step()
+        grad_norm, updated = result.grad_norm, result.update_successful
+    else:
+        _tell_samples(run.world, state, losses, batches)
+    if run.moe_metrics is not None:
+        run.moe_metrics.end_step()
+    if not updated:
+        log.warning(
+            "iteration %d: lm loss %s, grad norm %s: not finite, the update is skipped (samples "
+            "%d to %d)",
+            state.iteration + 1,
+            loss,
+            grad_norm,
+            state.consumed_samples,
+            state.consumed_samples + run.global_batch_size - 1,
+        )
+    return StepOutcome(loss, grad_norm, run.optimizer.param_groups[0]["lr"], updated, agreed)
+
+
+def count_tokens(batches: Sequence[Batch], world: World) -> Tensor:
+    """Return the unmasked tokens of the global batch, [] fp64 on the device, at least 1.
+
+    At least 1, so that a batch without any gives loss 0 and gradient 0, not 0/0.
+    """
+    mine = sum(int(batch.loss_mask.sum()) for batch in batches)
+    count = torch.tensor(float(mine), dtype=torch.float64).to(world.device, non_blocking=True)
+    dist.all_reduce(count, group=world.pg_collection.dp_cp)
+    return count.clamp_(min=1.0)
+
+
+def forward_backward(
+    run: Run, state: TrainState, batch: Batch, index: int, num_tokens: Tensor
+) -> Tensor:
+    """Add one microbatch to the gradients; return its sum of losses, [] fp64, without gradient."""
+    context = ForwardContext(
+        rng=SampleRng(state.dropout_seed, batch.sample_ids),
+        microbatch=index,
+        moe_metrics=run.moe_metrics,
+        aux_loss_scale=1.0 / (run.num_microbatches * run.world.pg_collection.dp_cp.size()),
+    )
+    output, loss_func = run.forward_step(iter((batch,)), partial(run.model, context=context))
+    loss_sum = loss_func(output).loss_sum
+    (loss_sum / num_tokens).backward()
+    return loss_sum.detach().double()
+
+
+def agree(
+    losses: Tensor, num_tokens: Tensor, notes: Sequence[float], world: World
+) -> tuple[float, tuple[float, ...]]:
+    """Return the mean loss of the global batch and the summed notes, equal on all ranks.
+
+    Args:
+        losses: [microbatches] fp64, sums of this rank.
+        num_tokens: [] fp64, of the global batch.
+        notes: Numbers of this rank.
+        world: The ranks; dp_cp is all of them while tp = pp = 1.
+    """
+    mine = torch.tensor(notes, dtype=torch.float64, device=losses.device)
+    total = torch.cat([losses.sum().view(1), mine])
+    dist.all_reduce(total, group=world.pg_collection.dp_cp)
+    total[0] /= num_tokens
+    loss, *agreed = total.tolist()
+    return loss, tuple(agreed)
+
+
+def _tell_samples(
+    world: World, state: TrainState, losses: Sequence[Tensor], batches: Sequence[Batch]
+) -> None:
+    for index, (loss, batch) in enumerate(zip(losses, batches, strict=True)):
+        if not math.isfinite(loss.item()):
+            log.warning(
+                "%s, iteration %d, microbatch %d: loss %s of samples %s",
+                world.place(),
+                state.iteration + 1,
+                index,
+                loss.item(),
+                list(batch.sample_ids),
+            )

@@ -1,0 +1,263 @@
+"""``pretrain()``: set up, go through the iterations, save, evaluate, finish.
+
+Users' scripts call it with three functions of their own: which data, which model, and what a
+forward step is. The loop itself decides nothing about a layout.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import Dataset
+
+from megatron.core.errors import CheckpointError
+from megatron.core.log import RankHandler, setup_logging
+from megatron.core.timers import Timers
+from megatron.core.tokenizers.base import Tokenizer
+from megatron.training.arguments import parse_args
+from megatron.training.checkpointing import load_checkpoint, save_checkpoint
+from megatron.training.config.run_config import RunConfig
+from megatron.training.datasets.batch import Batch
+from megatron.training.evaluate import evaluate
+from megatron.training.failure import FailureReport
+from megatron.training.global_vars import set_global_variables
+from megatron.training.initialize import Launch, initialize, shut_down
+from megatron.training.metrics import MetricsWriter, log_folder
+from megatron.training.progress import Progress
+from megatron.training.reporting import Reporter
+from megatron.training.run import ForwardStep, Run, TrainState
+from megatron.training.setup_data import build_data_iterator
+from megatron.training.setup_model import ModelProvider, setup_run
+from megatron.training.start_up import start_line, tell_options
+from megatron.training.stop import StopRequest
+from megatron.training.tokenizer_setup import setup_tokenizer
+from megatron.training.train_step import train_step
+from megatron.training.wrap_up import finish
+
+log = logging.getLogger(__name__)
+
+Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
+DatasetsProvider = Callable[[tuple[int, int, int], RunConfig, Tokenizer | None], Datasets]
+"""``provider(num_samples, config, tokenizer)``: the train, validation and test datasets, each
+with at least so many samples; None where there is none."""
+
+
+@dataclass(kw_only=True)
+class Session:
+    """A run in progress: what its loop carries along."""
+
+    run: Run
+    state: TrainState
+    tokenizer: Tokenizer | None
+    datasets: Datasets
+    reporter: Reporter
+    timers: Timers
+    failure: FailureReport
+    saved_iteration: int | None = None
+    """Iteration of the newest checkpoint that this process wrote or read."""
+    evaluated_iteration: int | None = None
+    """Iteration of the newest validation."""
+
+
+def pretrain(
+    train_valid_test_datasets_provider: DatasetsProvider,
+    model_provider: ModelProvider,
+    forward_step_func: ForwardStep,
+    *,
+    config: RunConfig | None = None,
+) -> None:
+    """Train a model as the options say; every rank calls this once.
+
+    An error that the user can mend ends the process with exit code 2 after one message.
+
+    Args:
+        train_valid_test_datasets_provider: ``(num_samples, config, tokenizer) -> datasets``.
+        model_provider: ``(config, pg_collection) -> model``, on the CPU, weights not yet drawn.
+        forward_step_func: ``(data_iterator, model) -> (output, loss_func)`` for one microbatch;
+            ``loss_func(output)`` gives the sum of losses and the number of tokens.
+        config: Parsed options; the command line is parsed when None.
+    """
+    launch = Launch.from_environment()
+    timers = Timers()
+    timers("setup").start()
+    handler = setup_logging(launch.rank, launch.world_size)
+    with FailureReport() as failure:
+        config = parse_args() if config is None else config
+        log.info("%s", start_line(config))
+        world = initialize(config)
+        failure.where = world.place()
+        failure.watch()
+        tokenizer = setup_tokenizer(config)
+        set_global_variables(config, tokenizer, timers)
+        tell_options(config)
+        run = setup_run(config, world, model_provider, forward_step_func)
+        state = load_state(run, tokenizer)
+        datasets = train_valid_test_datasets_provider(num_samples(run), config, tokenizer)
+        writer = open_writer(run, state) if world.is_first else None
+        session = Session(
+            run=run,
+            state=state,
+            tokenizer=tokenizer,
+            datasets=datasets,
+            reporter=Reporter(run, writer),
+            timers=timers,
+            failure=failure,
+            saved_iteration=state.iteration or None,
+        )
+        timers("setup").stop()
+        go(session, handler)
+        if writer is not None:
+            writer.close()
+            finish(run, state, timers, writer.folder)
+        shut_down()
+
+
+def go(session: Session, handler: RankHandler) -> None:
+    """Train and evaluate, watching for signals; the last state is saved."""
+    run, state = session.run, session.state
+    with StopRequest(run.config.training) as stop:
+        reason = None
+        if not run.config.training.skip_train:
+            with Progress(
+                handler, done=state.iteration, total=run.train_iters, show=run.world.is_first
+            ) as progress:
+                reason = train(session, stop, progress)
+            session.failure.iteration = None
+            save(session)
+        if reason is not None:
+            log.info("stopped after iteration %d by %s", state.iteration, reason)
+            return
+        validate(session)
+        if session.datasets[2] is not None and run.config.validation.eval_iters:
+            session.reporter.evaluation(state, "test", held_out_loss(session, 2))
+
+
+def train(session: Session, stop: StopRequest, progress: Progress) -> str | None:
+    """Go through the remaining iterations; return why it stopped early, None at the end."""
+    run, state, timers = session.run, session.state, session.timers
+    every_save = run.config.checkpoint.save_interval
+    every_eval = run.config.validation.eval_interval
+    if state.iteration >= run.train_iters:
+        log.info("nothing to train: %d of %d iterations are done", state.iteration, run.train_iters)
+        return None
+    data = batches(session, 0, state.consumed_samples, run.config.data.num_workers)
+    session.reporter.resume_clock()
+    while state.iteration < run.train_iters:
+        session.failure.iteration = state.iteration + 1
+        timers("train").start()
+        outcome = train_step(run, state, data, stop.notes())
+        timers("train").stop()
+        state.iteration += 1
+        state.consumed_samples += run.global_batch_size
+        session.reporter.record(state, outcome)
+        progress.update(outcome.lm_loss)
+        reason = stop.reason(outcome.notes, state.iteration)
+        if reason is not None:
+            return reason
+        if every_save and state.iteration % every_save == 0:
+            save(session)
+        if every_eval and state.iteration % every_eval == 0:
+            validate(session)
+    return None
+
+
+def batches(
+    session: Session, which: int, consumed_samples: int, num_workers: int
+) -> Iterator[Batch]:
+    """Return the microbatches of this rank from dataset ``which`` (0 train, 1 valid, 2 test)."""
+    run, dataset = session.run, session.datasets[which]
+    assert dataset is not None, f"there is no dataset number {which} to read"
+    assert run.config.training.micro_batch_size is not None, "config is not resolved"
+    return build_data_iterator(
+        dataset,
+        consumed_samples=consumed_samples,
+        micro_batch_size=run.config.training.micro_batch_size,
+        global_batch_size=run.global_batch_size,
+        num_microbatches=run.num_microbatches,
+        dp_rank=run.world.pg_collection.dp.rank(),
+        dp_size=run.world.pg_collection.dp.size(),
+        num_workers=num_workers,
+    )
+
+
+def validate(session: Session) -> None:
+    """Evaluate on the validation set, unless there is none or it was just done."""
+    done = session.evaluated_iteration == session.state.iteration
+    if done or session.datasets[1] is None or not session.run.config.validation.eval_iters:
+        return
+    session.evaluated_iteration = session.state.iteration
+    session.reporter.evaluation(session.state, "validation", held_out_loss(session, 1))
+
+
+def held_out_loss(session: Session, which: int) -> float:
+    """Return the mean loss of the first --eval-iters global batches of a held-out dataset."""
+    session.timers("evaluate").start()
+    data = batches(session, which, consumed_samples=0, num_workers=0)
+    loss = evaluate(session.run, data, session.run.config.validation.eval_iters)
+    session.timers("evaluate").stop()
+    return loss
+
+
+def save(session: Session) -> None:
+    """Save a checkpoint of the state, unless it is saved already or --save is not set.
+
+    Raises:
+        CheckpointError: Nothing could be written, and training is over.
+    """
+    run, state = session.run, session.state
+    folder = run.config.checkpoint.save
+    if folder is None or session.saved_iteration == state.iteration:
+        return
+    session.timers("save").start()
+    result = save_checkpoint(
+        folder,
+        state.iteration,
+        config=run.config,
+        model=run.model,
+        optimizer=run.optimizer,
+        consumed_samples=state.consumed_samples,
+        dropout_seed=state.dropout_seed,
+        tokenizer=session.tokenizer,
+    )
+    session.timers("save").stop()
+    session.reporter.resume_clock()
+    if result.path is not None:
+        session.saved_iteration = state.iteration
+        log.info("%s", result.line())
+    elif session.failure.iteration is None:
+        raise CheckpointError(result.line())
+    else:
+        log.warning("%s", result.line())
+
+
+def load_state(run: Run, tokenizer: Tokenizer | None) -> TrainState:
+    """Load the checkpoint of --load, if any, into the run; return where training begins."""
+    loaded = load_checkpoint(
+        run.config.checkpoint.load,
+        config=run.config,
+        model=run.model,
+        optimizer=run.optimizer,
+        tokenizer=tokenizer,
+    )
+    if loaded.path is not None:
+        log.info("%s", loaded.line())
+    for notice in loaded.notices:
+        log.info(" > %s", notice)
+    return TrainState(
+        iteration=loaded.iteration,
+        consumed_samples=loaded.consumed_train_samples,
+        dropout_seed=loaded.dropout_seed,
+    )
+
+
+def num_samples(run: Run) -> tuple[int, int, int]:
+    """Return how many samples training, validation and test need over the whole run."""
+    held_out = run.config.validation.eval_iters * run.global_batch_size
+    return run.train_iters * run.global_batch_size, held_out, held_out
+
+
+def open_writer(run: Run, state: TrainState) -> MetricsWriter:
+    """Open the files of metrics, to go on after the state's iteration."""
+    config = run.config
+    folder = log_folder(config.logging, config.checkpoint.save)
+    return MetricsWriter(config.logging, folder, state.iteration)

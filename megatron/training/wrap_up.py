@@ -1,0 +1,47 @@
+"""What a run leaves behind, said at its end: where the files are, the picture, the time it took."""
+
+import logging
+from pathlib import Path
+
+from megatron.core.timers import Timers
+from megatron.training.log_line import format_duration
+from megatron.training.plots import plot_run
+from megatron.training.run import Run, TrainState
+
+log = logging.getLogger(__name__)
+
+
+def finish(run: Run, state: TrainState, timers: Timers, folder: Path | None) -> None:
+    """Draw the picture and tell where everything is. Rank 0 only.
+
+    Args:
+        run: The run that ended.
+        state: Where it ended.
+        timers: Seconds by what they were spent on.
+        folder: Of the metrics; None when none were kept.
+    """
+    spent = {name: timers(name).elapsed() for name in ("setup", "train", "evaluate", "save")}
+    parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items() if seconds)
+    total = format_duration(sum(spent.values()))
+    log.info(
+        "ended at iteration %d of %d in %s: %s", state.iteration, run.train_iters, total, parts
+    )
+    if run.config.checkpoint.save is not None:
+        log.info("  checkpoints  %s", run.config.checkpoint.save)
+    if folder is not None:
+        plot = plot_run(folder, title=describe(run), vocab_size=run.padded_vocab_size)
+        log.info("  metrics      %s", folder / "metrics.jsonl")
+        if plot is not None:
+            log.info("  plot         %s", plot)
+    if run.config.logging.tensorboard_dir is not None:
+        log.info("  tensorboard  %s", run.config.logging.tensorboard_dir)
+
+
+def describe(run: Run) -> str:
+    """Return the model in a line, for the title of the picture."""
+    model = run.config.model
+    text = f"GPT, {model.num_layers} layers, hidden {model.hidden_size}"
+    if run.moe_metrics is not None:
+        text += f", {model.num_moe_experts} experts top-{model.moe_router_topk}"
+    ranks = run.world.world_size
+    return text + (f", {ranks} ranks" if ranks > 1 else "")

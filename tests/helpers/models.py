@@ -1,0 +1,70 @@
+"""Small GPT models for tests, in a world of one rank, and random batches for them."""
+
+import functools
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.parallel_layout import ParallelLayout
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.weight_init import init_weights
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+VOCAB = 37
+MAX_LENGTH = 24
+
+
+@functools.cache
+def world_of_one() -> ProcessGroupCollection:
+    """Groups of a single rank, made once a process."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return ProcessGroupCollection.create(ParallelLayout(world_size=1))
+
+
+def tiny_config(**options: object) -> TransformerConfig:
+    """A two-layer model without dropout, in fp64 unless said otherwise."""
+    defaults: dict = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "fp64": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    return TransformerConfig(**(defaults | options))
+
+
+def tiny_gpt(config: TransformerConfig, seed: int = 1, spread: float = 8.0) -> GPTModel:
+    """A model whose weights are ``spread`` times larger than at the start of training.
+
+    Small weights would hide mistakes in attention behind the residual stream; biases and norms
+    are moved off their 0 and 1 for the same reason.
+    """
+    model = GPTModel(
+        config,
+        get_gpt_decoder_block_spec(config),
+        VOCAB,
+        MAX_LENGTH,
+        pg_collection=world_of_one(),
+    )
+    init_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 1:
+                param += 0.1 * torch.randn(param.shape, generator=generator).to(param.dtype)
+            else:
+                param *= spread
+    return model
+
+
+def tiny_batch(samples: int = 2, length: int = 11, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, position ids and labels, [samples, length] each."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCAB, (samples, length + 1), generator=generator)
+    positions = torch.arange(length).expand(samples, -1)
+    return ids[:, :-1].contiguous(), positions, ids[:, 1:].contiguous()

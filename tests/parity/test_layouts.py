@@ -1,0 +1,94 @@
+"""Every split of data and expert parallelism equals one process: losses, gradients, weights.
+
+R2, R3, R4, R8, R14: expert gradients, one global norm, live routers, empty experts, loss over the
+global number of tokens. Dropout is on: its masks belong to samples, not to ranks.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.layouts import LayoutResult, run_layout
+
+LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # (ranks, expert parallel)
+RTOL = 1e-12  # of the largest element of each tensor, in fp64
+
+CASES = {
+    "alltoall": {},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
+    "sequential": {"moe_experts_type": "sequential"},
+    "dense_first": {"moe_layer_freq": [0, 1], "untie_embeddings_and_output_weights": True},
+    "top1_rope": {
+        "moe_router_topk": 1,
+        "moe_router_pre_softmax": True,
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+    },
+    "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
+    "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},
+}
+
+
+@functools.cache
+def one_process(case: str) -> LayoutResult:
+    """The run that all layouts of ``case`` are compared with."""
+    return run_layout(1, **_options(case))
+
+
+def _options(case: str) -> dict:
+    return {"optimizer": "sgd"} | CASES[case]
+
+
+def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], what: str) -> None:
+    """Compare in the order of the model, so that the first difference is the first one named."""
+    assert sorted(got) == sorted(want)
+    for key, expected in want.items():
+        error = (got[key] - expected).abs().max().item()
+        bound = RTOL * expected.abs().max().item()
+        ratio = (got[key].norm() / expected.norm()).item()
+        assert error <= bound, f"{what} of {key}: {error=:.3g} {bound=:.3g} {ratio=:.6g}"
+
+
+@pytest.mark.parametrize(("world_size", "ep"), LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_layout_equals_one_process(case, world_size, ep):
+    want = one_process(case)
+    got = run_layout(world_size, expert_model_parallel_size=ep, **_options(case))
+    for key, tensor in want.initial.items():
+        assert torch.equal(got.initial[key], tensor), f"initial weight of {key}"
+    for step, (mine, theirs) in enumerate(zip(got.steps, want.steps, strict=True)):
+        assert mine.lm_loss == pytest.approx(theirs.lm_loss, rel=RTOL)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=RTOL)
+        assert_equal(mine.gradients, theirs.gradients, f"step {step}: gradient")
+        # Adam divides by the root of tiny second moments: rounding of a gradient is magnified.
+        if _options(case)["optimizer"] == "sgd":
+            assert_equal(mine.weights, theirs.weights, f"step {step}: weight")
+    assert torch.equal(got.tokens_per_expert, want.tokens_per_expert)
+
+
+def test_every_router_and_expert_learns():
+    result = one_process("alltoall")
+    for step in result.steps:
+        for key, gradient in step.gradients.items():
+            used = gradient.abs().max() > 0
+            assert used or ".local_experts." in key, f"{key} has no gradient"
+    counts = result.tokens_per_expert
+    assert counts.sum(dim=1).tolist() == [2 * 8 * 12 * 2] * 2  # steps x samples x tokens x top-k
+
+
+def test_no_two_experts_start_equal():
+    initial = one_process("alltoall").initial
+    experts = [v for k, v in initial.items() if k.endswith("linear_fc1.weight")]
+    assert len(experts) == 16
+    assert all(not torch.equal(a, b) for i, a in enumerate(experts) for b in experts[:i])
+
+
+@pytest.mark.parametrize("planted", [0.5, 1.0 + 1e-9])
+def test_a_wrong_scale_of_one_gradient_is_caught(planted):
+    gradients = one_process("alltoall").steps[0].gradients
+    key = next(k for k in gradients if ".local_experts." in k and gradients[k].abs().max() > 0)
+    with pytest.raises(AssertionError, match="local_experts"):
+        assert_equal(gradients | {key: gradients[key] * planted}, gradients, "gradient")

@@ -1,0 +1,74 @@
+"""Attention written out: one sample, one head, one query at a time."""
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, position: int, rotary_percent: float, rotary_base: float) -> Tensor:
+    """Rotate one head of one position, x [d]: pair i turns by position * base ** (-2 i / dim)."""
+    dim = int(len(x) * rotary_percent) // 2 * 2
+    out = list(x)
+    for i in range(dim // 2):
+        angle = torch.tensor(
+            position * float(rotary_base) ** (-2 * i / dim), dtype=torch.float64, device=x.device
+        )
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        first, second = x[i], x[i + dim // 2]
+        out[i] = first * cos - second * sin
+        out[i + dim // 2] = second * cos + first * sin
+    return torch.stack(out)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """Return softmax(q . k / sqrt(d)) v of one query [d] over [n, d], skipping ``hidden`` [n]."""
+    seen = [j for j in range(len(keys)) if not hidden[j]]
+    scores = torch.stack([query @ keys[j] / len(query) ** 0.5 for j in seen])
+    weights = scores.softmax(dim=0)
+    return sum(weights[n] * values[j] for n, j in enumerate(seen))
+
+
+def self_attention(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    *,
+    heads: int,
+    groups: int,
+    mask: Tensor | None = None,
+    rotary: tuple[float, float] | None = None,
+) -> Tensor:
+    """Causal self-attention of one sequence.
+
+    Args:
+        x: [s, h].
+        weights: ``linear_qkv.weight``, ``linear_proj.weight`` and perhaps their biases.
+        heads: Query heads.
+        groups: Key-value heads.
+        mask: bool [s, s], True where a query may not look.
+        rotary: (rotary_percent, rotary_base).
+
+    Returns:
+        [s, h].
+    """
+    s = len(x)
+    per_group = heads // groups
+    mixed = _linear(x, weights, "linear_qkv").view(s, groups, per_group + 2, -1)
+    results = []
+    for t in range(s):
+        row = []
+        hidden = torch.zeros(t + 1, dtype=torch.bool) if mask is None else mask[t, : t + 1]
+        for head in range(heads):
+            group = head // per_group
+            query = mixed[t, group, head % per_group]
+            keys = [mixed[j, group, per_group] for j in range(t + 1)]
+            values = torch.stack([mixed[j, group, per_group + 1] for j in range(t + 1)])
+            if rotary is not None:
+                query = rotate(query, t, *rotary)
+                keys = [rotate(key, j, *rotary) for j, key in enumerate(keys)]
+            row.append(attend(query, torch.stack(keys), values, hidden))
+        results.append(torch.cat(row))
+    return _linear(torch.stack(results), weights, "linear_proj")
+
+
+def _linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    out = x @ weights[f"{name}.weight"].T
+    return out + weights[f"{name}.bias"] if f"{name}.bias" in weights else out

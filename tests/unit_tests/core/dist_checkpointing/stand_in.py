@@ -1,0 +1,73 @@
+"""A model with every kind of parameter a checkpoint meets, and values that tell on themselves."""
+
+import hashlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
+from megatron.core.optimizer.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.parallel_layout import ParallelLayout
+from megatron.core.param_role import Init, ParamRole, set_role
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+EXPERTS, HIDDEN = 4, 6
+
+# The first optimizer imports torch._dynamo (~200 modules): once here, not once in every rank.
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+NORMAL = Init()
+
+
+class StandIn(nn.Module):
+    """A dense weight, a bias and a stack of experts of which this rank holds some."""
+
+    def __init__(self, experts: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dense = nn.Parameter(torch.zeros(5, HIDDEN, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(7, dtype=dtype))
+        set_role(self.dense, ParamRole(init=NORMAL))
+        set_role(self.bias, ParamRole(init=NORMAL, decays=False))
+        self.experts = nn.Module()
+        self.experts.weight1 = nn.Parameter(torch.zeros(len(experts), 3, HIDDEN, dtype=dtype))
+        role = ParamRole(
+            init=NORMAL, is_expert=True, expert_ids=experts, expert_name="linear_fc1.weight"
+        )
+        set_role(self.experts.weight1, role)
+        self.register_buffer("counts", torch.zeros(EXPERTS, dtype=torch.int64))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+
+def build(
+    ep: int, dtype: torch.dtype = torch.float32
+) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+    """Build model and optimizer on this rank of the default group, at ``ep``."""
+    groups = ProcessGroupCollection.create(
+        ParallelLayout(world_size=dist.get_world_size(), ep=ep)
+    )
+    local = EXPERTS // ep
+    first = groups.ep.rank() * local
+    model = StandIn(tuple(range(first, first + local)), dtype)
+    ddp = DistributedDataParallel(DistributedDataParallelConfig(), model, pg_collection=groups)
+    return ddp, get_megatron_optimizer(OptimizerConfig(lr=1e-3), ddp, pg_collection=groups)
+
+
+def value_of(key: str, like: Tensor) -> Tensor:
+    """Return what the tensor of this key holds: another value for every key."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+
+def fill(tensors: dict[str, Tensor]) -> None:
+    """Write ``value_of`` into each tensor."""
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            tensor.copy_(value_of(key, tensor))
+
+
+def wrong_keys(tensors: dict[str, Tensor]) -> list[str]:
+    """List the keys whose tensors differ from ``value_of`` in any bit."""
+    return [key for key, tensor in tensors.items() if not torch.equal(tensor, value_of(key, tensor))]

@@ -1,0 +1,146 @@
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.core.dist_checkpointing import folders
+from megatron.core.dist_checkpointing.agreement import gather
+from megatron.core.dist_checkpointing.store import (
+    COMMON,
+    CheckpointContent,
+    open_checkpoint,
+    write_checkpoint,
+)
+from megatron.core.errors import CheckpointError
+from tests.helpers.ranks import run_ranks
+
+
+def content(value: float = 1.0, size: int = 10) -> CheckpointContent:
+    return CheckpointContent(tensors={"model.a": torch.full((size,), value)}, common={"step": value})
+
+
+def test_what_was_written_is_opened(tmp_path: Path) -> None:
+    path, size = write_checkpoint(tmp_path, 5, content(), None)
+    opened = open_checkpoint(tmp_path, None)
+    assert opened is not None
+    assert opened.path == path == tmp_path / "iter_0000005"
+    assert opened.common["step"] == 1.0
+    files = [entry for entry in path.iterdir() if entry.name != folders.MANIFEST]
+    assert size == sum(entry.stat().st_size for entry in files)
+
+
+def test_small_files_travel_with_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_text("words")
+    files = {"tokenizer/t.model": tmp_path / "t.model"}
+    write_checkpoint(tmp_path, 5, CheckpointContent(tensors={}, common={}, files=files), None)
+    assert (tmp_path / "iter_0000005" / "tokenizer" / "t.model").read_text() == "words"
+
+
+def test_an_empty_folder_opens_as_none(tmp_path: Path) -> None:
+    assert open_checkpoint(tmp_path, None) is None
+
+
+def test_an_iteration_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 5, content(), None)
+    with pytest.raises(CheckpointError, match="no complete checkpoint of iteration 6.*here: 5"):
+        open_checkpoint(tmp_path, None, iteration=6)
+
+
+def test_an_older_iteration_can_be_asked_for(tmp_path: Path) -> None:
+    for step in (5, 10):
+        write_checkpoint(tmp_path, step, content(step), None)
+    opened = open_checkpoint(tmp_path, None, iteration=5)
+    assert opened is not None
+    assert opened.common["step"] == 5
+
+
+def test_keep_last_deletes_the_oldest_after_success(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        write_checkpoint(tmp_path, step, content(step), None, keep_last=2)
+    assert folders.complete_iterations(tmp_path) == [10, 15]
+
+
+def test_a_format_of_another_version_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("megatron.core.dist_checkpointing.store.FORMAT_VERSION", 99)
+    write_checkpoint(tmp_path, 5, content(), None)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+        open_checkpoint(tmp_path, None)
+
+
+def test_a_damaged_common_file_is_named(tmp_path: Path) -> None:
+    path, _ = write_checkpoint(tmp_path, 5, content(), None)
+    (path / COMMON).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"{COMMON} has 2 bytes"):
+        open_checkpoint(tmp_path, None)
+
+
+def _disk_of_rank_1_is_full(folder: str) -> None:
+    group, path = dist.group.WORLD, Path(folder)
+    mine = {"model.a": torch.zeros(10), f"model.own{dist.get_rank()}": torch.zeros(200_000)}
+    write_checkpoint(path, 5, CheckpointContent(tensors=mine, common={}), group)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    with pytest.raises(CheckpointError) as caught:
+        write_checkpoint(path, 10, CheckpointContent(tensors=mine, common={}), group)
+    assert gather(str(caught.value), group) == ["rank 1: File too large"] * 2
+    dist.barrier()
+    assert sorted(os.listdir(path)) == ["iter_0000005", folders.TRACKER]
+    opened = open_checkpoint(path, group)
+    assert opened is not None
+    assert opened.path.name == "iter_0000005"
+
+
+def test_a_full_disk_on_one_rank_fails_on_all_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    run_ranks(_disk_of_rank_1_is_full, 2, str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"Not a directory|File exists"):
+        write_checkpoint(tmp_path / "file" / "sub", 5, content(), None)
+
+
+
+def _save_until_step(folder: Path, iteration: int, last_step: int) -> bool:
+    """Save in a forked process that dies at its ``last_step``-th change of the disk."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    steps = 0
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            nonlocal steps
+            steps += 1
+            if steps > last_step:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "open"):
+        setattr(os, name, counted(getattr(os, name)))
+    write_checkpoint(folder, iteration, content(iteration), None, keep_last=1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("iteration", [5, 10])
+def test_a_save_killed_at_any_change_of_the_disk_leaves_a_loadable_latest(
+    tmp_path: Path, iteration: int
+) -> None:
+    """Iteration 5 is there already and is replaced; 10 is new and prunes 5."""
+    write_checkpoint(tmp_path, 5, content(5), None)
+    last_step, done = 0, False
+    while not done:
+        done = _save_until_step(tmp_path, iteration, last_step)
+        opened = open_checkpoint(tmp_path, None)
+        assert opened is not None, last_step
+        assert opened.path.name == f"iter_{int(opened.common['step']):07d}"
+        last_step += 1
+    assert last_step > 12
+    write_checkpoint(tmp_path, 15, content(15), None, keep_last=1)
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000015", folders.TRACKER]

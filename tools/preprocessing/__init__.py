@@ -1,0 +1,1 @@
+"""What the text tools share: reading records, encoding them on several cores, progress."""

@@ -1,0 +1,81 @@
+"""Write docs/flags.md from the declarations of the options: ``python tools/write_docs.py``.
+
+``--check`` writes nothing and exits with code 1 if the file is not up to date.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron.training.config.flags import ACTIONS
+from megatron.training.config.megatron_flags import NO_EFFECT
+from megatron.training.config.options import Option, options_of
+from megatron.training.config.run_config import RunConfig
+
+PATH = ROOT / "docs" / "flags.md"
+_OPENING = """\
+# Flags
+
+Written by `tools/write_docs.py` from the config dataclasses; edit those, then run `make docs`.
+Every option may stand on the command line or, by the name of its flag without dashes or of its
+field, in the file of `--yaml-cfg`. The command line goes before the file, the file before the
+default. `-` as default: derived or absent, as the text says. `off` and `on` are switches; of one
+that is on, the flag turns it off. How this differs from Megatron-LM: [differences](differences.md).
+"""
+
+
+def flags_page() -> str:
+    """Return the content of docs/flags.md."""
+    groups: dict[str, list[Option]] = {}
+    for option in options_of(RunConfig).values():
+        groups.setdefault(option.group, []).append(option)
+    parts = [_OPENING, "## General\n", "| flag | what it does |", "|---|---|"]
+    parts += [f"| `{flag}` | {text} |" for flag, text in ACTIONS.items()]
+    for group, members in groups.items():
+        files = sorted({f"`{option.module.replace('.', '/')}.py`" for option in members})
+        parts += ["", f"## {group}\n", f"Declared in {', '.join(files)}.\n"]
+        parts += ["| flag | default | what it does |", "|---|---|---|"]
+        parts += [_row(option) for option in members]
+    parts += ["", "## Accepted without effect\n", "Old launch scripts pass them; a notice says why "]
+    parts[-1] += "they change nothing.\n"
+    parts += ["| flag | only with | why |", "|---|---|---|"]
+    for flag, entry in sorted(NO_EFFECT.items()):
+        parts.append(f"| `{flag}` | {', '.join(entry.values or ())} | {entry.why} |")
+    return "\n".join(parts) + "\n"
+
+
+def _row(option: Option) -> str:
+    flags = ", ".join(f"`{flag}`" for flag in option.flags)
+    text = option.help.replace("|", "\\|")
+    if option.choices:
+        text += f" One of: {', '.join(f'`{choice}`' for choice in option.choices)}."
+    return f"| {flags} | {_default(option)} | {text} |"
+
+
+def _default(option: Option) -> str:
+    if option.kind is bool:
+        return "on" if option.default else "off"
+    return "-" if option.default is None else f"`{option.text(option.default)}`"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page, or compare it; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="Only compare.")
+    page = flags_page()
+    if parser.parse_args(argv).check:
+        current = PATH.read_text(encoding="utf-8") if PATH.is_file() else ""
+        if current != page:
+            print(f"{PATH} is not up to date: run python tools/write_docs.py", file=sys.stderr)
+        return int(current != page)
+    PATH.parent.mkdir(exist_ok=True)
+    PATH.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
