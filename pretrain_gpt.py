@@ -15,8 +15,8 @@ from megatron.training.user_errors import exit_on_user_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.utils.data import Dataset
 
+    from megatron.core.datasets.gpt_dataset import SampleDataset
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tokenizers.base import Tokenizer
     from megatron.training.batch import Batch
@@ -39,8 +39,8 @@ def model_provider(config: RunConfig, pg_collection: ProcessGroupCollection) -> 
 
 
 def train_valid_test_datasets_provider(
-    num_samples: tuple[int, int, int], config: RunConfig, tokenizer: Tokenizer | None
-) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    num_samples: tuple[int, int, int], config: RunConfig, tokenizer: Tokenizer
+) -> tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]:
     """Build the datasets of training, validation and test."""
     from megatron.training.setup_data import build_train_valid_test_datasets
 
@@ -48,8 +48,8 @@ def train_valid_test_datasets_provider(
         config.data,
         seed=config.training.seed,
         num_samples=num_samples,
-        eod_id=None if tokenizer is None else tokenizer.eod,
-        vocab_size=config.tokenizer.vocab_size if tokenizer is None else tokenizer.vocab_size,
+        eod_id=tokenizer.eod,
+        vocab_size=tokenizer.vocab_size,
     )
 
 

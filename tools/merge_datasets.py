@@ -17,10 +17,10 @@ from megatron.core.errors import ConfigError, DataError
 from tools.preprocessing import command_line
 
 REFUSED = {"--multimodal": "datasets of tokens only"}
-# Sums of all datasets; the other fields of their sidecars must agree.
+# Fields of a sidecar that add up, and those that must agree. Where the tokenizer is may differ,
+# as long as its content (the fingerprint) does not.
 COUNTS = ("documents", "sequences", "tokens")
-# Where the tokenizer is may differ, as long as its content (the fingerprint) does not.
-PLACES = ("tokenizer_files", "tokenizer_type", "json_key")
+SAME = ("vocab_size", "eod_id", "fingerprint", "append_eod", "dtype")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,11 +67,11 @@ def merged_sidecar(prefixes: Sequence[str]) -> Sidecar | None:
 
 
 def _check_same(first: tuple[str, Sidecar], other: tuple[str, Sidecar]) -> None:
-    for field in dataclasses.fields(Sidecar):
-        mine, theirs = getattr(first[1], field.name), getattr(other[1], field.name)
-        if field.name not in (*COUNTS, *PLACES) and mine != theirs:
+    for name in SAME:
+        mine, theirs = getattr(first[1], name), getattr(other[1], name)
+        if mine != theirs:
             raise DataError(
-                f"{first[0]} and {other[0]} do not belong together: {field.name} is "
+                f"{first[0]} and {other[0]} do not belong together: {name} is "
                 f"{mine} in the first and {theirs} in the second"
             )
 

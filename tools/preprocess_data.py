@@ -85,69 +85,48 @@ def _open_builders(
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line.ToolParser("Turn text into the .bin/.idx files that training reads.")
+    _add_data_flags(parser)
+    _add_speed_flags(parser)
+    command_line.add_tokenizer_flags(parser, required=True)
+    parser.refuse(REFUSED)
+    return parser.parse_tool_args(argv)
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="Files or globs of .jsonl, .json "
-        "(a record per line), .txt (a document per file), each also .gz or .zst; .parquet.",
+    files = (
+        "Files or globs of .jsonl, .json (a record per line), .txt (a document per file), each "
+        "also .gz or .zst; .parquet."
     )
-    add(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="Keys (columns) to encode; each becomes a dataset of its own.",
-    )
-    add(
-        "--output-prefix",
-        required=True,
-        metavar="PATH",
-        help="Writes PATH_{key}_document.bin, .idx and .json.",
-    )
+    keys = "Keys (columns) to encode; each becomes a dataset of its own."
+    output = "Writes PATH_{key}_document.bin, .idx and .json."
+    per_line = "Take each line of a .txt file as a document."
+    on_error = "At a bad record: stop and name file and line, or leave it out and count it."
+    add("--input", nargs="+", required=True, metavar="PATH", help=files)
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help=keys)
+    add("--output-prefix", required=True, metavar="PATH", help=output)
     add("--append-eod", action="store_true", help="End each document with the end of document.")
-    add(
-        "--text-document-per-line",
-        action="store_true",
-        help="Take each line of a .txt file as a document.",
-    )
-    add(
-        "--on-error",
-        choices=["fail", "skip"],
-        default="fail",
-        help="At a bad record: stop and name file and line, or leave it out and count it.",
-    )
-    add(
-        "--workers",
-        type=command_line.positive,
-        default=_num_cores(),
-        metavar="N",
-        help="Processes that tokenize; the output does not depend on it.",
-    )
-    add(
-        "--partitions",
-        type=command_line.positive,
-        default=1,
-        metavar="N",
-        help="Accepted from Megatron's scripts; changes nothing.",
-    )
-    add(
+    add("--text-document-per-line", action="store_true", help=per_line)
+    add("--on-error", choices=["fail", "skip"], default="fail", help=on_error)
+
+
+def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    workers = "Processes that tokenize; the output does not depend on it."
+    interval = "Documents between two lines of progress, at most one a second."
+    numbers = {
+        "--workers": (_num_cores(), workers),
+        "--partitions": (1, "Accepted from Megatron's scripts; changes nothing."),
+        "--log-interval": (1000, interval),
+    }
+    for flag, (default, text) in numbers.items():
+        parser.add_argument(
+            flag, type=command_line.positive, default=default, metavar="N", help=text
+        )
+    parser.add_argument(
         "--keep-sequential-samples",
         action="store_true",
         help="Accepted from Megatron's scripts; documents always keep their order.",
     )
-    add(
-        "--log-interval",
-        type=command_line.positive,
-        default=1000,
-        metavar="N",
-        help="Documents between two lines of progress, at most one a second.",
-    )
-    command_line.add_tokenizer_flags(parser, required=True)
-    parser.refuse(REFUSED)
-    return parser.parse_tool_args(argv)
 
 
 def _num_cores() -> int:

@@ -115,13 +115,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model-type", choices=["bpe", "unigram"], default="bpe",
         help="bpe trains faster, unigram tokenizes faster.")  # fmt: skip
     add("--character-coverage", type=float, default=0.9995, metavar="X",
-        help="Share of characters with a piece of their own; the rest is spelled in bytes.")  # fmt: skip
+        help="Share of characters with a piece of their own; others are bytes.")  # fmt: skip
     add("--input-sentence-size", type=command_line.positive, default=2_000_000, metavar="N",
         help="Lines kept in memory: a random sample of the input.")  # fmt: skip
     add("--user-defined-symbols", nargs="+", default=[], metavar="S",
         help="Texts that are always one piece, such as <eod>.")  # fmt: skip
     add("--num-threads", type=command_line.positive, default=2, metavar="N",
-        help="Threads; the model does depend on it in the last digits of unigram scores.")  # fmt: skip
+        help="Threads; unigram scores depend on it in their last digits.")  # fmt: skip
     add("--seed", type=int, default=1234, metavar="N", help="Of the random sample.")
     add("--verbose", action="store_true", help="Show SentencePiece's own log.")
     args = parser.parse_tool_args(argv)

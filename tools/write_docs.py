@@ -8,15 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.training.config.flags import ACTIONS
 from megatron.training.config.megatron_flags import NO_EFFECT
 from megatron.training.config.options import Option, options_of
 from megatron.training.config.run_config import RunConfig
 
-PATH = ROOT / "docs" / "flags.md"
+PATH = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 _OPENING = """\
 # Flags
 
@@ -40,8 +39,8 @@ def flags_page() -> str:
         parts += ["", f"## {group}\n", f"Declared in {', '.join(files)}.\n"]
         parts += ["| flag | default | what it does |", "|---|---|---|"]
         parts += [_row(option) for option in members]
-    parts += ["", "## Accepted without effect\n", "Old launch scripts pass them; a notice says why "]
-    parts[-1] += "they change nothing.\n"
+    parts += ["", "## Accepted without effect\n"]
+    parts += ["Old launch scripts pass them; a notice says why they change nothing.\n"]
     parts += ["| flag | only with | why |", "|---|---|---|"]
     for flag, entry in sorted(NO_EFFECT.items()):
         parts.append(f"| `{flag}` | {', '.join(entry.values or ())} | {entry.why} |")
@@ -50,10 +49,11 @@ def flags_page() -> str:
 
 def _row(option: Option) -> str:
     flags = ", ".join(f"`{flag}`" for flag in option.flags)
-    text = option.help.replace("|", "\\|")
+    text = f"Turn off: {option.help}" if option.default is True else option.help
     if option.choices:
         text += f" One of: {', '.join(f'`{choice}`' for choice in option.choices)}."
-    return f"| {flags} | {_default(option)} | {text} |"
+    escaped = text.replace("|", "\\|")
+    return f"| {flags} | {_default(option)} | {escaped} |"
 
 
 def _default(option: Option) -> str:

@@ -15,6 +15,7 @@ from datetime import timedelta
 from types import TracebackType
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megatron.core.errors import MegatronError
@@ -22,6 +23,10 @@ from megatron.training.user_errors import EXIT_CODE
 
 log = logging.getLogger(__name__)
 
+LOST = (
+    "lost the connection to another rank, which ended without a word: it was killed, perhaps for "
+    "lack of memory"
+)
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 4.0
 """How long a rank may take to notice by itself that another one failed."""
@@ -36,7 +41,7 @@ class FailureReport:
     pass on with a note that names rank, iteration and place.
     """
 
-    def __init__(self, store: dist.Store | None = None) -> None:
+    def __init__(self, store: Store | None = None) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.where = f"rank {self.rank}"
         """Place of this rank in the layout, for messages."""
@@ -58,12 +63,16 @@ class FailureReport:
         self._done.set()
         if error is None or not isinstance(error, Exception):
             return
-        first = self._note_first(f"{type(error).__name__}: {error}")
+        lost = _is_lost_connection(error)
+        first = self._noted() if lost else self._note(f"{type(error).__name__}: {error}")
         if self._store is not None:
             _end_soon()
         if first is not None:
             log.error("%s stops because %s", self.where, first)
             raise SystemExit(1) from None
+        if lost:
+            error.add_note(f"{self.place()}: {LOST}")
+            return
         error.add_note(f"First failure of the run: {self.place()}")
         get_error_handler().record_exception(error)  # torchrun shows it at its very end
         if isinstance(error, MegatronError):
@@ -82,7 +91,7 @@ class FailureReport:
         step = "outside training" if self.iteration is None else f"iteration {self.iteration}"
         return f"{self.where}, {step}"
 
-    def _note_first(self, message: str) -> str | None:
+    def _note(self, message: str) -> str | None:
         """Note the failure of this rank; return another rank's note if that came first."""
         if self._store is None:
             return None
@@ -92,6 +101,15 @@ class FailureReport:
         except dist.DistError:  # the launcher is gone: nobody can tell who was first
             return None
         return None if noted["rank"] == self.rank else noted["text"]
+
+    def _noted(self) -> str | None:
+        """Return the note of the rank that failed first, None without one."""
+        try:
+            if self._store is None or not self._store.check([self._key]):
+                return None
+            return str(json.loads(self._store.get(self._key))["text"])
+        except dist.DistError:
+            return None
 
     def _watch(self) -> None:
         assert self._store is not None, "watching needs a store"
@@ -103,6 +121,13 @@ class FailureReport:
                 return
 
 
+def _is_lost_connection(error: Exception) -> bool:
+    """Tell whether a collective failed because another process is gone."""
+    text = str(error)
+    known = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in known)
+
+
 def _end_soon() -> None:
     """Let the kernel end this process if it hangs on its way out."""
     if threading.current_thread() is threading.main_thread():
@@ -110,11 +135,11 @@ def _end_soon() -> None:
         signal.alarm(DYING_SECONDS)
 
 
-def _own_connection() -> dist.Store | None:
+def _own_connection() -> Store | None:
     """Connect to torchrun's store apart from the process groups, whose calls may block it."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
         return None
-    return dist.TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined, no-any-return]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,

@@ -12,7 +12,7 @@ _timers = Timers()
 
 
 def set_global_variables(
-    config: RunConfig, tokenizer: Tokenizer | None, timers: Timers | None = None
+    config: RunConfig, tokenizer: Tokenizer, timers: Timers | None = None
 ) -> None:
     """Set what the getters return; ``pretrain`` does it before it calls a provider."""
     global _args, _tokenizer, _timers

@@ -153,7 +153,7 @@ def connect(launch: Launch, backend: str, device: torch.device, timeout: timedel
         # in this process's memory: no port to be taken, no file to be left behind
         dist.init_process_group(
             backend,
-            store=dist.HashStore(),
+            store=dist.HashStore(),  # type: ignore[attr-defined]
             rank=0,
             world_size=1,
             timeout=timeout,

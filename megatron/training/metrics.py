@@ -1,8 +1,8 @@
 """Where figures of a run are kept: JSON lines in the log folder, and TensorBoard. Rank 0 only.
 
 Three files, one JSON object a line, each with its ``iteration``: ``metrics.jsonl`` (every step),
-``evaluation.jsonl`` (every evaluation) and ``expert_load.jsonl`` (every log interval). A resumed run
-goes on in them, after dropping lines beyond the step it resumed from.
+``evaluation.jsonl`` (every evaluation) and ``expert_load.jsonl`` (every log interval). A resumed
+run goes on in them, after dropping lines beyond the step it resumed from.
 """
 
 import json

@@ -123,31 +123,34 @@ def schedule_problems(stored: dict[str, Any], config: RunConfig) -> Iterator[str
     """
     then, now = stored["schedule"], schedule(config)
     old = flat(stored["config"])
+    batches = old["global_batch_size"] or 1, config.training.global_batch_size or 1
     for name in sorted(then.keys() | now.keys()):
-        if then.get(name) == now.get(name):
+        before, after = then.get(name), now.get(name)
+        if before == after:
             continue
         if not name.endswith("-iters"):
-            yield f"{name} is {then.get(name)} in the checkpoint and {now.get(name)} in this run"
+            yield f"{name} is {before} in the checkpoint and {after} in this run"
             continue
-        text = f"{name} {_length(then.get(name), old['global_batch_size'])} in the checkpoint and "
-        text += f"{_length(now.get(name), config.training.global_batch_size)} in this run"
-        yield text + _why_length(old, config)
+        yield (
+            f"{name} {_length(before, batches[0])} in the checkpoint and "
+            f"{_length(after, batches[1])} in this run"
+        ) + _why_length(name, before, old, config)
 
 
-def _length(samples: float | None, batch: int | None) -> str:
+def _length(samples: float | None, batch: int) -> str:
     if samples is None:
         return "has no effect"
-    return f"is {samples / (batch or 1):g} (x --global-batch-size {batch} = {samples:g} samples)"
+    return f"is {samples / batch:g} (x --global-batch-size {batch} = {samples:g} samples)"
 
 
-def _why_length(old: dict[str, Any], config: RunConfig) -> str:
+def _why_length(name: str, before: float | None, old: dict[str, Any], config: RunConfig) -> str:
     then, now = old["train_iters"], config.training.train_iters
-    if then == now:
+    if then == now or before is None or config.given(name[2:].replace("-", "_")):
         return ""
+    keep = before / (config.training.global_batch_size or 1)
     return (
-        f"; unless set, it follows --train-iters, which was {then} and now is {now}: to keep the "
-        f"schedule, say --lr-decay-iters {old['lr_decay_iters'] or then} and "
-        f"--lr-warmup-iters {old['lr_warmup_iters']}"
+        f", because --train-iters was {then} and is {now} now; {name} {keep:g} keeps the "
+        "checkpoint's"
     )
 
 

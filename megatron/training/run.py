@@ -44,27 +44,25 @@ class Run:
     scheduler: OptimizerParamScheduler
     forward_step: ForwardStep
     num_microbatches: int
-    padded_vocab_size: int
     moe_metrics: MoEMetricsTracker | None
     """None in a model without MoE layers."""
 
     @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.config.tokenizer.padded_vocab_size
+
+    @property
     def global_batch_size(self) -> int:
         """Samples of one step over all ranks."""
-        size = self.config.training.global_batch_size
-        assert size is not None, "config is not resolved"
-        return size
+        return self.config.training.global_batch_size
 
     @property
     def train_iters(self) -> int:
         """Steps of the whole run."""
-        iters = self.config.training.train_iters
-        assert iters is not None, "config is not resolved"
-        return iters
+        return self.config.training.train_iters
 
     @property
     def seq_length(self) -> int:
         """Tokens of one sample."""
-        length = self.config.data.seq_length
-        assert length is not None, "config is not resolved"
-        return length
+        return self.config.data.seq_length

@@ -29,6 +29,7 @@ from megatron.training.datasets.data_samplers import SamplePlan
 __all__ = ["Batch", "build_data_iterator", "build_train_valid_test_datasets"]
 
 _Numbers = tuple[int, ...]
+_LEFT_TO_THE_TRAINER = (signal.SIGTERM, signal.SIGINT)
 
 
 def build_train_valid_test_datasets(
@@ -113,7 +114,12 @@ def build_data_iterator(
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_initialized(),
     )
-    return _BatchIterator(iter(loader), len(dataset))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_TRAINER)  # workers inherit it
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return _BatchIterator(batches, len(dataset))
 
 
 class _Microbatches:
@@ -170,5 +176,6 @@ def _open_mock(_name: str, *, vocab_size: int, eod_id: int | None) -> DocumentSo
 
 def _leave_signals_to_the_trainer(_worker: int) -> None:
     """A signal to the process group stops the trainer at a step it chooses; it reads until then."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _LEFT_TO_THE_TRAINER:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_THE_TRAINER)

@@ -32,7 +32,6 @@ def setup_run(
     init_weights(model, config.training.seed)
     model = DistributedDataParallel(config.ddp, model.to(world.device), pg_collection=groups)
     model.train()
-    assert config.tokenizer.padded_vocab_size is not None, "the vocabulary is not padded yet"
     num_microbatches = microbatches(config, world).count
     run = Run(
         config=config,
@@ -42,7 +41,6 @@ def setup_run(
         scheduler=build_scheduler(config),
         forward_step=forward_step,
         num_microbatches=num_microbatches,
-        padded_vocab_size=config.tokenizer.padded_vocab_size,
         moe_metrics=build_moe_metrics(config, world, num_microbatches),
     )
     _tell_parameters(model, world)
@@ -52,8 +50,6 @@ def setup_run(
 def microbatches(config: RunConfig, world: World) -> NumMicroBatches:
     """Return the split of a global batch over ranks and microbatches."""
     training = config.training
-    assert training.global_batch_size is not None, "config is not resolved"
-    assert training.micro_batch_size is not None, "config is not resolved"
     return NumMicroBatches(
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
@@ -64,11 +60,8 @@ def microbatches(config: RunConfig, world: World) -> NumMicroBatches:
 def build_scheduler(config: RunConfig) -> OptimizerParamScheduler:
     """Translate the schedule from iterations to samples."""
     schedule, optimizer, training = config.scheduler, config.optimizer, config.training
-    assert optimizer.lr is not None, "config is not resolved"
-    assert training.train_iters is not None, "config is not resolved"
-    assert training.global_batch_size is not None, "config is not resolved"
     batch = training.global_batch_size
-    decay = (schedule.lr_decay_iters or max(1, training.train_iters)) * batch
+    decay = schedule.lr_decay_iters * batch
     warmup = schedule.lr_warmup_iters * batch
     if schedule.lr_warmup_fraction is not None:
         warmup = int(schedule.lr_warmup_fraction * decay)

@@ -1,4 +1,4 @@
-"""What a run says before it begins: fresh or resumed, its options, what was decided for the user."""
+"""What a run says before it begins: fresh or resumed, its options, what was chosen for it."""
 
 import logging
 from pathlib import Path

@@ -15,14 +15,15 @@ from typing import Any
 from megatron.training.config.training import TrainingConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-NUM_NOTES = 2
+ECHO_SECONDS = 1.0
+"""Two signals closer than this are one: Ctrl-C reaches a rank from the terminal and torchrun."""
 
 
 class StopRequest:
     """Collects this rank's reasons to stop. A context: signals are watched inside it.
 
-    The first SIGTERM or SIGINT asks for a stop at the end of the step; the second one of a kind
-    acts as if nobody watched (SIGINT raises KeyboardInterrupt, SIGTERM ends the process).
+    SIGTERM and SIGINT ask for a stop at the end of the step. A second SIGINT interrupts at once; a
+    second SIGTERM changes nothing, because launchers pass on what the whole process group got.
     """
 
     def __init__(self, config: TrainingConfig) -> None:
@@ -30,6 +31,7 @@ class StopRequest:
         self._limit_s = 60.0 * (config.exit_duration_in_mins or 0)
         self._began = time.monotonic()
         self._received: signal.Signals | None = None
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -43,8 +45,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = signal.Signals(number)
-        signal.signal(number, self._previous[self._received])
+        again = self._received is not None and time.monotonic() - self._received_at > ECHO_SECONDS
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._received is None:
+            self._received, self._received_at = signal.Signals(number), time.monotonic()
 
     def notes(self) -> tuple[float, float]:
         """Return this rank's (signal, time limit) as 0 or 1, to be summed over all ranks."""

@@ -21,13 +21,12 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
     Source: Narayanan et al. 2021 (arXiv:2104.04473), appendix; MoE layers count ``topk`` experts.
     """
     hidden = config.hidden_size
-    assert hidden is not None and config.num_attention_heads is not None, "config is not resolved"
     queries = config.num_attention_heads * config.head_dim
     keys_and_values = 2 * config.query_groups * config.head_dim
     projections = hidden * (queries + keys_and_values) + queries * hidden
     causal_core = 2 * queries * seq_length / 2  # scores and weighted values, half of the square
     matrices = 3 if config.swiglu else 2
-    products = vocab_size * hidden
+    products = float(vocab_size * hidden)
     for is_moe in config.moe_layer_pattern:
         width = config.moe_router_topk * config.moe_ffn_size if is_moe else config.ffn_size
         products += projections + causal_core + matrices * hidden * width

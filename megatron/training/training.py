@@ -8,12 +8,12 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch.utils.data import Dataset
-
+from megatron.core.datasets.gpt_dataset import SampleDataset
 from megatron.core.errors import CheckpointError
 from megatron.core.log import RankHandler, setup_logging
 from megatron.core.timers import Timers
 from megatron.core.tokenizers.base import Tokenizer
+from megatron.core.tokenizers.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.config.run_config import RunConfig
@@ -30,14 +30,13 @@ from megatron.training.setup_data import build_data_iterator
 from megatron.training.setup_model import ModelProvider, setup_run
 from megatron.training.start_up import start_line, tell_options
 from megatron.training.stop import StopRequest
-from megatron.training.tokenizer_setup import setup_tokenizer
 from megatron.training.train_step import train_step
 from megatron.training.wrap_up import finish
 
 log = logging.getLogger(__name__)
 
-Datasets = tuple[Dataset | None, Dataset | None, Dataset | None]
-DatasetsProvider = Callable[[tuple[int, int, int], RunConfig, Tokenizer | None], Datasets]
+Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
+DatasetsProvider = Callable[[tuple[int, int, int], RunConfig, Tokenizer], Datasets]
 """``provider(num_samples, config, tokenizer)``: the train, validation and test datasets, each
 with at least so many samples; None where there is none."""
 
@@ -48,7 +47,7 @@ class Session:
 
     run: Run
     state: TrainState
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer
     datasets: Datasets
     reporter: Reporter
     timers: Timers
@@ -87,7 +86,7 @@ def pretrain(
         world = initialize(config)
         failure.where = world.place()
         failure.watch()
-        tokenizer = setup_tokenizer(config)
+        tokenizer = build_tokenizer(config.tokenizer)
         set_global_variables(config, tokenizer, timers)
         tell_options(config)
         run = setup_run(config, world, model_provider, forward_step_func)
@@ -167,7 +166,6 @@ def batches(
     """Return the microbatches of this rank from dataset ``which`` (0 train, 1 valid, 2 test)."""
     run, dataset = session.run, session.datasets[which]
     assert dataset is not None, f"there is no dataset number {which} to read"
-    assert run.config.training.micro_batch_size is not None, "config is not resolved"
     return build_data_iterator(
         dataset,
         consumed_samples=consumed_samples,
@@ -230,7 +228,7 @@ def save(session: Session) -> None:
         log.warning("%s", result.line())
 
 
-def load_state(run: Run, tokenizer: Tokenizer | None) -> TrainState:
+def load_state(run: Run, tokenizer: Tokenizer) -> TrainState:
     """Load the checkpoint of --load, if any, into the run; return where training begins."""
     loaded = load_checkpoint(
         run.config.checkpoint.load,

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a run that saves all the time: the latest stays loadable."""
+"""kill -9 while saving, at every change of the disk and at random moments: the latest loads."""
 
 import os
 import random
@@ -6,8 +6,10 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
+from megatron.core.dist_checkpointing import folders
 from megatron.core.dist_checkpointing.serialization import read_tensors
 from megatron.core.dist_checkpointing.store import (
     CheckpointContent,
@@ -68,3 +70,50 @@ def test_the_latest_checkpoint_is_loadable_after_kill_9_at_random_moments(tmp_pa
         iteration = after
     assert iteration > 1, "no save ever finished: the test kills too early"
     assert killed_in_the_middle > 0, "no save was ever interrupted: the test shows nothing"
+
+
+def small(value: float) -> CheckpointContent:
+    return CheckpointContent(
+        tensors={"model.a": torch.full((10,), float(value))}, common={"step": value}
+    )
+
+
+def _save_until_step(folder: Path, iteration: int, last_step: int) -> bool:
+    """Save in a forked process that dies at its ``last_step``-th change of the disk."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] == 0
+    steps = 0
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            nonlocal steps
+            steps += 1
+            if steps > last_step:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "open"):
+        setattr(os, name, counted(getattr(os, name)))
+    write_checkpoint(folder, iteration, small(iteration), None, keep_last=1)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("iteration", [5, 10])
+def test_a_save_killed_at_any_change_of_the_disk_leaves_a_loadable_latest(
+    tmp_path: Path, iteration: int
+) -> None:
+    """Iteration 5 is there already and is replaced; 10 is new and prunes 5."""
+    write_checkpoint(tmp_path, 5, small(5), None)
+    last_step, done = 0, False
+    while not done:
+        done = _save_until_step(tmp_path, iteration, last_step)
+        opened = open_checkpoint(tmp_path, None)
+        assert opened is not None, last_step
+        assert opened.path.name == f"iter_{int(opened.common['step']):07d}"
+        last_step += 1
+    assert last_step > 12
+    write_checkpoint(tmp_path, 15, small(15), None, keep_last=1)
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000015", folders.TRACKER]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.models.gpt import gpt_layer_specs, gpt_model  # noqa: F401  before the fork: slow
 from megatron.core.param_role import logical_tensors, role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.config.run_config import RunConfig

@@ -1,6 +1,6 @@
 """Small GPT models for tests, in a world of one rank, and random batches for them."""
 
-import functools
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.parallel_layout import ParallelLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,12 +16,14 @@ VOCAB = 37
 MAX_LENGTH = 24
 
 
-@functools.cache
 def world_of_one() -> ProcessGroupCollection:
-    """Groups of a single rank, made once a process."""
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return ProcessGroupCollection.create(ParallelLayout(world_size=1))
+    """Groups of a single rank, without a default group: a test may fork ranks later.
+
+    They cannot communicate, and nothing may ask them to.
+    """
+    return ProcessGroupCollection(
+        **{f.name: dist.ProcessGroup(0, 1) for f in fields(ProcessGroupCollection)}
+    )
 
 
 def tiny_config(**options: object) -> TransformerConfig:
@@ -38,8 +39,15 @@ def tiny_config(**options: object) -> TransformerConfig:
     return TransformerConfig(**(defaults | options))
 
 
-def tiny_gpt(config: TransformerConfig, seed: int = 1, spread: float = 8.0) -> GPTModel:
-    """A model whose weights are ``spread`` times larger than at the start of training.
+def tiny_gpt(
+    config: TransformerConfig,
+    seed: int = 1,
+    spread: float = 8.0,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> GPTModel:
+    """A model, in a world of one unless groups are given, with weights to compare by.
+
+    They are ``spread`` times larger than at the start of training.
 
     Small weights would hide mistakes in attention behind the residual stream; biases and norms
     are moved off their 0 and 1 for the same reason.
@@ -49,7 +57,7 @@ def tiny_gpt(config: TransformerConfig, seed: int = 1, spread: float = 8.0) -> G
         get_gpt_decoder_block_spec(config),
         VOCAB,
         MAX_LENGTH,
-        pg_collection=world_of_one(),
+        pg_collection=pg_collection or world_of_one(),
     )
     init_weights(model, seed)
     generator = torch.Generator().manual_seed(seed)

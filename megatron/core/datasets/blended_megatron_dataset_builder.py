@@ -124,10 +124,9 @@ class BlendedMegatronDatasetBuilder:
             blend.prefixes, weights, counts, epochs, strict=True
         ):
             share = math.ceil(math.ceil(size * weight) * (1 + MID_LEVEL_DATASET_SURPLUS))
+            assert count <= share, f"{prefix=} {count=} {share=}"
             within_epoch = one_epoch and 0 < count <= epoch
-            datasets.append(
-                self._source(prefix, place, None if within_epoch else max(share, count))
-            )
+            datasets.append(self._source(prefix, place, None if within_epoch else share))
         return BlendedDataset(datasets, indices)
 
     def _source(self, prefix: str, place: int, num_samples: int | None) -> GPTDataset:

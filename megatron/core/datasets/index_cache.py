@@ -101,7 +101,7 @@ def _load(folder: Path, stem: str) -> Arrays | None:
 
 def _map(folder: Path, stem: str, name: str, fact: Mapping[str, Any]) -> NDArray[Any]:
     path = folder / f"{stem}-{name}.npy"
-    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     found = _fact(array)
     if found != dict(fact):
         raise ValueError(f"{path.name} holds {found}, written was {dict(fact)}")

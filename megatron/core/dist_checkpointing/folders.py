@@ -1,4 +1,4 @@
-"""Names and atomic changes in a folder of checkpoints. One rank calls these; no collectives.
+"""Names and atomic changes in a folder of checkpoints, without collectives; one rank changes.
 
 A checkpoint is complete as soon as it has its final name: it is written under a hidden name in
 the same folder, flushed, and renamed; the tracker file that names the newest follows last.
@@ -7,6 +7,7 @@ the same folder, flushed, and renamed; the tracker file that names the newest fo
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from megatron.core.errors import CheckpointError
@@ -44,6 +45,7 @@ def latest_iteration(folder: Path) -> int | None:
     Raises:
         CheckpointError: The tracker is unreadable or names a checkpoint that is not there.
     """
+    recover(folder)
     complete = complete_iterations(folder)
     tracker = folder / TRACKER
     if not tracker.is_file():
@@ -93,7 +95,8 @@ def recover(folder: Path) -> None:
         if entry.name.endswith(".old") and _HIDDEN.fullmatch(entry.name):
             final = folder / entry.name.removeprefix(".").removesuffix(".old")
             if not final.exists():
-                entry.rename(final)
+                with suppress(FileNotFoundError):  # another rank was faster
+                    entry.rename(final)
 
 
 def prune(folder: Path, keep_last: int, current: int) -> list[int]:

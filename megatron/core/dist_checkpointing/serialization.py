@@ -4,7 +4,6 @@ DCP stores a key that several ranks offer once, on the rank with the least to wr
 loading gives each rank the keys it asks for; that is all that resharding takes.
 """
 
-import logging
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
@@ -189,5 +188,3 @@ _INDEX_CLASSES = {
         "_MEM_FORMAT_ENCODING",
     },
 }
-
-logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)

@@ -141,7 +141,6 @@ def _prune(folder: Path, keep_last: int, iteration: int) -> None:
 
 
 def _find(folder: Path, iteration: int | None) -> Path | None:
-    folders.recover(folder)
     found = folders.latest_iteration(folder) if iteration is None else iteration
     if found is None:
         return None

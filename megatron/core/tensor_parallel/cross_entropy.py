@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Logits worked on at a time: on the CPU what stays in its cache."""
 _MIN_ROWS = 256
 """Fewer rows at a time would slow the product down."""

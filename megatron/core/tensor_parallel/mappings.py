@@ -140,7 +140,7 @@ def gather_sizes(group: ProcessGroup, num_rows: int, counts: Tensor) -> Gathered
     ranks = group.size()
     if ranks == 1:
         return GatheredSizes([num_rows], None)
-    own = torch.cat([counts.view(ranks, -1).sum(dim=1), counts.new_tensor([num_rows])])
+    own = torch.cat([counts.view(ranks, -1).sum(dim=1), counts.new_full((1,), num_rows)])
     table = counts.new_empty(ranks * (ranks + 1))
     dist.all_gather_into_tensor(table, own, group=group)
     host = table.view(ranks, ranks + 1).tolist()

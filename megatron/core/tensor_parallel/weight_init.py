@@ -62,4 +62,4 @@ def _draw(key: str, shape: torch.Size, init: Init, seed: int) -> Tensor:
 
 def _digest(tensor: Tensor) -> str:
     data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(data)).hexdigest()
+    return hashlib.sha256(data.tobytes()).hexdigest()

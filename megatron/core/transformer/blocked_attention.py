@@ -131,7 +131,7 @@ def _blocks(s: int) -> Iterator[tuple[int, int]]:
 
 
 def _rows(x: Tensor, start: int, end: int) -> Tensor:
-    """Take queries ``start`` to ``end`` of all heads of a group: [n, r, s, d] -> [n, r * block, d]."""
+    """Take some queries of all heads of a group: [n, r, s, d] -> [n, r * block, d]."""
     return x[:, :, start:end].flatten(1, 2)
 
 

@@ -8,12 +8,17 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class RotaryTables(NamedTuple):
-    """Rotation of each position and channel pair."""
+    """Rotation of each position and channel: x * cos + swapped(x) * sin.
+
+    ``swapped`` exchanges channels [0, half) with [half, 2 * half).
+    """
 
     cos: Tensor
-    """[s, rotary_dim / 2]."""
+    """[s, d]; 1 in channels that are not rotated."""
     sin: Tensor
-    """[s, rotary_dim / 2]."""
+    """[s, d]; with a minus sign in the first half, 0 in channels that are not rotated."""
+    half: int
+    """Pairs of channels."""
 
 
 def split_and_rotate(mixed: Tensor, tables: RotaryTables | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,52 +33,49 @@ def split_and_rotate(mixed: Tensor, tables: RotaryTables | None) -> tuple[Tensor
     Returns:
         Contiguous queries [b, heads, s, d], keys and values [b, groups, s, d].
     """
-    cos, sin = (None, None) if tables is None else tables
-    out: tuple[Tensor, Tensor, Tensor] = _SplitAndRotate.apply(mixed, cos, sin)
+    out: tuple[Tensor, Tensor, Tensor] = _SplitAndRotate.apply(mixed, tables)
     return out
 
 
 class _SplitAndRotate(torch.autograd.Function):
-    """Writes each result where it belongs: no concatenation, no transpose of its own."""
+    """Writes each result where it belongs, and rotates in whole contiguous tensors."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, mixed: Tensor, cos: Tensor | None, sin: Tensor | None
+        ctx: FunctionCtx, mixed: Tensor, tables: RotaryTables | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)  # type: ignore[arg-type]
-        s, b, groups, slots, d = ctx.shape = mixed.shape  # type: ignore[attr-defined]
-        query = mixed.new_empty(b, groups, slots - 2, s, d)
-        key, value = mixed.new_empty(b, groups, s, d), mixed.new_empty(b, groups, s, d)
+        s, b, _, _, d = mixed.shape
+        ctx.tables, ctx.shape = tables, mixed.shape  # type: ignore[attr-defined]
         by_position = mixed.permute(1, 2, 3, 0, 4)  # [b, groups, slots, s, d]
-        _rotate(by_position[:, :, :-2], cos, sin, query)
-        _rotate(by_position[:, :, -2], cos, sin, key)
-        value.copy_(by_position[:, :, -1])
-        return query.view(b, -1, s, d), key, value
+        query = _rotated(by_position[:, :, :-2], tables)
+        key = _rotated(by_position[:, :, -2], tables)
+        return query.view(b, -1, s, d), key, by_position[:, :, -1].contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: FunctionCtx, d_query: Tensor, d_key: Tensor, d_value: Tensor
-    ) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
-        s, b, groups, slots, d = ctx.shape  # type: ignore[attr-defined]
+    ) -> tuple[Tensor, None]:
+        tables, (s, b, groups, slots, d) = ctx.tables, ctx.shape  # type: ignore[attr-defined]
+        if tables is not None:
+            tables = tables._replace(sin=-tables.sin)
         d_mixed = d_key.new_empty(s, b, groups, slots, d)
         by_position = d_mixed.permute(1, 2, 3, 0, 4)
-        back = None if sin is None else -sin
         d_query = d_query.unflatten(1, (groups, slots - 2))
-        _rotate(d_query, cos, back, by_position[:, :, :-2])
-        _rotate(d_key, cos, back, by_position[:, :, -2])
+        by_position[:, :, :-2] = d_query if tables is None else _rotated(d_query, tables)
+        by_position[:, :, -2] = d_key if tables is None else _rotated(d_key, tables)
         by_position[:, :, -1] = d_value
-        return d_mixed, None, None
+        return d_mixed, None
 
 
-def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor) -> None:
-    """Write ``x`` [..., s, d], rotated, to ``out`` (no overlap with ``x``)."""
-    if cos is None or sin is None:
-        out.copy_(x)
-        return
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
-    out[..., 2 * half :] = rest
+def _rotated(x: Tensor, tables: RotaryTables | None) -> Tensor:
+    """Return a contiguous copy of ``x`` [..., s, d], rotated."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    if tables is None:
+        return out
+    cos, sin, half = tables
+    swapped = torch.empty_like(out)
+    swapped[..., :half] = x[..., half : 2 * half]
+    swapped[..., half : 2 * half] = x[..., :half]
+    swapped[..., 2 * half :] = 0.0
+    return out.mul_(cos).addcmul_(swapped, sin)

@@ -27,11 +27,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., h] over its last dimension."""
-        # Weights in the wider dtype make the CPU kernel keep its statistics there too. CUDA's
-        # always does, and takes no mixture.
-        dtype = x.dtype if x.is_cuda else compute_dtype(x.dtype)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return nn.functional.layer_norm(x, weight.shape, weight, bias, self.eps)
+        if x.is_cuda:
+            shape = self.weight.shape
+            return nn.functional.layer_norm(x, shape, self.weight, self.bias, self.eps)
+        out: Tensor = _LayerNormOnCPU.apply(x, self.weight, self.bias, self.eps)
+        return out
 
 
 class RMSNorm(nn.Module):
@@ -58,6 +58,33 @@ def _vector(config: TransformerConfig, size: int, kind: str) -> nn.Parameter:
     return set_role(nn.Parameter(torch.empty(size, dtype=params_dtype(config))), role)
 
 
+class _LayerNormOnCPU(torch.autograd.Function):
+    """LayerNorm in fp32 or wider that keeps its input in the input's own dtype.
+
+    The kernel for narrower numbers rounds between its steps.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        rows, hidden = _rows(x), [x.shape[-1]]
+        out, mean, rstd = torch.native_layer_norm(
+            rows, hidden, weight.to(rows.dtype), bias.to(rows.dtype), eps
+        )
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return out.to(x.dtype).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, rstd = ctx.saved_tensors  # type: ignore[attr-defined]
+        wide_weight = weight.to(rstd.dtype)
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+            *(_rows(grad), _rows(x), weight.shape, mean, rstd, wide_weight, wide_weight),
+            [True, True, True],
+        )
+        return dx.to(x.dtype).view(x.shape), dw.to(weight.dtype), db.to(weight.dtype), None
+
+
 class _RMSNormOnCPU(torch.autograd.Function):
     """RMSNorm in two passes forward, and LayerNorm's fused kernel plus a correction backward.
 
@@ -68,22 +95,25 @@ class _RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = compute_dtype(x.dtype)
-        rows = x.reshape(-1, x.shape[-1]).to(wide)  # [n, h]
+        rows = _rows(x)
         mean_square = torch.linalg.vecdot(rows, rows).div_(rows.shape[-1])
         rstd = mean_square.add_(eps).rsqrt_().unsqueeze(-1)  # [n, 1]
         ctx.save_for_backward(x, weight, rstd)
-        return (rows * rstd).mul_(weight.to(wide)).to(x.dtype).view(x.shape)
+        return (rows * rstd).mul_(weight.to(rows.dtype)).to(x.dtype).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors  # type: ignore[attr-defined]
-        hidden = x.shape[-1]
-        rows, wide_weight = x.reshape(-1, hidden).to(rstd.dtype), weight.to(rstd.dtype)
-        dy = grad.reshape(-1, hidden).to(rstd.dtype).contiguous()
+        dy, mean, wide_weight = _rows(grad), torch.zeros_like(rstd), weight.to(rstd.dtype)
         dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
-            dy, rows, [hidden], torch.zeros_like(rstd), rstd, wide_weight, None, [True, True, False]
+            dy, _rows(x), weight.shape, mean, rstd, wide_weight, None, [True, True, False]
         )
-        dx.addcmul_((dy @ wide_weight).unsqueeze(-1), rstd, value=1.0 / hidden)
+        row_mean = (dy @ wide_weight).div_(len(weight)).unsqueeze(-1)
+        dx.addcmul_(row_mean, rstd)
         return dx.to(x.dtype).view(x.shape), dw.to(weight.dtype), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return ``x`` [..., h] as contiguous rows in the dtype of statistics: [n, h]."""
+    return x.reshape(-1, x.shape[-1]).to(compute_dtype(x.dtype)).contiguous()

@@ -89,7 +89,7 @@ def _heads(run: Derivation) -> None:
         return
     even = [d for d in divisors(hidden) if d % 2 == 0 and hidden // d % groups == 0]
     sizes = even or [d for d in divisors(hidden) if hidden // d % groups == 0] or [hidden]
-    size = min(sizes, key=lambda d: (abs(d - HEAD_DIM), d))
+    size = min(sizes, key=lambda d: max(d / HEAD_DIM, HEAD_DIM / d))
     run.use("num_attention_heads", hidden // size, f"hidden {hidden} / heads of {size}")
 
 

@@ -14,17 +14,13 @@ def parallel_sizes(check: Check) -> Iterator[str]:
         if size > 1:
             yield f"{check.show('expert_model_parallel_size')} needs --num-experts"
         return
-    legal = [d for d in divisors(experts) if world % d == 0]
-    valid = f"valid --expert-model-parallel-size here: {', '.join(map(str, legal))}"
-    if experts % size:
+    missed = [check.show("num_moe_experts")] if experts % size else []
+    missed += [f"the world size {world} (ranks of torchrun)"] if world % size else []
+    if missed:
+        legal = [str(d) for d in divisors(experts) if world % d == 0]
         yield (
-            f"{check.show('expert_model_parallel_size')} does not divide "
-            f"{check.show('num_moe_experts')}; {valid}"
-        )
-    if world % size:
-        yield (
-            f"{check.show('expert_model_parallel_size')} does not divide the world size {world} "
-            f"(ranks started by torchrun); {valid}"
+            f"{check.show('expert_model_parallel_size')} does not divide {' nor '.join(missed)}; "
+            f"valid --expert-model-parallel-size here: {', '.join(legal)}"
         )
 
 

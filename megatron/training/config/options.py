@@ -149,7 +149,7 @@ def close_words(word: str, known: Iterable[str], most: int = 2) -> list[str]:
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), by_lower, most, 0.7)
     scores = [difflib.SequenceMatcher(None, w, word.lower()).ratio() for w in near]
-    return [by_lower[w] for w, score in zip(near, scores, strict=True) if score > scores[0] - 0.1]
+    return [by_lower[w] for w, score in zip(near, scores, strict=True) if score > scores[0] - 0.05]
 
 
 def options_of(run_config_cls: type) -> dict[str, Option]:

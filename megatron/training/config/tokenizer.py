@@ -1,9 +1,9 @@
 """Options of the tokenizer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from megatron.core.config_field import flag
+from megatron.core.config_field import derived
 
 TokenizerType = Literal[
     "SentencePieceTokenizer",
@@ -29,10 +29,10 @@ class TokenizerConfig:
     tiktoken vocabulary."""
 
     vocab_file: str | None = None
-    """vocab.json of --tokenizer-type GPT2BPETokenizer."""
+    """File vocab.json of --tokenizer-type GPT2BPETokenizer."""
 
     merge_file: str | None = None
-    """merges.txt of --tokenizer-type GPT2BPETokenizer."""
+    """File merges.txt of --tokenizer-type GPT2BPETokenizer."""
 
     vocab_size: int | None = None
     """Number of ids of --tokenizer-type NullTokenizer (its end of document is one more), and of
@@ -49,5 +49,5 @@ class TokenizerConfig:
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this times --tensor-model-parallel-size."""
 
-    padded_vocab_size: int | None = field(default=None, metadata=flag("--padded-vocab-size"))
-    """Rows of the embedding, instead of padding by --make-vocab-size-divisible-by."""
+    padded_vocab_size: int = derived()
+    """Rows of the embedding; when not set, the ids padded by --make-vocab-size-divisible-by."""

@@ -24,11 +24,28 @@ def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signa
         assert number.name in str(stop.reason(stop.notes(), 1))
 
 
-def test_the_second_sigint_interrupts() -> None:
-    with StopRequest(TrainingConfig()):
-        os.kill(os.getpid(), signal.SIGINT)
+def test_a_later_second_sigint_interrupts_but_an_echo_of_the_first_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("megatron.training.stop.time.monotonic", lambda: now[0])
+    with StopRequest(TrainingConfig()) as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.notes() == (1.0, 0.0)
+        now[0] += 1.5
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_sigterm_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("megatron.training.stop.time.monotonic", lambda: now[0])
+    with StopRequest(TrainingConfig()) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] += 60
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.notes() == (1.0, 0.0)
 
 
 def test_the_handlers_of_before_come_back() -> None:

@@ -1,5 +1,6 @@
 """From the config to the tree of classes a GPT is built of: every choice of a class is here."""
 
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.activations import gelu, swiglu
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -34,8 +35,6 @@ def get_gpt_layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
         moe: Whether its MLP is a mixture of experts.
     """
     norm = NORMS[config.normalization]
-    if moe:
-        from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     return ModuleSpec(
         TransformerLayer,
         TransformerLayerSubmodules(

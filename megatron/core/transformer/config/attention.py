@@ -12,8 +12,8 @@ class AttentionConfig:
     """Attention and positions."""
 
     num_attention_heads: int = derived()
-    """Attention heads of a layer. When not set: the power-of-two-friendly number that makes heads
-    of 64 (or the nearest size that divides --hidden-size)."""
+    """Attention heads of a layer. When not set: as many as make heads of 64, or of the nearest even
+    size that divides --hidden-size."""
 
     group_query_attention: bool = False
     """Share each key and value head among several query heads (see --num-query-groups)."""
@@ -25,7 +25,7 @@ class AttentionConfig:
     """Size of one attention head; --hidden-size / --num-attention-heads when not set."""
 
     attention_dropout: float = 0.1
-    """Probability of dropping an attention weight in training; 0 keeps the fast attention kernel."""
+    """Probability of dropping an attention weight in training; 0 keeps the fast kernel."""
 
     add_qkv_bias: bool = False
     """Give the query, key and value projection a bias even under --disable-bias-linear."""

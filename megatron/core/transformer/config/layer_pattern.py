@@ -1,4 +1,4 @@
-"""Read --moe-layer-freq: a number, or a Python list pattern such as ([0]*3+[1]*9). Never ``eval``."""
+"""Read --moe-layer-freq, a number or a pattern such as ([0]*3+[1]*9), without ``eval``."""
 
 import ast
 

@@ -16,5 +16,5 @@ class PrecisionConfig:
 
     @property
     def params_dtype_name(self) -> str:
-        """Name of the dtype that parameters are computed in: ``bfloat16``, ``float64``, ``float32``."""
+        """Name of the parameters' dtype: ``bfloat16``, ``float64`` or ``float32``."""
         return "bfloat16" if self.bf16 else "float64" if self.fp64 else "float32"

@@ -83,8 +83,8 @@ class MoEAuxLossAutoScaler(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         """Pass the gradient of ``output`` on, and ``scale`` to ``aux_loss``."""
-        scale = torch.as_tensor(ctx.scale, dtype=ctx.dtype, device=ctx.device)
-        return grad_output, scale, None
+        one = torch.ones((), dtype=ctx.dtype, device=ctx.device)
+        return grad_output, one * ctx.scale, None
 
 
 class _WeightedSoftmaxSum(torch.autograd.Function):

@@ -13,7 +13,7 @@ class MoEConfig:
     """Mixture-of-experts layer."""
 
     num_moe_experts: int | None = field(default=None, metadata=flag("--num-experts"))
-    """Number of routed experts in a MoE layer. Dense MLP layers when not set."""
+    """Number of routed experts in a MoE layer. All layers are dense when not set or 0."""
 
     moe_layer_freq: int | list[int] = field(default=1, metadata=flag(parse=parse_layer_pattern))
     """Which layers are MoE: N for every N-th layer beginning with the first, or a pattern such as

@@ -56,8 +56,8 @@ def test_chunks_give_exactly_the_plain_loop(raw: list[float], size: int, chunks:
     assert theirs.tolist() == reference.megatron_blend(list(weights), size)
 
 
-@settings(deadline=None, max_examples=60)
-@given(WEIGHTS, st.integers(1, 400))
+@settings(deadline=None, max_examples=50)
+@given(WEIGHTS, st.integers(1, 120))
 def test_every_prefix_is_within_one_of_its_share(raw: list[float], size: int) -> None:
     weights = normalised(raw)
     picks = blend_indices(weights, size).source_index.tolist()
@@ -65,7 +65,7 @@ def test_every_prefix_is_within_one_of_its_share(raw: list[float], size: int) ->
 
 
 def test_megatrons_order_is_not_always_within_one_of_its_share() -> None:
-    weights = list(normalised([0.49, 0.49, 0.02]))
+    weights = list(normalised([0.95, 0.025, 0.025]))
     picks = blend_indices(tuple(weights), 400, order="megatron").source_index.tolist()
     assert 1 < reference.worst_distance(weights, picks) < 2
 

@@ -44,9 +44,7 @@ def build(
     ep: int, dtype: torch.dtype = torch.float32
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     """Build model and optimizer on this rank of the default group, at ``ep``."""
-    groups = ProcessGroupCollection.create(
-        ParallelLayout(world_size=dist.get_world_size(), ep=ep)
-    )
+    groups = ProcessGroupCollection.create(ParallelLayout(world_size=dist.get_world_size(), ep=ep))
     local = EXPERTS // ep
     first = groups.ep.rank() * local
     model = StandIn(tuple(range(first, first + local)), dtype)
@@ -70,4 +68,6 @@ def fill(tensors: dict[str, Tensor]) -> None:
 
 def wrong_keys(tensors: dict[str, Tensor]) -> list[str]:
     """List the keys whose tensors differ from ``value_of`` in any bit."""
-    return [key for key, tensor in tensors.items() if not torch.equal(tensor, value_of(key, tensor))]
+    return [
+        key for key, tensor in tensors.items() if not torch.equal(tensor, value_of(key, tensor))
+    ]

@@ -23,7 +23,7 @@ def test_a_whole_checkpoint_passes(folder: Path) -> None:
 
 def test_a_changed_byte_is_found_and_the_file_named(folder: Path) -> None:
     (folder / "__1_0.distcp").write_bytes(b"weights of rank 2")
-    with pytest.raises(CheckpointError, match="__1_0.distcp is not what was written"):
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp is not what was written"):
         verify_manifest(folder, None)
 
 

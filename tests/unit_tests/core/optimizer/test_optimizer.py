@@ -161,6 +161,19 @@ def _weights_only():
         assert (tensors["main_param"] == 0.5).all()
 
 
+def test_the_model_follows_the_main_weights_when_state_was_loaded():
+    run_ranks(_main_loaded, 1)
+
+
+def _main_loaded():
+    run = start(1, torch.bfloat16)
+    for _, _, tensors in run.optimizer.named_state():
+        tensors["main_param"].fill_(1.001)
+    run.optimizer.after_load()
+    for param in run.model.parameters():
+        assert (param == torch.tensor(1.001).bfloat16()).all()
+
+
 def test_steps_too_small_for_bf16_add_up_in_the_main_weights():
     run_ranks(_no_drift, 1)
 

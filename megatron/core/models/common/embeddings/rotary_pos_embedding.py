@@ -21,7 +21,8 @@ class RotaryEmbedding(nn.Module):
             rotary_base: The slowest pair turns by about 1 / rotary_base a position.
         """
         super().__init__()
-        self.rotary_dim = int(head_dim * rotary_percent) // 2 * 2
+        self.head_dim = head_dim
+        self.num_pairs = int(head_dim * rotary_percent) // 2
         self.rotary_base = rotary_base
         self._tables: dict[tuple[torch.device, torch.dtype], RotaryTables] = {}
 
@@ -37,12 +38,14 @@ class RotaryEmbedding(nn.Module):
         tables = self._tables.get(key)
         if tables is None or len(tables.cos) < end:
             tables = self._tables[key] = self._compute(end, like)
-        return RotaryTables(tables.cos[offset:end], tables.sin[offset:end])
+        return RotaryTables(tables.cos[offset:end], tables.sin[offset:end], self.num_pairs)
 
     def _compute(self, length: int, like: Tensor) -> RotaryTables:
         """Compute in fp64 and round once."""
-        wide = {"dtype": torch.float64, "device": like.device}
-        exponent = torch.arange(0, self.rotary_dim, 2, **wide) / self.rotary_dim  # type: ignore[call-overload]
-        turns = torch.arange(length, **wide)  # type: ignore[call-overload]
-        angles = torch.outer(turns, self.rotary_base**-exponent)
-        return RotaryTables(angles.cos().to(like.dtype), angles.sin().to(like.dtype))
+        pairs = torch.arange(self.num_pairs, dtype=torch.float64, device=like.device)
+        turns = torch.arange(length, dtype=torch.float64, device=like.device)
+        angles = torch.outer(turns, self.rotary_base ** (-pairs / self.num_pairs))
+        rest = angles.new_zeros(length, self.head_dim - 2 * self.num_pairs)
+        cos = torch.cat([angles.cos(), angles.cos(), rest + 1.0], dim=1)
+        sin = torch.cat([-angles.sin(), angles.sin(), rest], dim=1)
+        return RotaryTables(cos.to(like.dtype), sin.to(like.dtype), self.num_pairs)

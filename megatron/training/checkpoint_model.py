@@ -1,0 +1,101 @@
+"""A model and its tokenizer from a checkpoint alone: no flags, one process, any layout's save."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.dist_checkpointing.mapping import MODEL, model_tensors
+from megatron.core.dist_checkpointing.serialization import read_tensors
+from megatron.core.dist_checkpointing.store import OpenCheckpoint, open_checkpoint
+from megatron.core.errors import CheckpointError, DataError
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tokenizers.base import Tokenizer
+from megatron.core.tokenizers.build_tokenizer import TokenizerSettings, build_tokenizer
+from megatron.training.config.run_config import RunConfig
+from megatron.training.initialize import Launch, connect
+from megatron.training.resume_rules import config_from_data
+
+_ALONE = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """What a checkpoint gives to whoever wants to use the model."""
+
+    model: GPTModel
+    """In evaluation mode, with all experts on this process."""
+    config: RunConfig
+    """Of the run that saved it, for one rank."""
+    tokenizer: Tokenizer | None
+    """None when the run had none (mock data)."""
+    path: Path
+    """The checkpoint."""
+
+
+def load_trained_model(
+    folder: Path, *, iteration: int | None = None, device: torch.device | str = "cpu"
+) -> TrainedModel:
+    """Build the model that a run saved, on one process.
+
+    Args:
+        folder: What the run had as --save; or one checkpoint in it, such as ``iter_0000010``.
+        iteration: Which checkpoint; the latest when None.
+        device: Where to put the model.
+
+    Raises:
+        CheckpointError: Nothing there, damaged, or not of a GPTModel.
+        DataError: A file of the tokenizer is gone or has changed.
+    """
+    if iteration is None and folder.name.startswith("iter_") and folder.name[5:].isdecimal():
+        folder, iteration = folder.parent, int(folder.name[5:])
+    opened = open_checkpoint(folder, None, iteration=iteration)
+    if opened is None:
+        raise CheckpointError(f"--load {folder} holds no checkpoint")
+    config = config_from_data(opened.common["config"])
+    config.model.expert_model_parallel_size = 1
+    tokenizer = saved_tokenizer(opened)
+    model = _model(opened, config).to(device)
+    read_tensors(opened.path, model_tensors(model), None, prefixes=(MODEL,))
+    model.eval()
+    return TrainedModel(model=model, config=config, tokenizer=tokenizer, path=opened.path)
+
+
+def saved_tokenizer(opened: OpenCheckpoint) -> Tokenizer | None:
+    """Build the tokenizer that a checkpoint was trained with, from the copies beside it.
+
+    Raises:
+        DataError: A file is gone, or the tokenizer gives other ids than in training.
+    """
+    facts: dict[str, Any] | None = opened.common["tokenizer"]
+    if facts is None:
+        return None
+    files = dict(facts["files"])
+    for role, name in facts["copies"].items():
+        files[role] = str(opened.path / name)
+    settings = TokenizerSettings(tokenizer_type=facts["type"], **files, **facts["settings"])
+    tokenizer = build_tokenizer(settings)
+    if tokenizer.fingerprint() != facts["fingerprint"]:
+        raise DataError(
+            f"the tokenizer of {opened.path} ({facts['type']}, {', '.join(files.values())}) is "
+            "not the one that the model was trained with: its content has changed"
+        )
+    return tokenizer
+
+
+def _model(opened: OpenCheckpoint, config: RunConfig) -> GPTModel:
+    vocab_size = opened.common["padded_vocab_size"]
+    if vocab_size is None:
+        raise CheckpointError(f"{opened.path} holds no GPTModel (it has no word embedding)")
+    connect(_ALONE, "gloo", torch.device("cpu"), timedelta(minutes=1))
+    return GPTModel(
+        config.model,
+        get_gpt_decoder_block_spec(config.model),
+        vocab_size=vocab_size,
+        max_sequence_length=config.model.max_position_embeddings,
+        pg_collection=ProcessGroupCollection.create(config.model.layout(1)),
+    )

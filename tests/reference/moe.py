@@ -1,0 +1,100 @@
+"""The textbook mixture of experts: a gate, top-k, a loop over experts with masks, a canvas.
+
+Nothing of megatron is used, so that the two can disagree. Slow, and easy to check by eye.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class ReferenceExpert(nn.Module):
+    """down(silu(gate(x)) * up(x)) under SwiGLU, else down(gelu(up(x)))."""
+
+    def __init__(self, hidden: int, ffn: int, *, swiglu: bool, bias: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden, ffn, bias=bias) if swiglu else None
+        self.up = nn.Linear(hidden, ffn, bias=bias)
+        self.down = nn.Linear(ffn, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(nn.functional.gelu(self.up(x)))
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class ReferenceOutput(NamedTuple):
+    output: Tensor
+    """[num_tokens, h]."""
+    balance_loss: Tensor
+    """E * sum_i f_i P_i, without a coefficient."""
+    z_loss: Tensor
+    """mean of logsumexp squared, without a coefficient."""
+    tokens_per_expert: Tensor
+    """[num_experts]."""
+
+
+class ReferenceMoE(nn.Module):
+    """Gate, top-k, softmax over the chosen scores, experts one after another."""
+
+    def __init__(
+        self,
+        hidden: int,
+        ffn: int,
+        num_experts: int,
+        topk: int,
+        *,
+        swiglu: bool = True,
+        bias: bool = False,
+        pre_softmax: bool = False,
+    ) -> None:
+        super().__init__()
+        self.topk, self.pre_softmax = topk, pre_softmax
+        self.gate = nn.Linear(hidden, num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            ReferenceExpert(hidden, ffn, swiglu=swiglu, bias=bias) for _ in range(num_experts)
+        )
+
+    def forward(self, tokens: Tensor) -> ReferenceOutput:
+        """Apply to ``tokens`` [num_tokens, h]."""
+        logits = self.gate(tokens)
+        if self.pre_softmax:
+            weights, chosen = logits.softmax(dim=-1).topk(self.topk, dim=-1)
+        else:
+            scores, chosen = logits.topk(self.topk, dim=-1)
+            weights = scores.softmax(dim=-1)
+
+        canvas = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            mask = chosen == number  # [num_tokens, topk]
+            token, place = mask.nonzero(as_tuple=True)
+            weighted = expert(tokens[token]) * weights[token, place].unsqueeze(-1)
+            canvas = canvas.index_add(0, token, weighted)
+
+        counts = torch.stack([(chosen == number).sum() for number in range(len(self.experts))])
+        num_tokens = max(len(tokens), 1)
+        share = counts.to(logits.dtype) / (num_tokens * self.topk)
+        mean_prob = logits.softmax(dim=-1).sum(dim=0) / num_tokens
+        return ReferenceOutput(
+            output=canvas,
+            balance_loss=len(self.experts) * (share * mean_prob).sum(),
+            z_loss=logits.logsumexp(dim=-1).square().sum() / num_tokens,
+            tokens_per_expert=counts,
+        )
+
+    def logical(self, *, gradients: bool = False) -> dict[str, Tensor]:
+        """Return weights, or their gradients, under the names a MoE layer gives them.
+
+        Gate and up are stacked, as ``linear_fc1`` stacks them.
+        """
+        of = {name: p.grad if gradients else p for name, p in self.named_parameters()}
+        found = {"router.weight": of["gate.weight"]}
+        for number, expert in enumerate(self.experts):
+            for kind in ("weight", "bias") if expert.up.bias is not None else ("weight",):
+                up = of[f"experts.{number}.up.{kind}"]
+                parts = [up] if expert.gate is None else [of[f"experts.{number}.gate.{kind}"], up]
+                name = f"experts.local_experts.{number}."
+                found[name + f"linear_fc1.{kind}"] = torch.cat(parts)
+                found[name + f"linear_fc2.{kind}"] = of[f"experts.{number}.down.{kind}"]
+        return found

@@ -1,0 +1,71 @@
+"""Reading a text in pieces through the cache gives what reading it at once gives."""
+
+import pytest
+import torch
+
+from megatron.core.inference.kv_cache import KVCache
+from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.helpers.models import tiny_batch, tiny_config, tiny_gpt
+from tests.helpers.tolerances import TOLERANCES
+
+
+def _cache(config: TransformerConfig, max_len: int = 16) -> KVCache:
+    return KVCache(
+        config.num_layers, 3, max_len, config.query_groups, config.head_dim, torch.float64, "cpu"
+    )
+
+
+@pytest.mark.parametrize("pieces", [[11], [1] * 11, [4, 1, 1, 5], [3, 8]])
+@pytest.mark.parametrize("kind", ["rope", "learned_absolute", "none"])
+def test_logits_in_pieces_equal_logits_at_once(kind: str, pieces: list[int]) -> None:
+    config = tiny_config(
+        position_embedding_type=kind, group_query_attention=True, num_query_groups=2
+    )
+    model = tiny_gpt(config)
+    ids, positions, _ = tiny_batch(samples=2, length=11)
+    context = ForwardContext(kv_cache=_cache(config))
+    with torch.no_grad():
+        got = [
+            model(piece, places, context=context)
+            for piece, places in zip(
+                ids.split(pieces, dim=1), positions.split(pieces, dim=1), strict=True
+            )
+        ]
+        expected = model(ids, positions)
+    torch.testing.assert_close(torch.cat(got, dim=1), expected, **TOLERANCES[torch.float64])
+
+
+def test_mask_over_cached_positions_hides_them() -> None:
+    config = tiny_config(position_embedding_type="rope")
+    model = tiny_gpt(config)
+    ids, positions, _ = tiny_batch(samples=1, length=11)
+    mask = torch.zeros(1, 1, 11, 11, dtype=torch.bool)
+    mask[:, :, 5:, 2:5] = True
+    context = ForwardContext(kv_cache=_cache(config))
+    with torch.no_grad():
+        model(ids[:, :7], positions[:, :7], mask[:, :, :7, :7], context=context)
+        got = model(ids[:, 7:], positions[:, 7:], mask[:, :, 7:], context=context)
+        expected = model(ids, positions, mask)[:, 7:]
+    torch.testing.assert_close(got, expected, **TOLERANCES[torch.float64])
+
+
+def test_reset_cache_serves_the_next_prompt() -> None:
+    config = tiny_config()
+    model = tiny_gpt(config)
+    cache = _cache(config)
+    context = ForwardContext(kv_cache=cache)
+    with torch.no_grad():
+        model(*tiny_batch(samples=3, length=9, seed=1)[:2], context=context)
+        assert cache.length == 9
+        cache.reset()
+        ids, positions, _ = tiny_batch(samples=1, length=5)
+        got = model(ids, positions, context=context)
+        torch.testing.assert_close(got, model(ids, positions), **TOLERANCES[torch.float64])
+
+
+def test_overfull_cache_is_refused() -> None:
+    config = tiny_config()
+    context = ForwardContext(kv_cache=_cache(config, max_len=8))
+    with torch.no_grad(), pytest.raises(AssertionError, match="9 positions do not fit"):
+        tiny_gpt(config)(*tiny_batch(length=9)[:2], context=context)

@@ -1,0 +1,109 @@
+"""Collectives with a gradient: values, gradients, uneven and zero rows, a group of one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.core.tensor_parallel.mappings import (
+    RowSplits,
+    all_gather_rows,
+    all_reduce_sum,
+    all_to_all,
+    exchange_counts,
+    gather_sizes,
+    reduce_scatter_rows,
+)
+from tests.helpers.ranks import run_ranks
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def _alltoall() -> None:
+    group, rank = dist.group.WORLD, dist.get_rank()
+    table = [[1, 0, 3], [2, 2, 0], [0, 0, 1]]  # [from, to]
+    splits = RowSplits(table[rank], [row[rank] for row in table])
+    for dtype in DTYPES:
+        x = torch.full((sum(splits.send), 2), float(rank), dtype=dtype).requires_grad_()
+        out = all_to_all(group, x, splits)
+        want = [float(source) for source in range(3) for _ in range(table[source][rank])]
+        assert out[:, 0].tolist() == want
+        (gradient,) = torch.autograd.grad((out * (rank + 1)).sum(), x)
+        back = [dest + 1.0 for dest in range(3) for _ in range(table[rank][dest])]
+        assert gradient[:, 1].tolist() == back
+
+
+def test_all_to_all_sends_rows_and_brings_gradients_back():
+    run_ranks(_alltoall, 3)
+
+
+def _gather_scatter() -> None:
+    group, rank = dist.group.WORLD, dist.get_rank()
+    for sizes in ([2, 2, 2], [3, 0, 1], [0, 0, 0]):
+        x = (torch.arange(sizes[rank] * 2).double().view(-1, 2) + 10 * rank).requires_grad_()
+        gathered = all_gather_rows(group, x, sizes)
+        want = torch.cat(
+            [torch.arange(n * 2).double().view(-1, 2) + 10 * r for r, n in enumerate(sizes)]
+        )
+        assert torch.equal(gathered, want)
+        weight = torch.linspace(1, 2, want.numel(), dtype=torch.float64).view_as(want)
+        (gradient,) = torch.autograd.grad((gathered * weight).sum(), x)
+        torch.testing.assert_close(gradient, 3 * weight.split(sizes)[rank])
+
+        y = (weight * (rank + 1)).requires_grad_()
+        scattered = reduce_scatter_rows(group, y, sizes)
+        torch.testing.assert_close(scattered, 6 * weight.split(sizes)[rank])
+        (gradient,) = torch.autograd.grad((scattered * (rank + 1)).sum(), y)
+        owner = torch.arange(1.0, 4.0).repeat_interleave(torch.tensor(sizes)).double()
+        assert torch.equal(gradient, owner.unsqueeze(1).expand_as(y))
+
+
+def test_gather_and_scatter_are_each_others_gradient():
+    run_ranks(_gather_scatter, 3)
+
+
+def _narrow() -> None:
+    group, rank = dist.group.WORLD, dist.get_rank()
+    x = torch.full((3, 1), 256.0 if rank == 0 else 1.0).bfloat16()
+    want = torch.tensor(258.0).bfloat16()  # 256 + 1 alone rounds to 256
+    assert torch.equal(reduce_scatter_rows(group, x, [1, 1, 1]), want.view(1, 1))
+
+
+def test_bf16_parts_are_summed_in_fp32():
+    run_ranks(_narrow, 3)
+
+
+def _sizes() -> None:
+    group, rank = dist.group.WORLD, dist.get_rank()
+    counts = torch.tensor([1, 2, 3, 4]) * (rank + 1)
+    received, splits = exchange_counts(group, counts)
+    mine = torch.tensor([1, 2, 3, 4]).view(2, 2)[rank]
+    assert torch.equal(received, torch.stack([mine, 2 * mine]))
+    assert splits.send == [3 * (rank + 1), 7 * (rank + 1)]
+    assert splits.recv == [int(mine.sum()), 2 * int(mine.sum())]
+    gathered = gather_sizes(group, 5 + rank, counts)
+    assert gathered.sizes == [5, 6]
+    assert gathered.wanted == 3 * int(mine.sum())
+    assert torch.equal(all_reduce_sum(group, counts), torch.tensor([3, 6, 9, 12]))
+    assert counts[0] == rank + 1, "the argument is left alone"
+
+
+def test_ranks_learn_what_the_others_send():
+    run_ranks(_sizes, 2)
+
+
+def _alone() -> None:
+    group = dist.group.WORLD
+    x = torch.randn(3, 2, requires_grad=True)
+    splits = RowSplits([], [])
+    assert all_to_all(group, x, splits) is x
+    assert all_gather_rows(group, x, [3]) is x
+    assert reduce_scatter_rows(group, x, [3]) is x
+    counts = torch.tensor([1, 2])
+    assert torch.equal(exchange_counts(group, counts).received, counts.view(1, 2))
+    assert gather_sizes(group, 3, counts) == ([3], None)
+    with pytest.raises(AttributeError):
+        exchange_counts(group, counts).splits = splits  # type: ignore[misc]
+
+
+def test_a_group_of_one_is_an_identity():
+    run_ranks(_alone, 1)

@@ -1,0 +1,95 @@
+"""TopKRouter: precision, balance losses, and what it records."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.core.transformer.moe.router import TopKRouter
+from tests.unit_tests.core.transformer.moe.layers import NUM_EXPERTS, H, make_tokens, moe_config
+
+
+def _router(**options: Any) -> TopKRouter:
+    router = TopKRouter(moe_config(**options), layer_number=1, pg_collection=None)
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(NUM_EXPERTS, H, generator=rng) * 0.3)
+    return router
+
+
+def _gradient(router: TopKRouter, main: float, context: ForwardContext) -> torch.Tensor:
+    dtype = router.weight.dtype
+    probs, _ = router(make_tokens(200, dtype), context)
+    weight = torch.linspace(0, main, NUM_EXPERTS, dtype=probs.dtype)
+    (gradient,) = torch.autograd.grad((probs * weight).sum(), router.weight)
+    return gradient
+
+
+@pytest.mark.parametrize("options", [{}, {"moe_router_topk": 1, "moe_router_pre_softmax": True}])
+def test_router_learns_from_the_main_loss_alone(options):
+    assert _gradient(_router(**options), 1.0, ForwardContext()).abs().amin() > 0
+
+
+@pytest.mark.parametrize("name", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
+def test_balance_gradient_is_linear_in_coefficient_and_scale_and_ignores_the_main_one(name):
+    def balance(coefficient: float, scale: float, main: float) -> torch.Tensor:
+        value = [coefficient] if name == "moe_aux_loss_coeff" else coefficient
+        router, plain = _router(fp64=True, **{name: value}), _router(fp64=True)
+        context = ForwardContext(aux_loss_scale=scale)
+        return _gradient(router, main, context) - _gradient(plain, main, context)
+
+    one = balance(0.1, 1.0, 0.0)
+    assert one.abs().max() > 1e-4
+    torch.testing.assert_close(balance(0.2, 1.0, 0.0), 2 * one, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(balance(0.1, 0.125, 0.0), one / 8, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(balance(0.1, 1.0, 5.0), one, rtol=1e-10, atol=1e-12)
+
+
+def test_bf16_weights_are_multiplied_in_fp32():
+    router = _router(bf16=True)
+    tokens = make_tokens(50, torch.bfloat16)
+    logits = router.gating(tokens)
+    assert logits.dtype == torch.float32
+    want = tokens.detach().double() @ router.weight.detach().double().t()
+    torch.testing.assert_close(logits.double(), want, rtol=1e-5, atol=1e-6)
+    logits.sum().backward()
+    assert router.weight.grad is not None
+    assert router.weight.grad.dtype == torch.bfloat16
+
+
+def test_router_dtype_fp64_scores_in_fp64():
+    assert _router(moe_router_dtype="fp64").gating(make_tokens(3, torch.float32)).dtype == (
+        torch.float64
+    )
+
+
+def test_a_second_forward_routes_the_same_and_is_counted_once():
+    router = _router(moe_aux_loss_coeff=[0.01], moe_z_loss_coeff=1e-3)
+    tokens = make_tokens(12, torch.float32)
+
+    def counts(forwards: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tracker = MoEMetricsTracker([0, 1], NUM_EXPERTS, 2, 2, "cpu")
+        for microbatch in range(2):
+            context = ForwardContext(moe_metrics=tracker, microbatch=microbatch)
+            for _ in range(forwards):
+                router(tokens, context)
+        tracker.end_step()
+        return tracker._count_sums, tracker._loss_sums
+
+    once, twice = counts(1), counts(2)
+    assert int(once[0].sum()) == 2 * 12 * 2
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    first, second = router(tokens, ForwardContext()), router(tokens, ForwardContext())
+    assert torch.equal(first.probs, second.probs)
+
+
+@pytest.mark.parametrize("balancing", ["aux_loss", "none"])
+def test_counts_and_balance_are_recorded_with_and_without_balancing(balancing):
+    router = _router(moe_router_load_balancing_type=[balancing], moe_aux_loss_coeff=[0.01])
+    tracker = MoEMetricsTracker([1], NUM_EXPERTS, 2, 1, "cpu")
+    router(make_tokens(12, torch.float32), ForwardContext(moe_metrics=tracker))
+    tracker.end_step()
+    assert int(tracker._count_sums.sum()) == 24
+    assert tracker._loss_sums[0, 0] > 0.9  # about 1 when balanced

@@ -1,0 +1,83 @@
+"""Routing: which experts, with what weights, and what happens on ties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron.core.transformer.moe.routing import topk_indices, topk_routing
+
+
+def _logits(num_tokens: int, num_experts: int, dtype=torch.float64) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(num_tokens)
+    return torch.randn(num_tokens, num_experts, generator=rng).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("num_experts", [4, 40])
+def test_default_weights_are_the_softmax_over_the_chosen_logits(num_experts):
+    logits = _logits(7, num_experts)
+    probs, routing_map = topk_routing(logits, 3)
+    chosen, indices = logits.topk(3)
+    want = torch.zeros_like(logits).scatter(1, indices, chosen.softmax(dim=1))
+    torch.testing.assert_close(probs, want)
+    assert torch.equal(routing_map, want > 0)
+    weight = torch.randn(7, num_experts, dtype=torch.float64)
+    got = torch.autograd.grad((probs * weight).sum(), logits)
+    torch.testing.assert_close(got, torch.autograd.grad((want * weight).sum(), logits))
+
+
+def test_pre_softmax_weights_are_the_softmax_over_all_logits_and_have_a_gradient_for_top_1():
+    logits = _logits(5, 6)
+    probs, routing_map = topk_routing(logits, 1, pre_softmax=True)
+    want = logits.softmax(dim=1)
+    torch.testing.assert_close(probs.sum(dim=1), want.amax(dim=1))
+    assert torch.equal(routing_map.int().argmax(dim=1), logits.argmax(dim=1))
+    (gradient,) = torch.autograd.grad(probs.sum(), logits)
+    assert gradient.abs().amin() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equal_logits_are_broken_by_the_lower_index(dtype):
+    logits = torch.zeros(300, 70, dtype=dtype)
+    logits[:, 60] = 1.0
+    logits[1::2] *= -0.0  # minus zero is no other number than zero
+    logits[1::2, 60] = 1.0
+    _, routing_map = topk_routing(logits, 4)
+    want = torch.zeros(70, dtype=torch.bool)
+    want[[60, 0, 1, 2]] = True
+    assert torch.equal(routing_map, want.expand(300, 70))
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from([-3.0, -0.5, -0.0, 0.0, 0.5, 1e30, -1e30]), min_size=5, max_size=5)
+    ),
+    st.integers(1, 5),
+)
+@settings(max_examples=50, deadline=None)
+def test_fp32_chooses_as_a_stable_sort_does(rows, topk):
+    logits = torch.tensor(rows, dtype=torch.float32).view(-1, 5)
+    got = topk_indices(logits, topk).sort(dim=1).values
+    want = topk_indices(logits.double(), topk).sort(dim=1).values
+    assert torch.equal(got, want)
+
+
+@given(st.integers(0, 9), st.integers(1, 6), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_each_token_has_topk_experts_and_no_weight_elsewhere(num_tokens, topk, pre_softmax):
+    logits = _logits(num_tokens, 6)
+    probs, routing_map = topk_routing(logits, topk, pre_softmax=pre_softmax)
+    assert (routing_map.sum(dim=1) == topk).all()
+    assert not probs[~routing_map].any()
+    if not pre_softmax:
+        torch.testing.assert_close(probs.sum(dim=1), torch.ones(num_tokens).double())
+
+
+def test_scores_are_fp32_for_bf16_logits_and_fp64_for_fp64():
+    assert topk_routing(_logits(3, 4, torch.bfloat16), 2).probs.dtype == torch.float32
+    assert topk_routing(_logits(3, 4, torch.float64), 2).probs.dtype == torch.float64
+
+
+def test_a_token_with_nan_logits_still_has_topk_experts():
+    logits = torch.full((2, 8), float("nan"))
+    assert (topk_routing(logits, 2).routing_map.sum(dim=1) == 2).all()

@@ -1,0 +1,87 @@
+"""--yaml-cfg: the same options, checked the same way, below the command line."""
+
+import pytest
+
+from megatron.training.arguments import parse_args
+from megatron.training.config.options import options_of
+from megatron.training.config.run_config import RunConfig
+from megatron.training.config.yaml_file import read_yaml_file
+
+OPTIONS = options_of(RunConfig)
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read_text(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return read_yaml_file(path, OPTIONS)
+
+    return read_text
+
+
+def test_keys_are_field_names_or_flags_flat_or_in_sections(read):
+    given = read(
+        """
+        num_layers: 4
+        num-experts: 8
+        disable-bias-linear: true
+        model:
+          hidden_size: 64
+          moe_layer_freq: "[0,1]*2"
+        optimizer: {lr: 1e-3, optimizer: sgd}
+        data_path: [a, b]
+        seq_length:
+        """
+    )
+    assert given.problems == []
+    assert given.values == {
+        "num_layers": 4,
+        "num_moe_experts": 8,
+        "add_bias_linear": False,
+        "hidden_size": 64,
+        "moe_layer_freq": [0, 1, 0, 1],
+        "lr": 1e-3,
+        "optimizer": "sgd",
+        "data_path": ["a", "b"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("num_layerz: 4", "did you mean --num-layers?"),
+        ("num_layers: many", "num_layers: many must be a whole number"),
+        ("num_layers: true", "must be a whole number"),
+        ("bf16: 1", "must be true or false"),
+        ("fp16: true", "Megatron-LM flag not offered here: use --bf16"),
+        ("normalization: rmsnorm", "did you mean RMSNorm?"),
+        ("- a\n- b", "key: value"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_problems_name_the_file(read, text, problem):
+    problems = read(text).problems
+    assert len(problems) == 1
+    assert problem in problems[0]
+    assert "run.yaml" in problems[0]
+
+
+def test_a_missing_file_is_a_problem(tmp_path):
+    assert "cannot be read" in read_yaml_file(tmp_path / "no.yaml", OPTIONS).problems[0]
+
+
+def test_flags_without_effect_are_noticed(read):
+    given = read("use-mcore-models: true")
+    assert given.problems == []
+    assert "has no effect" in given.notices[0]
+
+
+def test_command_line_goes_before_yaml_and_yaml_before_default(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("num_layers: 4\nhidden_size: 128\nlr: 0.1\nmock_data: true\nbf16: true\n")
+    config = parse_args(["--yaml-cfg", str(path), "--lr", "0.2", "--no-bf16"], world_size=1)
+    assert (config.model.num_layers, config.optimizer.lr, config.model.bf16) == (4, 0.2, False)
+    sources = [config.sources[name] for name in ("num_layers", "lr", "train_iters", "clip_grad")]
+    assert sources == ["yaml", "cli", "derived", "default"]
+    assert "--lr 0.2 from the command line replaces 0.1 of --yaml-cfg" in config.notices

@@ -1,0 +1,59 @@
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from megatron.core.errors import DataError
+from megatron.training.failure import FailureReport
+
+
+@pytest.fixture(autouse=True)
+def _no_alarm():
+    yield
+    signal.alarm(0)
+
+
+def _rank(number: int, store: dist.Store) -> FailureReport:
+    report = FailureReport(store)
+    report.rank, report.where, report.iteration = number, f"rank {number}", 5
+    return report
+
+
+def test_a_bug_passes_on_with_a_note_of_its_place() -> None:
+    report = FailureReport()
+    report.iteration = 3
+    with pytest.raises(ValueError, match="oops") as caught, report:
+        raise ValueError("oops")
+    assert caught.value.__notes__ == ["First failure of the run: rank 0, iteration 3"]
+
+
+def test_an_error_of_the_user_is_one_message_and_exit_code_2(capsys) -> None:
+    with pytest.raises(SystemExit) as caught, FailureReport():
+        raise DataError("x.bin is damaged")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "x.bin is damaged\n"
+
+
+def test_the_first_of_two_failing_ranks_tells_the_other_one_points_to_it(caplog) -> None:
+    store = dist.HashStore()
+    with pytest.raises(ValueError, match="first"), _rank(1, store):
+        raise ValueError("first")
+    with pytest.raises(SystemExit) as caught, _rank(0, store):
+        raise KeyError("second")
+    assert caught.value.code == 1
+    assert caplog.messages == ["rank 0 stops because rank 1, iteration 5 failed: ValueError: first"]
+
+
+def test_a_lost_connection_is_never_the_first_failure() -> None:
+    store = dist.HashStore()
+    with pytest.raises(RuntimeError) as caught, _rank(0, store):
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:6019")
+    assert "it was killed" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match="cause"), _rank(1, store):
+        raise ValueError("cause")
+
+
+def test_a_run_without_errors_says_nothing(capsys) -> None:
+    with FailureReport():
+        pass
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,161 @@
+import json
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from megatron.core.errors import CheckpointError
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.config.run_config import RunConfig
+from megatron.training.resume_rules import (
+    ARCHITECTURE,
+    architecture,
+    architecture_problems,
+    changed_options,
+    config_data,
+    config_from_data,
+    schedule,
+    schedule_problems,
+)
+
+# options of the model that may differ between a checkpoint and the run that loads it
+MAY_DIFFER = {
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "init_method_std",
+    "hidden_dropout",
+    "attention_dropout",
+    "moe_router_dtype",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_token_dispatcher_type",
+    "moe_experts_type",
+    "max_position_embeddings",  # its table is compared by shape
+}
+RESOLVED = {
+    "ffn_hidden_size": "ffn_size",
+    "num_query_groups": "query_groups",
+    "group_query_attention": "query_groups",
+    "kv_channels": "head_dim",
+    "moe_layer_freq": "moe_layer_pattern",
+    "moe_ffn_hidden_size": "moe_ffn_size",
+    "bf16": "params_dtype_name",
+    "fp64": "params_dtype_name",
+}
+
+
+def run_config(**options: object) -> RunConfig:
+    defaults: dict = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "lr": 1e-3,
+        "train_iters": 10,
+        "lr_decay_iters": 10,
+        "global_batch_size": 8,
+    }
+    return RunConfig.from_flat(defaults | options)
+
+
+def stored(config: RunConfig) -> dict[str, Any]:
+    common = {"schedule": schedule(config), "config": config_data(config)}
+    return json.loads(json.dumps(common))
+
+
+def problems(then: dict, now: dict) -> list[str]:
+    old = json.loads(json.dumps(architecture(run_config(**then).model)))
+    return list(architecture_problems(old, architecture(run_config(**now).model)))
+
+
+def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:
+    compared = set(ARCHITECTURE.values())
+    for field in fields(TransformerConfig):
+        is_compared = RESOLVED.get(field.name, field.name) in compared
+        assert is_compared != (field.name in MAY_DIFFER), field.name
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "flag"),
+    [
+        ({}, {"num_layers": 3}, "--num-layers is 2 in the checkpoint and 3 in this run"),
+        ({}, {"swiglu": True, "ffn_hidden_size": 128}, "--swiglu is False"),
+        ({"num_moe_experts": 4}, {"num_moe_experts": 8}, "--num-experts is 4"),
+        ({"num_moe_experts": 4}, {}, "--num-experts is 4 in the checkpoint and None"),
+        ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_topk": 1}, "--moe-router-topk"),
+        ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_layer_freq": [0, 1]}, "[1, 1]"),
+        ({}, {"bf16": True}, "--bf16"),
+    ],
+)
+def test_another_architecture_is_named(then: dict, now: dict, flag: str) -> None:
+    assert any(flag in problem for problem in problems(then, now))
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({}, {"ffn_hidden_size": 128}),
+        ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_layer_freq": [1, 1]}),
+        ({}, {"moe_router_topk": 1}),
+        ({}, {"rotary_base": 500000}),
+        ({}, {"hidden_dropout": 0.0, "expert_model_parallel_size": 2}),
+    ],
+)
+def test_the_same_model_said_otherwise_is_accepted(then: dict, now: dict) -> None:
+    assert problems(then, now) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": 2e-3}, "--lr is 0.001 in the checkpoint and 0.002"),
+        ({"min_lr": 1e-4}, "--min-lr is 0.0 in the checkpoint and 0.0001"),
+        ({"weight_decay": 0.1}, "--weight-decay is 0.01 in the checkpoint and 0.1"),
+        ({"lr_decay_style": "cosine"}, "--lr-decay-style is linear in the checkpoint and cosine"),
+        ({"lr_warmup_iters": 2}, "--lr-warmup-iters is 0 (x --global-batch-size 8 = 0 samples)"),
+        ({"lr_decay_iters": 20}, "20 (x --global-batch-size 8 = 160 samples)"),
+        ({"global_batch_size": 16}, "10 (x --global-batch-size 16 = 160 samples)"),
+    ],
+)
+def test_a_changed_schedule_is_named_with_both_values(changes: dict, words: str) -> None:
+    found = list(schedule_problems(stored(run_config()), run_config(**changes)))
+    assert any(words in problem for problem in found), found
+
+
+def test_a_decay_that_follows_more_iterations_is_explained() -> None:
+    longer = run_config(train_iters=20, lr_decay_iters=20)
+    (problem,) = schedule_problems(stored(run_config()), longer)
+    assert "because --train-iters was 10 and is 20 now" in problem
+    assert "--lr-decay-iters 10 keeps the checkpoint's" in problem
+
+
+def test_settings_without_effect_are_not_compared() -> None:
+    constant = run_config(lr_decay_style="constant")
+    changed = run_config(
+        lr_decay_style="constant", lr_decay_iters=99, min_lr=1e-5, lr_warmup_init=1e-6
+    )
+    assert list(schedule_problems(stored(constant), changed)) == []
+
+
+def test_what_else_changed_is_told() -> None:
+    changed = run_config(seed=5, data_path=["a"], micro_batch_size=2, log_interval=7)
+    assert changed_options(stored(run_config()), changed) == [
+        "--seed was 1234 and now is 5",
+        "--data-path was None and now is ['a']",
+    ]
+
+
+def test_a_configuration_comes_back_from_json() -> None:
+    config = run_config(moe_layer_freq=[0, 1], data_path=["0.5", "a"], lr=1 / 3)
+    again = config_from_data(json.loads(json.dumps(config_data(config))))
+    assert again.flat() == config.flat()
+
+
+def test_an_option_of_another_version_is_named() -> None:
+    data = config_data(run_config())
+    data["model"]["warp_drive"] = True
+    with pytest.raises(CheckpointError, match="warp_drive"):
+        config_from_data(data)

@@ -1,0 +1,27 @@
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.throughput import flops_per_token
+
+SHAPE = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 16}
+
+
+def _flops(**changes) -> float:
+    return flops_per_token(TransformerConfig(**SHAPE | changes), seq_length=4, vocab_size=32)
+
+
+def test_the_count_is_that_of_the_products_written_out() -> None:
+    # projections 4*8*8, causal core 8*4, two matrices of 8*16; twice; logits 32*8
+    assert _flops() == 6 * (2 * (256 + 32 + 256) + 256)
+
+
+def test_a_gated_mlp_has_three_matrices() -> None:
+    assert _flops(swiglu=True) - _flops() == 6 * 2 * 8 * 16
+
+
+def test_only_the_chosen_experts_count() -> None:
+    moe = _flops(num_moe_experts=8, moe_router_topk=2, moe_layer_freq=[0, 1])
+    assert moe - _flops() == 6 * 2 * 8 * 16
+
+
+def test_grouped_queries_save_projections_only() -> None:
+    grouped = _flops(group_query_attention=True, num_query_groups=1)
+    assert _flops() - grouped == 6 * 2 * 8 * 8

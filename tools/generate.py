@@ -1,0 +1,134 @@
+"""Continue text with a trained model: ``python tools/generate.py --load CKPT --prompt "..."``.
+
+Model, tokenizer and their settings come from the checkpoint; one process is enough, however many
+trained it.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.core.errors import ConfigError, DataError, MegatronError
+
+EXIT_CODE = 2
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, load, generate, print."""
+    options = parse_options(argv)
+    try:
+        run(options)
+    except MegatronError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(EXIT_CODE) from None
+
+
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options; argparse ends the process with code 2 on mistakes."""
+    parser = argparse.ArgumentParser(
+        description="Continue text with a trained model.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--load", type=Path, required=True, help="Folder of checkpoints (--save of the run).")
+    add("--ckpt-step", type=int, help="Iteration to load; the latest when not set.")
+    add("--prompt", action="append", default=[], help="Text to continue; may be repeated.")
+    add("--prompt-file", type=Path, help="Text file with one prompt a line.")
+    add("--max-new-tokens", type=int, default=100, help="Most tokens to add (default: 100).")
+    add("--greedy", action="store_true", help="Always take the most likely token.")
+    add("--temperature", type=float, help="Divides the logits (default: 1.0); 0 is greedy.")
+    add("--top-k", type=int, default=0, help="Choose among so many tokens; 0 is all (default).")
+    add(
+        "--top-p",
+        type=float,
+        default=0.0,
+        help="Choose among the likeliest tokens that reach this probability; 0 is all (default).",
+    )
+    add("--seed", type=int, default=1234, help="Of the draws (default: 1234).")
+    add("--device", choices=("cpu", "cuda"), help="cuda when there is one, when not set.")
+    return parser.parse_args(argv)
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """Return the prompts of the command line, then those of the file.
+
+    Raises:
+        ConfigError: There is none.
+        DataError: The file cannot be read.
+    """
+    prompts = list(options.prompt)
+    if options.prompt_file is not None:
+        try:
+            lines = options.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--prompt-file {options.prompt_file}: {error}") from error
+        prompts += [line for line in lines if line]
+    if not prompts:
+        raise ConfigError('nothing to continue: give --prompt "..." or --prompt-file FILE')
+    return prompts
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what can be refused before torch is loaded.
+
+    Raises:
+        ConfigError: All problems at once.
+    """
+    problems = []
+    if options.greedy and options.temperature not in (None, 0.0):
+        problems.append("--greedy and --temperature contradict each other; leave one out")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        problems.append("one process generates: start with python, not torchrun")
+    if not options.load.is_dir():
+        problems.append(f"--load {options.load} is not a folder")
+    ConfigError.raise_if_any(problems)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load the model and print each prompt with its continuation."""
+    prompts = read_prompts(options)
+    check(options)
+    import torch
+
+    from megatron.core.inference.generate import GenerationOptions, generate
+    from megatron.core.inference.sampling import SamplingOptions
+    from megatron.training.checkpoint_model import load_trained_model
+
+    temperature = 1.0 if options.temperature is None else options.temperature
+    sampling = SamplingOptions(
+        temperature=0.0 if options.greedy else temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+    )
+    ConfigError.raise_if_any(sampling.problems())
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device found; leave it out or say --device cpu")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    trained = load_trained_model(options.load, iteration=options.ckpt_step, device=device)
+    if trained.tokenizer is None:
+        raise DataError(f"{trained.path} was trained without a tokenizer: there is no text to it")
+    model_config, tokenizer = trained.config.model, trained.tokenizer
+    learned = model_config.position_embedding_type == "learned_absolute"
+    found = generate(
+        trained.model,
+        model_config,
+        [tokenizer.tokenize(prompt) for prompt in prompts],
+        GenerationOptions(
+            max_new_tokens=options.max_new_tokens,
+            eod=tokenizer.eod,
+            vocab_size=tokenizer.vocab_size,
+            max_positions=model_config.max_position_embeddings if learned else None,
+            sampling=sampling,
+            seed=options.seed,
+        ),
+    )
+    for number, (prompt, ids) in enumerate(zip(prompts, found, strict=True)):
+        if number:
+            print("-" * 40)
+        print(prompt + tokenizer.detokenize(ids))
+
+
+if __name__ == "__main__":
+    main()
