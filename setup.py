@@ -26,7 +26,7 @@ DEV = [
 setup(
     name="megatron-moe",
     version="0.1.0",
-    description="Megatron-style training of GPT and Mixture-of-Experts models, proved layout by layout",
+    description="Megatron-style training of GPT and Mixture-of-Experts models",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

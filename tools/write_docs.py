@@ -1,9 +1,11 @@
-"""Write docs/flags.md from the declarations of the options: ``python tools/write_docs.py``.
+"""Write docs/flags.md and the list of files in docs/map.md: ``python tools/write_docs.py``.
 
-``--check`` writes nothing and exits with code 1 if the file is not up to date.
+Flags come from the declarations of the options, files from their own first sentences. ``--check``
+writes nothing and exits with code 1 if a page is not up to date.
 """
 
 import argparse
+import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,9 @@ from megatron.training.config.megatron_flags import NO_EFFECT
 from megatron.training.config.options import Option, options_of
 from megatron.training.config.run_config import RunConfig
 
-PATH = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS, MAP = ROOT / "docs" / "flags.md", ROOT / "docs" / "map.md"
+_BEGIN, _END = "<!-- files: written by tools/write_docs.py -->\n", "<!-- end of files -->\n"
 _OPENING = """\
 # Flags
 
@@ -47,6 +51,29 @@ def flags_page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def map_page() -> str:
+    """Return docs/map.md with its list of files made anew."""
+    before, _, rest = MAP.read_text(encoding="utf-8").partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    folders: dict[Path, list[Path]] = {}
+    for top in ("megatron", "tools"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            if path.name != "__init__.py":
+                folders.setdefault(path.parent.relative_to(ROOT), []).append(path)
+    lines = []
+    for folder, paths in sorted(folders.items()):
+        lines += [f"**{folder}**\n"]
+        lines += [f"- `{path.relative_to(ROOT)}` {_first_sentence(path)}" for path in paths]
+        lines += [""]
+    return before + _BEGIN + "\n" + "\n".join(lines) + _END + after
+
+
+def _first_sentence(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    paragraph = " ".join(text.partition("\n\n")[0].replace("``", "`").split())
+    return paragraph.replace("`", "")
+
+
 def _row(option: Option) -> str:
     flags = ", ".join(f"`{flag}`" for flag in option.flags)
     text = f"Turn off: {option.help}" if option.default is True else option.help
@@ -66,15 +93,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or compare it; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="Only compare.")
-    page = flags_page()
+    pages = {FLAGS: flags_page(), MAP: map_page()}
     if parser.parse_args(argv).check:
-        current = PATH.read_text(encoding="utf-8") if PATH.is_file() else ""
-        if current != page:
-            print(f"{PATH} is not up to date: run python tools/write_docs.py", file=sys.stderr)
-        return int(current != page)
-    PATH.parent.mkdir(exist_ok=True)
-    PATH.write_text(page, encoding="utf-8")
+        stale = [path for path, page in pages.items() if _read(path) != page]
+        for path in stale:
+            print(f"{path} is not up to date: run python tools/write_docs.py", file=sys.stderr)
+        return int(bool(stale))
+    for path, page in pages.items():
+        path.write_text(page, encoding="utf-8")
     return 0
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 if __name__ == "__main__":

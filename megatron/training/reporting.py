@@ -69,7 +69,8 @@ class Reporter:
         if outcome.updated:
             self._loss_sum += outcome.lm_loss
         interval = self._run.config.logging.log_interval
-        is_due = self._first or state.iteration % interval == 0
+        is_last = state.iteration == self._run.train_iters
+        is_due = self._first or is_last or state.iteration % interval == 0
         report = None
         if is_due and self._run.moe_metrics is not None:
             report = self._run.moe_metrics.report(self._run.world.pg_collection)

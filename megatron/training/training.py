@@ -155,8 +155,8 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
             return reason
         if every_save and state.iteration % every_save == 0:
             save(session)
-        if every_eval and state.iteration % every_eval == 0:
-            validate(session)
+        if every_eval and state.iteration % every_eval == 0 and state.iteration < run.train_iters:
+            validate(session)  # at the end it comes after the last save
     return None
 
 

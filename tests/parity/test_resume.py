@@ -6,9 +6,11 @@ workers.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -61,31 +63,56 @@ class Steps(NamedTuple):
     """The rest of the last checkpoint."""
 
 
-def start(*flags: object) -> list[subprocess.Popen[str]]:
+class Rank(NamedTuple):
+    """One process of a run."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def start(save: Path, *flags: object) -> list[Rank]:
     """Begin a run: two ranks in new processes, with what torchrun would tell them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, ROOT / "pretrain_gpt.py", *chain(*FLAGS.items()), *flags]
-    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
+    words = [sys.executable, ROOT / "pretrain_gpt.py", *chain(*FLAGS.items()), "--save", save]
+    return [_start_rank(rank, port, [*words, *flags], save) for rank in range(2)]
+
+
+def _start_rank(rank: int, port: int, words: list[object], save: Path) -> Rank:
+    variables = {
+        "OMP_NUM_THREADS": 1,
+        "PYTHONFAULTHANDLER": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": 2,
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+    }
+    log = save.with_name(f"{save.name}.rank{rank}.log")
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
             list(map(str, words)),
-            stdout=subprocess.PIPE,
+            stdout=stream,
             stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ
-            | shared
-            | {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | {name: str(value) for name, value in variables.items()},
         )
-        for rank in range(2)
-    ]
+    return Rank(process, log)
 
 
-def wait(*runs: list[subprocess.Popen[str]]) -> None:
-    for rank in chain(*runs):
-        output, _ = rank.communicate(timeout=120)
-        assert rank.returncode == 0, output[-4000:]
+def wait(*runs: list[Rank]) -> None:
+    """Wait for all ranks; one that hangs is stopped and its log shows where it stood."""
+    ranks = list(chain(*runs))
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            for rank in ranks:
+                rank.process.wait(timeout=180)
+    finally:
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(signal.SIGABRT)
+    for rank in ranks:
+        assert rank.process.wait() == 0, f"{rank.log}:\n{rank.log.read_text()[-4000:]}"
 
 
 def result(folder: Path) -> Steps:
@@ -119,17 +146,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Steps]:
             builder.end_document()
         builder.finalize(folder / "text.idx")
     data = ("--data-path", folder / "text")
-    unbroken, half = folder / "unbroken", folder / "half"
-    wait(start(*data, "--save", half, "--exit-interval", 5, "--num-workers", 2))
-    resumed = {
+    half = folder / "half"
+    wait(start(half, *data, "--exit-interval", 5, "--num-workers", 2))
+    flags = {
         "unbroken": ("--num-workers", 2),
         "0 workers": ("--num-workers", 0, "--load", half),
         "2 workers": ("--num-workers", 2, "--load", half),
         "no rng": ("--num-workers", 0, "--load", half, "--no-load-rng"),
     }
-    places = {name: folder / name for name in resumed} | {"unbroken": unbroken}
-    waiting = [start(*data, *flags, "--save", places[name]) for name, flags in resumed.items()]
-    wait(*waiting)
+    places = {name: folder / name for name in flags}
+    wait(*[start(places[name], *data, *flags[name]) for name in flags])
     return {name: result(place) for name, place in places.items()}
 
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.extensions.registry import resolve
-from megatron.core.extensions.torch_native import row_multiple
 from megatron.core.param_role import Init, ParamRole, role_of, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers.linear import Linear
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.moe.expert_activation import weighted_activation
-from megatron.core.transformer.moe.permutation import pad_groups, unpad_groups
+from megatron.core.transformer.moe.expert_loop import ExpertWeights, looped_experts
 from megatron.core.transformer.precision import compute_dtype, params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -97,20 +96,18 @@ class GroupedMLP(nn.Module):
             [num_recv, h]; and None, for no bias is left to add.
         """
         rows = permuted_local_hidden_states
-        multiple = row_multiple(rows)
-        if multiple == 1:
-            return self._compute(rows, tokens_per_expert, permuted_probs), None
-        sizes = tokens_per_expert.tolist()  # on the CPU
-        padded = [-(-size // multiple) * multiple for size in sizes]
-        output = self._compute(
-            pad_groups(rows, sizes, padded),
-            torch.tensor(padded),
-            pad_groups(permuted_probs, sizes, padded),  # padding has prob 0, so no gradient
-        )
-        return unpad_groups(output, sizes, padded), None
+        probs = permuted_probs.to(compute_dtype(rows.dtype))
+        if rows.device.type == "cpu":
+            weights = ExpertWeights(self.weight1, self.weight2, self.bias1, self.bias2)
+            output = looped_experts(rows, tokens_per_expert, probs, weights, gated=self.gated)
+            return output, None
+        return self.grouped_experts(rows, tokens_per_expert, probs), None
 
-    def _compute(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
-        probs = probs.to(compute_dtype(rows.dtype))
+    def grouped_experts(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
+        """Compute ``forward`` by two grouped matrix products, without waiting for the device.
+
+        ``probs`` are fp32, or fp64 for fp64 rows. Returns [num_recv, h].
+        """
         inner = self.grouped_mm(rows, self.weight1, tokens_per_expert)
         if self.bias1 is None or self.bias2 is None:
             active = weighted_activation(inner, probs, gated=self.gated)
