@@ -8,12 +8,17 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.core.errors import ConfigError, DataError, MegatronError
 
+if TYPE_CHECKING:
+    from megatron.core.tokenizers.base import Tokenizer
+
 EXIT_CODE = 2
+DEFAULT_TOKENS = 100
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,7 +41,11 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--ckpt-step", type=int, help="Iteration to load; the latest when not set.")
     add("--prompt", action="append", default=[], help="Text to continue; may be repeated.")
     add("--prompt-file", type=Path, help="Text file with one prompt a line.")
-    add("--max-new-tokens", type=int, default=100, help="Most tokens to add (default: 100).")
+    add(
+        "--max-new-tokens",
+        type=int,
+        help="Most tokens to add; when not set 100, or as many as the model has positions for.",
+    )
     add("--greedy", action="store_true", help="Always take the most likely token.")
     add("--temperature", type=float, help="Divides the logits (default: 1.0); 0 is greedy.")
     add("--top-k", type=int, default=0, help="Choose among so many tokens; 0 is all (default).")
@@ -86,6 +95,14 @@ def check(options: argparse.Namespace) -> None:
     ConfigError.raise_if_any(problems)
 
 
+def number_of_tokens(asked: int | None, positions: int | None, prompts: list[list[int]]) -> int:
+    """Return how many tokens to add: those asked for, else 100 or what fits."""
+    if asked is not None:
+        return asked
+    room = DEFAULT_TOKENS if positions is None else positions - max(map(len, prompts))
+    return max(1, min(DEFAULT_TOKENS, room))
+
+
 def run(options: argparse.Namespace) -> None:
     """Load the model and print each prompt with its continuation."""
     prompts = read_prompts(options)
@@ -111,23 +128,31 @@ def run(options: argparse.Namespace) -> None:
         raise DataError(f"{trained.path} was trained without a tokenizer: there is no text to it")
     model_config, tokenizer = trained.config.model, trained.tokenizer
     learned = model_config.position_embedding_type == "learned_absolute"
+    positions = model_config.max_position_embeddings if learned else None
+    prompt_ids = [tokenizer.tokenize(prompt) for prompt in prompts]
     found = generate(
         trained.model,
         model_config,
-        [tokenizer.tokenize(prompt) for prompt in prompts],
+        prompt_ids,
         GenerationOptions(
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=number_of_tokens(options.max_new_tokens, positions, prompt_ids),
             eod=tokenizer.eod,
             vocab_size=tokenizer.vocab_size,
-            max_positions=model_config.max_position_embeddings if learned else None,
+            max_positions=positions,
             sampling=sampling,
             seed=options.seed,
         ),
     )
-    for number, (prompt, ids) in enumerate(zip(prompts, found, strict=True)):
+    for number, (prompt, old, new) in enumerate(zip(prompts, prompt_ids, found, strict=True)):
         if number:
             print("-" * 40)
-        print(prompt + tokenizer.detokenize(ids))
+        print(prompt + continuation(tokenizer, old, new))
+
+
+def continuation(tokenizer: "Tokenizer", old: list[int], new: list[int]) -> str:
+    """Return the text that ``new`` ids add after ``old`` ones: the space between them included."""
+    before, text = tokenizer.detokenize(old), tokenizer.detokenize(old + new)
+    return text[len(before) :] if text.startswith(before) else tokenizer.detokenize(new)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ gets the same values. Steps are samples, whatever the field names (Megatron's) s
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from megatron.core.errors import ConfigError
@@ -28,22 +28,6 @@ _WSD_DECAY: dict[str, Callable[[float], float]] = {
 _INCREASE: dict[str, Callable[[float], float]] = {
     "linear": lambda ratio: ratio,
     "cosine": lambda ratio: 0.5 * (math.cos(math.pi * (1.0 - ratio)) + 1.0),
-}
-
-# field -> the flag a user changes it with, and its unit
-_FLAGS: dict[str, tuple[str, str]] = {
-    "init_lr": ("--lr-warmup-init", ""),
-    "max_lr": ("--lr", ""),
-    "min_lr": ("--min-lr", ""),
-    "lr_warmup_steps": ("--lr-warmup-iters or --lr-warmup-fraction", " samples"),
-    "lr_decay_steps": ("--lr-decay-iters (--train-iters when not set)", " samples"),
-    "lr_decay_style": ("--lr-decay-style", ""),
-    "start_wd": ("--start-weight-decay (--weight-decay when not set)", ""),
-    "end_wd": ("--end-weight-decay (--weight-decay when not set)", ""),
-    "wd_incr_steps": ("--train-iters (end of the weight-decay increase)", " samples"),
-    "wd_incr_style": ("--weight-decay-incr-style", ""),
-    "wsd_decay_steps": ("--lr-wsd-decay-iters", " samples"),
-    "lr_wsd_decay_style": ("--lr-wsd-decay-style", ""),
 }
 
 
@@ -83,10 +67,6 @@ class OptimizerParamScheduler:
     """Samples over which weight decay goes from ``start_wd`` to ``end_wd``."""
     wd_incr_style: IncreaseStyle
     """Shape of that way."""
-    use_checkpoint_opt_param_scheduler: bool = True
-    """On resume, a checkpoint's settings must be these."""
-    override_opt_param_scheduler: bool = False
-    """On resume, these settings replace those of the checkpoint."""
     wsd_decay_steps: int | None = None
     """Samples of the final decay of WSD."""
     lr_wsd_decay_style: WsdDecayStyle | None = None
@@ -126,10 +106,6 @@ class OptimizerParamScheduler:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = wd * group.get("wd_mult", 1.0)
-
-    def settings(self) -> dict[str, Any]:
-        """Return what decides the values, as plain data for a checkpoint."""
-        return {name: value for name, value in asdict(self).items() if name in _FLAGS}
 
     def _share_left(self, samples: int) -> float:
         if self.lr_decay_style == "WSD":
@@ -178,24 +154,3 @@ class OptimizerParamScheduler:
                 f"--lr-wsd-decay-iters (= {self.wsd_decay_steps} samples) must be at least 1 and "
                 f"fit between the end of warm-up and that of the decay (= {room} samples)"
             )
-
-
-def changed_settings(saved: Mapping[str, Any], scheduler: OptimizerParamScheduler) -> list[str]:
-    """Say what of a checkpoint's schedule this run would change; nothing if it may.
-
-    Args:
-        saved: ``settings()`` of the run that wrote the checkpoint.
-        scheduler: This run's schedule.
-
-    Returns:
-        One sentence for each setting that differs, with both values; empty with
-        ``override_opt_param_scheduler``.
-    """
-    if scheduler.override_opt_param_scheduler or not scheduler.use_checkpoint_opt_param_scheduler:
-        return []
-    return [
-        f"{flag}: {now}{unit} in this run, {saved.get(name)}{unit} in the checkpoint; give the "
-        "checkpoint's value, or --override-opt_param-scheduler to change the schedule"
-        for name, (flag, unit) in _FLAGS.items()
-        if (now := getattr(scheduler, name)) != saved.get(name)
-    ]

@@ -78,7 +78,6 @@ def build_scheduler(config: RunConfig) -> OptimizerParamScheduler:
         end_wd=optimizer.weight_decay if end_wd is None else end_wd,
         wd_incr_steps=training.train_iters * batch,
         wd_incr_style=schedule.weight_decay_incr_style,
-        override_opt_param_scheduler=config.checkpoint.override_opt_param_scheduler,
         wsd_decay_steps=None if wsd is None else wsd * batch,
         lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )

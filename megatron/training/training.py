@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron.core.datasets.gpt_dataset import SampleDataset
+from megatron.core.distributed.replica_check import check_replicas
 from megatron.core.errors import CheckpointError
 from megatron.core.log import RankHandler, setup_logging
 from megatron.core.timers import Timers
@@ -91,6 +92,7 @@ def pretrain(
         tell_options(config)
         run = setup_run(config, world, model_provider, forward_step_func)
         state = load_state(run, tokenizer)
+        check_replicas(run.model)
         datasets = train_valid_test_datasets_provider(num_samples(run), config, tokenizer)
         writer = open_writer(run, state) if world.is_first else None
         session = Session(

@@ -64,7 +64,7 @@ def test_the_map_lists_every_source_file():
 
 def _commands(text: str) -> list[str]:
     joined = re.sub(r"\\\n\s*", "", text)
-    found = re.findall(r"^(?:python tools/|torchrun )[^|\n]*", joined, re.MULTILINE)
+    found = re.findall(r"^ *((?:python tools/|torchrun )[^|\n]*)", joined, re.MULTILINE)
     return [" ".join(command.split()) for command in found]
 
 

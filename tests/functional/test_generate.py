@@ -142,6 +142,7 @@ def test_the_tokenizer_travels_with_the_checkpoint(tmp_path: Path, generate) -> 
     code, text, errors = generate("--load", tmp_path / "moved", "--prompt", "the quick")
     assert (code, errors) == (0, "")
     assert text.startswith("the quick")
+    assert " " in text.removeprefix("the quick")
 
 
 def test_one_checkpoint_of_the_folder_can_be_named(tmp_path: Path, generate) -> None:

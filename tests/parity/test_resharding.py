@@ -13,6 +13,11 @@ from megatron.core.dist_checkpointing.serialization import (
     stored_tensors,
     write_tensors,
 )
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.weight_init import init_weights
+from tests.helpers.models import MAX_LENGTH, VOCAB, tiny_config
 from tests.helpers.ranks import run_ranks
 from tests.unit_tests.core.dist_checkpointing.stand_in import EXPERTS, build, fill, wrong_keys
 
@@ -53,3 +58,43 @@ def test_every_layout_loads_what_every_layout_saved(tmp_path: Path, dtype: torch
     assert all(one == other for one, other in pairwise(stored))
     states = 3 if dtype == torch.float32 else 4  # weight, two moments, bf16: fp32 main weight
     assert len([key for key in stored[0] if ".local_experts." in key]) == states * EXPERTS
+
+
+def _model(ep: int, kind: str) -> GPTModel:
+    config = tiny_config(
+        num_moe_experts=4, moe_experts_type=kind, expert_model_parallel_size=ep, swiglu=True
+    )
+    layout = config.layout(dist.get_world_size())
+    return GPTModel(
+        config,
+        get_gpt_decoder_block_spec(config),
+        vocab_size=VOCAB,
+        max_sequence_length=MAX_LENGTH,
+        pg_collection=ProcessGroupCollection.create(layout),
+    )
+
+
+def _save_model(folder: str, kind: str) -> None:
+    model = _model(dist.get_world_size(), kind)
+    init_weights(model, 7)
+    write_tensors(Path(folder), model_tensors(model), dist.group.WORLD)
+
+
+def _load_model(folder: str, kind: str) -> None:
+    expected, model = _model(dist.get_world_size(), kind), _model(dist.get_world_size(), kind)
+    init_weights(expected, 7)
+    init_weights(model, 8)
+    read_tensors(Path(folder), model_tensors(model), dist.group.WORLD, prefixes=("model.",))
+    for key, tensor in model_tensors(expected).items():
+        assert torch.equal(model_tensors(model)[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("grouped", "sequential"), ("sequential", "grouped")]
+)
+def test_a_gpt_with_one_bank_of_experts_loads_what_the_other_saved(
+    tmp_path: Path, saved: str, loaded: str
+) -> None:
+    run_ranks(_save_model, 2, str(tmp_path), saved)
+    run_ranks(_load_model, 1, str(tmp_path), loaded)
+    run_ranks(_load_model, 4, str(tmp_path), loaded)

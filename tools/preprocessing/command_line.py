@@ -6,6 +6,7 @@ No tool imports torch: help and errors must come at once.
 import argparse
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
@@ -130,8 +131,9 @@ def tokenizer_settings_of(args: argparse.Namespace) -> TokenizerSettings:
 
 
 def run_tool(main: Callable[[], None]) -> NoReturn:
-    """Call ``main`` and leave: 0, 2 with one message for what the user can mend, 130 on Ctrl-C."""
+    """Call ``main`` and leave: 0, 2 with one message for what the user can mend, 130 if stopped."""
     name = os.path.basename(sys.argv[0])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         main()
     except MegatronError as error:

@@ -156,6 +156,7 @@ _encoder: Encoder | None = None
 def _start_worker(settings: EncodeSettings, parent: int) -> None:
     global _encoder  # the pool offers no other place for a worker's state
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the pool
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core per worker, not all cores in each
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     _encoder = Encoder(settings, build_tokenizer(settings.tokenizer))

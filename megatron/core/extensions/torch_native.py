@@ -46,15 +46,6 @@ def grouped_mm(rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tenso
     return out
 
 
-def row_multiple(rows: Tensor) -> int:
-    """Return the multiple of rows in a group that ``grouped_mm`` is fast and repeatable with.
-
-    On the CPU a kernel is compiled for each new number of rows, and a product of 5 rows can differ
-    in the last bit from 5 rows of a larger one; with multiples of 16 neither happens.
-    """
-    return 16 if rows.device.type == "cpu" else 1
-
-
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ ranks that hold it, a replica never. Nothing here waits for the device.
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.collectives import all_gather_single
 from megatron.core.distributed.bucket_layout import BUFFER_ALIGNMENT
 
 _CLIP_EPS = 1e-6
@@ -33,7 +33,7 @@ def global_grad_norm(
     # between groups, and replicas that clip differently drift apart.
     if ep_group.size() > 1:
         parts = torch.empty(ep_group.size(), dtype=torch.float64, device=device)
-        dist.all_gather_into_tensor(parts, own.reshape(1), group=ep_group)
+        all_gather_single(parts, own.reshape(1), group=ep_group)
         own = parts.sum()
     return sum((_sum_of_squares(flat) for flat in dense), own).sqrt()
 

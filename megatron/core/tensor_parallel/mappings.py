@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron.core.collectives import all_gather_single
+
 
 class RowSplits(NamedTuple):
     """How many rows go to, and come from, each rank of a group."""
@@ -142,7 +144,7 @@ def gather_sizes(group: ProcessGroup, num_rows: int, counts: Tensor) -> Gathered
         return GatheredSizes([num_rows], None)
     own = torch.cat([counts.view(ranks, -1).sum(dim=1), counts.new_full((1,), num_rows)])
     table = counts.new_empty(ranks * (ranks + 1))
-    dist.all_gather_into_tensor(table, own, group=group)
+    all_gather_single(table, own, group=group)
     host = table.view(ranks, ranks + 1).tolist()
     return GatheredSizes([row[-1] for row in host], sum(row[group.rank()] for row in host))
 
@@ -194,7 +196,7 @@ def _gather(group: ProcessGroup, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         copies = torch.cat([x] * len(sizes))
         return _exchange(group, copies, RowSplits([x.shape[0]] * len(sizes), list(sizes)))
     out = x.new_empty(sum(sizes), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    all_gather_single(out, x.contiguous(), group=group)
     return out
 
 

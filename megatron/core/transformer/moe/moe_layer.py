@@ -17,6 +17,8 @@ from megatron.core.transformer.moe.token_dispatcher.base import local_expert_cou
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+_PLAIN = ForwardContext()
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoESubmodules:
@@ -68,7 +70,9 @@ class MoELayer(nn.Module):
             pg_collection=pg_collection,
         )
 
-    def forward(self, hidden_states: Tensor, context: ForwardContext) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, context: ForwardContext = _PLAIN
+    ) -> tuple[Tensor, None]:
         """Apply to ``hidden_states`` [s, b, h].
 
         Returns:

@@ -4,7 +4,6 @@ Rows are expert-major, and in the order of their tokens within an expert; every 
 that order, so that a weight gradient adds up the same tokens in the same order in any layout.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -133,18 +132,6 @@ def reorder(rows: Tensor, order: ChunkOrder | None, *, back: bool = False) -> Te
     return out
 
 
-def pad_groups(rows: Tensor, sizes: Sequence[int], padded: Sequence[int]) -> Tensor:
-    """Give each group of rows trailing zero rows: [sum(sizes), ...] -> [sum(padded), ...]."""
-    out: Tensor = _PadGroups.apply(rows, tuple(sizes), tuple(padded))
-    return out
-
-
-def unpad_groups(rows: Tensor, sizes: Sequence[int], padded: Sequence[int]) -> Tensor:
-    """Undo ``pad_groups``: [sum(padded), ...] -> [sum(sizes), ...]."""
-    out: Tensor = _UnpadGroups.apply(rows, tuple(sizes), tuple(padded))
-    return out
-
-
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, plan: RowPlan) -> Tensor:
@@ -184,30 +171,6 @@ class _Reorder(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
-class _PadGroups(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...], padded: tuple[int, ...]) -> Tensor:
-        ctx.sizes, ctx.padded = sizes, padded
-        return _pad(rows, sizes, padded)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _unpad(grad, ctx.sizes, ctx.padded), None, None
-
-
-class _UnpadGroups(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...], padded: tuple[int, ...]) -> Tensor:
-        ctx.sizes, ctx.padded = sizes, padded
-        return _unpad(rows, sizes, padded)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _pad(grad, ctx.sizes, ctx.padded), None, None
-
-
 def _sum_rows(rows: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
     """Sum the rows of each token in fp32 or wider, in the order of the experts."""
     few = plan.max_rows_per_token <= 2  # one addition rounds once, whatever it is done in
@@ -227,16 +190,3 @@ def _sum_rows(rows: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
             picked.masked_fill_((row_of_token == num_rows).unsqueeze(1), 0.0)
         total.add_(picked)
     return total.to(dtype)
-
-
-def _pad(rows: Tensor, sizes: tuple[int, ...], padded: tuple[int, ...]) -> Tensor:
-    out = rows.new_empty(sum(padded), *rows.shape[1:])
-    for source, target in zip(rows.split(sizes), out.split(padded), strict=True):
-        target[: source.shape[0]] = source
-        target[source.shape[0] :] = 0
-    return out
-
-
-def _unpad(rows: Tensor, sizes: tuple[int, ...], padded: tuple[int, ...]) -> Tensor:
-    pairs = zip(rows.split(padded), sizes, strict=True)
-    return torch.cat([group[:size] for group, size in pairs])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron.core.extensions.torch_native import adam, grouped_mm, row_multiple
+from megatron.core.extensions.torch_native import adam, grouped_mm
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
@@ -36,16 +36,6 @@ def test_an_expert_without_rows_has_a_zero_gradient_not_none():
     assert weight.grad is not None
     assert weight.grad[0].any()
     assert not weight.grad[1].any()
-
-
-def test_rows_of_padded_groups_do_not_depend_on_their_company():
-    multiple = row_multiple(torch.zeros(1))
-    rng = torch.Generator().manual_seed(2)
-    weight = torch.randn(1, 48, 32, generator=rng)
-    rows = torch.randn(4 * multiple, 32, generator=rng)
-    together = grouped_mm(rows, weight, torch.tensor([4 * multiple]))
-    alone = grouped_mm(rows[:multiple].contiguous(), weight, torch.tensor([multiple]))
-    assert torch.equal(together[:multiple], alone)
 
 
 def test_adam_moments_have_the_names_that_checkpoints_use():

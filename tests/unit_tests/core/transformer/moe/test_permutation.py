@@ -10,13 +10,11 @@ from torch import Tensor
 
 from megatron.core.transformer.moe import permutation
 from megatron.core.transformer.moe.permutation import (
-    pad_groups,
     permute,
     permute_probs,
     plan_rows,
     rank_major_to_expert_major,
     reorder,
-    unpad_groups,
     unpermute,
 )
 
@@ -92,26 +90,12 @@ def test_rows_of_one_source_or_one_expert_lie_right_already(shape):
     assert reorder(rows, rank_major_to_expert_major(torch.full(shape, 2), 10)) is rows
 
 
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=5))
-@PROPERTY
-def test_padded_groups_begin_at_multiples_and_hold_zeros_between(sizes):
-    padded = [-(-size // 8) * 8 for size in sizes]
-    rows = (_random(sum(sizes), 2) + 10.0).requires_grad_()
-    wide = pad_groups(rows, sizes, padded)
-    assert wide.shape == (sum(padded), 2)
-    assert int((wide == 0).all(dim=1).sum()) == sum(padded) - sum(sizes)
-    assert torch.equal(unpad_groups(wide, sizes, padded), rows)
-    (gradient,) = torch.autograd.grad((wide * wide).sum(), rows)
-    torch.testing.assert_close(gradient, 2 * rows.detach())
-
-
 def test_gradients_are_right_by_finite_differences():
     routing_map = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)
     plan = plan_rows(routing_map)
     tokens, rows = _random(3, 2).requires_grad_(), _random(5, 2).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: permute(x, plan), tokens)
     assert torch.autograd.gradcheck(lambda x: unpermute(x, plan), rows)
-    assert torch.autograd.gradcheck(lambda x: unpad_groups(x, [1, 2], [2, 3]), rows)
 
 
 def test_plans_know_no_process_group():

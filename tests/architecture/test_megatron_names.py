@@ -1,0 +1,55 @@
+"""Import paths that Megatron-LM users type exist, also the short ones that packages re-export."""
+
+import importlib
+
+import pytest
+
+NAMES = [
+    "megatron.core.ModelParallelConfig",
+    "megatron.core.mpu",
+    "megatron.core.parallel_state.get_data_parallel_group",
+    "megatron.core.parallel_state.get_expert_model_parallel_world_size",
+    "megatron.core.tensor_parallel.ColumnParallelLinear",
+    "megatron.core.tensor_parallel.layers.VocabParallelEmbedding",
+    "megatron.core.tensor_parallel.mappings.all_to_all",
+    "megatron.core.datasets.gpt_dataset.GPTDataset",
+    "megatron.core.datasets.blended_dataset.BlendedDataset",
+    "megatron.core.datasets.indexed_dataset.IndexedDataset",
+    "megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder",
+    "megatron.core.distributed.DistributedDataParallel",
+    "megatron.core.distributed.DistributedDataParallelConfig",
+    "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.models.gpt.GPTModel",
+    "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec",
+    "megatron.core.optimizer.OptimizerConfig",
+    "megatron.core.optimizer.get_megatron_optimizer",
+    "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler",
+    "megatron.core.process_groups_config.ProcessGroupCollection",
+    "megatron.core.transformer.TransformerConfig",
+    "megatron.core.transformer.ModuleSpec",
+    "megatron.core.transformer.mlp.MLP",
+    "megatron.core.transformer.moe.experts.GroupedMLP",
+    "megatron.core.transformer.moe.experts.SequentialMLP",
+    "megatron.core.transformer.moe.moe_layer.MoELayer",
+    "megatron.core.transformer.moe.moe_layer.MoESubmodules",
+    "megatron.core.transformer.moe.router.TopKRouter",
+    "megatron.core.transformer.moe.token_dispatcher.MoEAllGatherTokenDispatcher",
+    "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher",
+    "megatron.core.transformer.transformer_layer.TransformerLayer",
+    "megatron.training.get_args",
+    "megatron.training.get_tokenizer",
+    "megatron.training.pretrain",
+    "megatron.training.print_rank_0",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_can_be_imported(name):
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute)
+
+
+@pytest.mark.parametrize("package", ["megatron.core", "megatron.core.optimizer"])
+def test_a_name_that_is_not_there_is_an_attribute_error(package):
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = importlib.import_module(package).nonsense

@@ -1,0 +1,61 @@
+"""The loop for CPUs equals the grouped products for other devices, gradients included."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron.core.tensor_parallel.weight_init import init_weights
+from megatron.core.transformer.moe.expert_loop import ROW_MULTIPLE
+from megatron.core.transformer.moe.experts import GroupedMLP
+from tests.helpers.ranks import run_ranks
+from tests.unit_tests.core.transformer.moe.layers import H, make_groups, moe_config
+
+SIZES = [(3, 0, 18, 16), (0, 0, 0, 0), (1, 0, 0, 0)]
+SHAPES = [{"swiglu": True}, {"swiglu": True, "add_bias_linear": True}, {"add_bias_linear": True}]
+
+
+def _bank(config) -> GroupedMLP:
+    bank = GroupedMLP(4, config, pg_collection=make_groups())
+    init_weights(nn.ModuleDict({"experts": bank}), seed=3)
+    with torch.no_grad():
+        for p in bank.parameters():
+            p.mul_(20.0).add_(0.01)
+    return bank
+
+
+def _results(bank: GroupedMLP, forward: Any, sizes: tuple[int, ...]) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(4)
+    rows = torch.randn(sum(sizes), H, generator=rng).double().requires_grad_()
+    probs = torch.rand(sum(sizes), generator=rng).double().requires_grad_()
+    out = forward(rows, torch.tensor(sizes), probs)
+    wanted = [rows, probs, *bank.parameters()]
+    return [out, *torch.autograd.grad(out.square().sum(), wanted)]
+
+
+def _agree(shape: dict[str, Any]) -> None:
+    bank = _bank(moe_config(fp64=True, **({"swiglu": False} | shape)))
+    for sizes in SIZES:
+        looped = _results(bank, lambda *args: bank(*args)[0], sizes)
+        grouped = _results(bank, bank.grouped_experts, sizes)
+        torch.testing.assert_close(looped, grouped, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loop_and_grouped_products_agree(shape):
+    run_ranks(_agree, 1, shape)
+
+
+def _company() -> None:
+    bank = _bank(moe_config())
+    rows = torch.randn(48, H, generator=torch.Generator().manual_seed(1))
+    probs = torch.ones(48)
+    together, _ = bank(rows, torch.tensor([0, 48, 0, 0]), probs)
+    alone, _ = bank(rows[:5], torch.tensor([0, 5, 0, 0]), probs[:5])
+    assert ROW_MULTIPLE % 16 == 0
+    assert torch.equal(alone, together[:5])
+
+
+def test_rows_do_not_depend_on_their_company():
+    run_ranks(_company, 1)
