@@ -23,7 +23,7 @@ python tools/preprocess_data.py --input runs/quickstart/corpus.jsonl \
 
 step "4. Train an 8-expert top-2 model on 2 ranks, stop half way"
 torchrun --nproc-per-node 2 pretrain_gpt.py --yaml-cfg examples/quickstart/tiny_moe.yaml \
-    --data-path runs/quickstart/stdlib --save runs/quickstart/checkpoints --exit-interval 140
+    --data-path runs/quickstart/stdlib --save runs/quickstart/checkpoints --exit-interval 120
 
 step "5. Resume and finish"
 torchrun --nproc-per-node 2 pretrain_gpt.py --yaml-cfg examples/quickstart/tiny_moe.yaml \

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.store import (
 
 KILLS = 12
 NUMBERS = 200_000
+KILLED = 9
 
 
 def save_for_ever(folder: Path, first: int) -> None:
@@ -59,8 +60,10 @@ def test_the_latest_checkpoint_is_loadable_after_kill_9_at_random_moments(tmp_pa
     for _ in range(KILLS):
         child = os.fork()
         if child == 0:
-            save_for_ever(tmp_path, iteration + 1)
-            os._exit(0)
+            try:
+                save_for_ever(tmp_path, iteration + 1)
+            finally:
+                os._exit(1)
         time.sleep(draw.uniform(0.01, 0.15))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -82,7 +85,9 @@ def _save_until_step(folder: Path, iteration: int, last_step: int) -> bool:
     """Save in a forked process that dies at its ``last_step``-th change of the disk."""
     child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1] == 0
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, KILLED), "saving failed of itself"
+        return code == 0
     steps = 0
 
     def counted(function):
@@ -90,15 +95,19 @@ def _save_until_step(folder: Path, iteration: int, last_step: int) -> bool:
             nonlocal steps
             steps += 1
             if steps > last_step:
-                os._exit(9)
+                os._exit(KILLED)
             return function(*args, **kwargs)
 
         return wrapper
 
     for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "open"):
         setattr(os, name, counted(getattr(os, name)))
-    write_checkpoint(folder, iteration, small(iteration), None, keep_last=1)
-    os._exit(0)
+    code = 1
+    try:
+        write_checkpoint(folder, iteration, small(iteration), None, keep_last=1)
+        code = 0
+    finally:
+        os._exit(code)
 
 
 @pytest.mark.parametrize("iteration", [5, 10])

@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "train_iters": 4,
     "lr": 0.05,
     "lr_decay_style": "constant",
+    "lr_decay_iters": 4,
     "clip_grad": 0.0,
     "seq_length": SEQ,
     "padded_vocab_size": VOCAB,

@@ -46,8 +46,7 @@ def choose_tokens(logits: Tensor, options: SamplingOptions, chance: Tensor) -> T
     probs, ids = ranked_probs(logits, options)
     heights = probs.cumsum(-1)
     place = torch.searchsorted(heights, chance[:, None] * heights[:, -1:], right=True)
-    last = (probs > 0).sum(-1, keepdim=True) - 1  # a chance that rounds up to 1 ends here
-    return ids.gather(-1, torch.minimum(place, last))[:, 0]
+    return ids.gather(-1, place)[:, 0]
 
 
 def ranked_probs(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,8 @@ def run_config(**options: object) -> RunConfig:
 class Trained:
     """A stand-in run: model, optimizer, and what its checkpoint should hold."""
 
-    def __init__(self, ep: int = 1) -> None:
-        self.model, self.optimizer = build(ep)
+    def __init__(self, ep: int = 1, dtype: torch.dtype = torch.float32) -> None:
+        self.model, self.optimizer = build(ep, dtype)
         self.optimizer.step_count = 3
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -138,6 +138,25 @@ def test_finetuning_takes_the_weights_alone(saved: Path) -> None:
     assert (state.iteration, state.consumed_train_samples, state.dropout_seed) == (0, 0, 1234)
     assert wrong_keys(fresh.weights()) == []
     assert all(moment.eq(0).all() for moment in fresh.moments().values())
+
+
+def test_bf16_weights_and_their_fp32_main_weights_agree_after_loading(
+    tmp_path: Path, alone: None
+) -> None:
+    trained = Trained(dtype=torch.bfloat16)
+    fill(trained.moments())
+    trained.optimizer.after_load(with_optim=True)
+    with torch.no_grad():
+        trained.model.module.dense += 1  # as if main weights and weights had come apart
+    trained.save(tmp_path)
+    resumed, restarted = Trained(dtype=torch.bfloat16), Trained(dtype=torch.bfloat16)
+    resumed.load(tmp_path)
+    restarted.load(tmp_path, run_config(no_load_optim=True))
+    main = "optimizer.main_param.dense"
+    for fresh in (resumed, restarted):
+        assert torch.equal(fresh.weights()["model.dense"], fresh.moments()[main].bfloat16())
+    assert torch.equal(resumed.moments()[main], trained.moments()[main])
+    assert torch.equal(restarted.weights()["model.dense"], trained.weights()["model.dense"])
 
 
 @pytest.mark.parametrize(

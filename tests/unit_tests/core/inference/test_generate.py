@@ -73,7 +73,10 @@ def test_training_is_not_changed() -> None:
     model.train()
     weights = [param.clone() for param in model.parameters()]
     state = torch.get_rng_state()
+    modes = []
+    model.register_forward_hook(lambda *_: modes.append(model.training))
     run(model, PROMPTS, sampling=SamplingOptions())
+    assert set(modes) == {False}
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(map(torch.equal, model.parameters(), weights))

@@ -35,6 +35,10 @@ def test_every_chance_below_one_gives_a_token_that_is_possible() -> None:
     assert chosen(logits, last, temperature=1e-6) == 3
 
 
+def test_a_chance_on_the_border_belongs_to_the_next_token() -> None:
+    assert chosen(torch.zeros(1, 2), 0.5) == 1
+
+
 def test_draws_follow_the_probabilities() -> None:
     chance = torch.rand(20_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     tokens = choose_tokens(LOGITS.expand(20_000, -1), SamplingOptions(), chance)

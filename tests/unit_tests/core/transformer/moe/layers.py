@@ -12,6 +12,7 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.parallel_layout import ParallelLayout
 from megatron.core.param_role import logical_tensors, role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,7 +20,12 @@ from tests.reference.moe import ReferenceMoE
 
 H, FFN, NUM_EXPERTS = 16, 24, 8
 EMPTY_EXPERT, HOT_EXPERT = 5, 2
-COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor")
+COLLECTIVES = {
+    "all_to_all_single": dist,
+    "all_reduce": dist,
+    "reduce_scatter_tensor": dist,
+    "all_gather_single": mappings,
+}
 
 
 def moe_config(**options: Any) -> TransformerConfig:
@@ -113,7 +119,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def count_collectives() -> Iterator[list[tuple[str, int]]]:
     """List (name, dimensions of the tensor) of every collective in the block."""
     calls: list[tuple[str, int]] = []
-    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+    originals = {name: getattr(home, name) for name, home in COLLECTIVES.items()}
 
     def counted(name: str) -> Any:
         def call(out: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -123,9 +129,9 @@ def count_collectives() -> Iterator[list[tuple[str, int]]]:
         return call
 
     try:
-        for name in COLLECTIVES:
-            setattr(dist, name, counted(name))
+        for name, home in COLLECTIVES.items():
+            setattr(home, name, counted(name))
         yield calls
     finally:
         for name, original in originals.items():
-            setattr(dist, name, original)
+            setattr(COLLECTIVES[name], name, original)

@@ -158,7 +158,7 @@ def test_alltoall_makes_one_exchange_of_counts_one_dispatch_and_one_combine():
 
 
 def test_allgather_makes_one_exchange_of_sizes_one_gather_and_one_reduce_scatter():
-    sizes, rows = ("all_gather_into_tensor", 1), ("all_gather_into_tensor", 2)
+    sizes, rows = ("all_gather_single", 1), ("all_gather_single", 2)
     probs = reduced = ("all_to_all_single", 2)
     run_ranks(_collectives, 2, "allgather", [sizes, rows, probs, reduced], [rows, reduced, probs])
 
