@@ -34,6 +34,18 @@ class SavedTokenizer(Protocol):
         """Hash of its content."""
 
 
+@dataclass(kw_only=True)
+class TrainState:
+    """Where training stands. Everything here is in a checkpoint."""
+
+    iteration: int = 0
+    """Optimizer steps done, skipped ones included."""
+    consumed_samples: int = 0
+    """Samples read so far; decides which come next, the learning rate and the dropout masks."""
+    dropout_seed: int = 0
+    """Seed of the stream of dropout masks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaveResult:
     """How a save went. A failed one leaves earlier checkpoints as they were."""
@@ -72,8 +84,18 @@ class LoadedState:
     """Of the dropout stream: ``SampleRng(dropout_seed, sample_ids)``."""
     path: Path | None = None
     """Checkpoint that was loaded; None in a fresh run."""
+    data_fingerprint: str | None = None
+    """Of the training data that the checkpoint's run read; None where its order does not matter."""
     notices: tuple[str, ...] = ()
     """One line for each thing the user should know about the difference to the checkpoint."""
+
+    def state(self) -> TrainState:
+        """Return the state that training begins with."""
+        return TrainState(
+            iteration=self.iteration,
+            consumed_samples=self.consumed_train_samples,
+            dropout_seed=self.dropout_seed,
+        )
 
     def line(self) -> str:
         """Return the first line of the log: fresh, or resumed at which step from where."""

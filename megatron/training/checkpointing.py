@@ -37,6 +37,7 @@ from megatron.training.checkpoint_state import (
     SavedOptimizer,
     SavedTokenizer,
     SaveResult,
+    TrainState,
 )
 from megatron.training.config.run_config import RunConfig
 from megatron.training.resume_rules import (
@@ -55,27 +56,25 @@ _LARGEST_COPY_BYTES = 64 << 20
 
 def save_checkpoint(
     folder: str | Path,
-    iteration: int,
+    state: TrainState,
     *,
     config: RunConfig,
     model: nn.Module,
     optimizer: SavedOptimizer | None,
-    consumed_samples: int,
-    dropout_seed: int,
     tokenizer: SavedTokenizer | None = None,
+    data_fingerprint: str | None = None,
 ) -> SaveResult:
     """Save a run; on every rank. A failure to write is returned, not raised.
 
     Args:
         folder: ``--save``; gets ``iter_0000010`` for iteration 10 and the tracker file.
-        iteration: Optimizer steps done.
+        state: Where training stands.
         config: Of the run; saved whole. ``--no-save-optim``, ``--no-save-rng`` and ``--keep-last``
             are read from it.
         model: The model or its DistributedDataParallel.
         optimizer: None when there is none (then its state is left out).
-        consumed_samples: Training samples of all ranks so far.
-        dropout_seed: Of the dropout stream in use (``LoadedState.dropout_seed``).
         tokenizer: Its fingerprint is saved and its files are copied; None with mock data.
+        data_fingerprint: Of the training data and its order (``SampleDataset.fingerprint``).
 
     Returns:
         The same on every rank, but for ``seconds``.
@@ -89,9 +88,10 @@ def save_checkpoint(
             f"{RNG}{rank_in(group)}.{name}": state for name, state in capture_rng_state().items()
         }
     common = {
-        "iteration": iteration,
-        "consumed_train_samples": consumed_samples,
-        "dropout_seed": None if config.checkpoint.no_save_rng else dropout_seed,
+        "iteration": state.iteration,
+        "consumed_train_samples": state.consumed_samples,
+        "data_fingerprint": data_fingerprint,
+        "dropout_seed": None if config.checkpoint.no_save_rng else state.dropout_seed,
         "optimizer": _optimizer_facts(config, optimizer),
         "world_size": size_of(group),
         "padded_vocab_size": _padded_vocab_size(tensors),
@@ -106,12 +106,12 @@ def save_checkpoint(
     content = CheckpointContent(tensors=tensors, common=common, files=files)
     try:
         path, size = write_checkpoint(
-            Path(folder), iteration, content, group, keep_last=config.checkpoint.keep_last
+            Path(folder), state.iteration, content, group, keep_last=config.checkpoint.keep_last
         )
     except CheckpointError as error:
-        return SaveResult(iteration=iteration, path=None, error=str(error))
+        return SaveResult(iteration=state.iteration, path=None, error=str(error))
     seconds = time.perf_counter() - begin
-    return SaveResult(iteration=iteration, path=path, size_bytes=size, seconds=seconds)
+    return SaveResult(iteration=state.iteration, path=path, size_bytes=size, seconds=seconds)
 
 
 def load_checkpoint(
@@ -311,5 +311,6 @@ def _loaded_state(opened: OpenCheckpoint, config: RunConfig, notices: list[str])
         consumed_train_samples=common["consumed_train_samples"],
         dropout_seed=dropout_seed,
         path=opened.path,
+        data_fingerprint=common["data_fingerprint"],
         notices=tuple(notices + changes),
     )

@@ -1,4 +1,4 @@
-"""The live objects of one run, and the few numbers that change from step to step."""
+"""The live objects of one run; the few numbers that change from step to step are TrainState."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,27 +9,18 @@ from torch import Tensor
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.training.checkpoint_state import TrainState
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
 from megatron.training.initialize import World
 from megatron.training.loss import MaskedLoss
 
+__all__ = ["ForwardStep", "LossFunction", "Run", "TrainState"]
+
 LossFunction = Callable[[Tensor], MaskedLoss]
 ForwardStep = Callable[[Iterator[Batch], Callable[..., Tensor]], tuple[Tensor, LossFunction]]
 """``forward_step(data_iterator, model) -> (output, loss_func)``, as in Megatron's scripts: takes
 one microbatch from the iterator; ``loss_func(output)`` gives its ``MaskedLoss``."""
-
-
-@dataclass(kw_only=True)
-class TrainState:
-    """Where training stands. Everything here is in a checkpoint."""
-
-    iteration: int = 0
-    """Optimizer steps done, skipped ones included."""
-    consumed_samples: int = 0
-    """Samples read so far; decides which come next, the learning rate and the dropout masks."""
-    dropout_seed: int = 0
-    """Seed of the stream of dropout masks."""
 
 
 @dataclass(frozen=True, kw_only=True)

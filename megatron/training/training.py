@@ -16,6 +16,7 @@ from megatron.core.timers import Timers
 from megatron.core.tokenizers.base import Tokenizer
 from megatron.core.tokenizers.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
+from megatron.training.checkpoint_state import LoadedState
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
@@ -91,9 +92,11 @@ def pretrain(
         set_global_variables(config, tokenizer, timers)
         tell_options(config)
         run = setup_run(config, world, model_provider, forward_step_func)
-        state = load_state(run, tokenizer)
+        loaded = load(run, tokenizer)
+        state = loaded.state()
         check_replicas(run.model)
         datasets = train_valid_test_datasets_provider(num_samples(run), config, tokenizer)
+        tell_changed_data(loaded, datasets)
         writer = open_writer(run, state) if world.is_first else None
         session = Session(
             run=run,
@@ -211,13 +214,12 @@ def save(session: Session) -> None:
     session.timers("save").start()
     result = save_checkpoint(
         folder,
-        state.iteration,
+        state,
         config=run.config,
         model=run.model,
         optimizer=run.optimizer,
-        consumed_samples=state.consumed_samples,
-        dropout_seed=state.dropout_seed,
         tokenizer=session.tokenizer,
+        data_fingerprint=fingerprint(session.datasets),
     )
     session.timers("save").stop()
     session.reporter.resume_clock()
@@ -230,7 +232,7 @@ def save(session: Session) -> None:
         log.warning("%s", result.line())
 
 
-def load_state(run: Run, tokenizer: Tokenizer) -> TrainState:
+def load(run: Run, tokenizer: Tokenizer) -> LoadedState:
     """Load the checkpoint of --load, if any, into the run; return where training begins."""
     loaded = load_checkpoint(
         run.config.checkpoint.load,
@@ -243,11 +245,23 @@ def load_state(run: Run, tokenizer: Tokenizer) -> TrainState:
         log.info("%s", loaded.line())
     for notice in loaded.notices:
         log.info(" > %s", notice)
-    return TrainState(
-        iteration=loaded.iteration,
-        consumed_samples=loaded.consumed_train_samples,
-        dropout_seed=loaded.dropout_seed,
-    )
+    return loaded
+
+
+def fingerprint(datasets: Datasets) -> str | None:
+    """Return a hash of the training data and its order; None without training data."""
+    return None if datasets[0] is None else datasets[0].fingerprint
+
+
+def tell_changed_data(loaded: LoadedState, datasets: Datasets) -> None:
+    """Warn when a resumed run goes on in another order of samples than the one it began in."""
+    if loaded.data_fingerprint not in (None, fingerprint(datasets)):
+        log.warning(
+            "the training data is not that of the checkpoint, or has another order (other files, "
+            "blend, split, --seq-length or --seed, or more epochs): the run goes on at sample %d "
+            "of the new order, which may repeat samples and leave out others",
+            loaded.consumed_train_samples,
+        )
 
 
 def num_samples(run: Run) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.tokenizers.build_tokenizer import TokenizerSettings, build_tokenizer
+from megatron.training.checkpoint_state import TrainState
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.config.run_config import RunConfig
 from tests.helpers.ranks import run_ranks
@@ -51,12 +52,10 @@ def _save(folder: str, ep: int, tokenizer_flags: dict, model_flags: dict) -> Non
     init_weights(model, 1234)
     result = save_checkpoint(
         folder,
-        3,
+        TrainState(iteration=3, consumed_samples=6, dropout_seed=1),
         config=config,
         model=model,
         optimizer=None,
-        consumed_samples=6,
-        dropout_seed=1,
         tokenizer=tokenizer,
     )
     assert result.error == ""

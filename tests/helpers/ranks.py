@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# The first assert_close imports sympy (~500 modules, over a second). Done here, once, before
-# the fork: otherwise every rank of every test pays for it.
+# The first assert_close imports sympy (~500 modules), the first optimizer torch._dynamo (~200).
+# Done here, once, before the fork: otherwise every rank of every test pays seconds for it.
 torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
+torch.optim.AdamW([torch.zeros(1)])
 
 
 def run_ranks(body: Callable[..., None], world_size: int, *args: object) -> None:

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import model_tensors, optimizer_te
 from megatron.core.errors import CheckpointError
 from megatron.core.tokenizers.byte_tokenizer import ByteTokenizer
 from megatron.core.tokenizers.null_tokenizer import NullTokenizer
-from megatron.training.checkpoint_state import LoadedState, SaveResult
+from megatron.training.checkpoint_state import LoadedState, SaveResult, TrainState
 from megatron.training.checkpointing import load_checkpoint, restart_seed, save_checkpoint
 from megatron.training.config.run_config import RunConfig
 from tests.helpers.ranks import run_ranks
@@ -46,13 +46,15 @@ class Trained:
         return optimizer_tensors(self.optimizer.named_state())
 
     def save(self, folder: Path, config: RunConfig | None = None, **options) -> SaveResult:
-        defaults = {"iteration": 10, "consumed_samples": 80, "dropout_seed": 7}
+        state = {"iteration": 10, "consumed_samples": 80, "dropout_seed": 7}
+        state |= {name: options.pop(name) for name in state if name in options}
         return save_checkpoint(
             folder,
+            TrainState(**state),
             config=config or run_config(),
             model=self.model,
             optimizer=self.optimizer,
-            **(defaults | options),
+            **options,
         )
 
     def load(self, folder: Path | None, config: RunConfig | None = None, **options) -> LoadedState:
@@ -257,3 +259,9 @@ def _hidden_sizes_differ(folder: str) -> None:
 def test_all_ranks_refuse_together(tmp_path: Path) -> None:
     run_ranks(_save, 1, str(tmp_path))
     run_ranks(_hidden_sizes_differ, 2, str(tmp_path))
+
+
+def test_the_order_of_the_data_is_remembered(alone, tmp_path):
+    Trained().save(tmp_path, data_fingerprint="of the data")
+    assert Trained().load(tmp_path).data_fingerprint == "of the data"
+    assert Trained().load(tmp_path, run_config(finetune=True)).data_fingerprint is None

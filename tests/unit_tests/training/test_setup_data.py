@@ -2,8 +2,10 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +13,14 @@ import torch
 
 from megatron.core.datasets.gpt_dataset import SampleDataset
 from megatron.core.errors import DataError
+from megatron.training.checkpoint_state import LoadedState
 from megatron.training.config.data import DataConfig
 from megatron.training.setup_data import (
     Batch,
     build_data_iterator,
     build_train_valid_test_datasets,
 )
+from megatron.training.training import tell_changed_data
 from tests.helpers.documents import counting_documents, write_documents
 
 
@@ -163,3 +167,13 @@ def test_a_blend_from_the_command_line_is_mixed(tmp_path: Path) -> None:
     assert train is not None
     firsts = [int(train[number]["tokens"][0]) for number in range(400)]
     assert (firsts.count(1), firsts.count(2)) == (300, 100)
+
+
+def test_a_resumed_run_is_told_when_the_order_of_its_data_changed(caplog):
+    datasets = (SimpleNamespace(fingerprint="now"), None, None)
+    state = LoadedState(iteration=1, consumed_train_samples=8, dropout_seed=0)
+    for then in (None, "now"):
+        tell_changed_data(replace(state, data_fingerprint=then), datasets)
+    assert caplog.text == ""
+    tell_changed_data(replace(state, data_fingerprint="then"), datasets)
+    assert "sample 8 of the new order" in caplog.text
