@@ -7,35 +7,31 @@ trained it.
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.core.errors import ConfigError, DataError, MegatronError
+from megatron.core.errors import ConfigError, DataError
+from tools.preprocessing import command_line
 
 if TYPE_CHECKING:
     from megatron.core.tokenizers.base import Tokenizer
 
-EXIT_CODE = 2
 DEFAULT_TOKENS = 100
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, generate, print."""
     options = parse_options(argv)
-    try:
-        run(options)
-    except MegatronError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(EXIT_CODE) from None
+    check(options)
+    run(options, read_prompts(options))
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options; argparse ends the process with code 2 on mistakes."""
-    parser = argparse.ArgumentParser(
-        description="Continue text with a trained model.", allow_abbrev=False
-    )
+    """Return the options; the parser ends the process with code 2 on mistakes."""
+    parser = command_line.ToolParser("Continue text with a trained model.")
     add = parser.add_argument
     add("--load", type=Path, required=True, help="Folder of checkpoints (--save of the run).")
     add("--ckpt-step", type=int, help="Iteration to load; the latest when not set.")
@@ -47,17 +43,17 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         help="Most tokens to add; when not set 100, or as many as the model has positions for.",
     )
     add("--greedy", action="store_true", help="Always take the most likely token.")
-    add("--temperature", type=float, help="Divides the logits (default: 1.0); 0 is greedy.")
-    add("--top-k", type=int, default=0, help="Choose among so many tokens; 0 is all (default).")
+    add("--temperature", type=float, help="Divides the logits; 1.0 when not set, 0 is greedy.")
+    add("--top-k", type=int, default=0, help="Choose among so many tokens; 0 is all.")
     add(
         "--top-p",
         type=float,
         default=0.0,
-        help="Choose among the likeliest tokens that reach this probability; 0 is all (default).",
+        help="Choose among the likeliest tokens that reach this probability; 0 is all.",
     )
-    add("--seed", type=int, default=1234, help="Of the draws (default: 1234).")
+    add("--seed", type=int, default=1234, help="Of the draws.")
     add("--device", choices=("cpu", "cuda"), help="cuda when there is one, when not set.")
-    return parser.parse_args(argv)
+    return parser.parse_tool_args(argv)
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
@@ -65,14 +61,15 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
     Raises:
         ConfigError: There is none.
-        DataError: The file cannot be read.
+        DataError: The file is no text in UTF-8.
+        OSError: The file cannot be read.
     """
     prompts = list(options.prompt)
     if options.prompt_file is not None:
         try:
             lines = options.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--prompt-file {options.prompt_file}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"--prompt-file {options.prompt_file} is no UTF-8: {error}") from error
         prompts += [line for line in lines if line]
     if not prompts:
         raise ConfigError('nothing to continue: give --prompt "..." or --prompt-file FILE')
@@ -92,7 +89,27 @@ def check(options: argparse.Namespace) -> None:
         problems.append("one process generates: start with python, not torchrun")
     if not options.load.is_dir():
         problems.append(f"--load {options.load} is not a folder")
-    ConfigError.raise_if_any(problems)
+    file = options.prompt_file
+    if file is not None and (file.is_dir() or not file.exists()):  # a pipe is good
+        problems.append(f"--prompt-file {file} is not a file")
+    problems += range_problems(options)
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def range_problems(options: argparse.Namespace) -> Iterator[str]:
+    """Yield a sentence for each number that makes no sense, without loading what samples."""
+    if options.max_new_tokens is not None and options.max_new_tokens < 0:
+        yield f"--max-new-tokens {options.max_new_tokens} must be 0 or more"
+    if options.top_k < 0:
+        yield f"--top-k {options.top_k} must be 0 (all tokens) or more"
+    if not 0.0 <= options.top_p <= 1.0:
+        yield f"--top-p {options.top_p} must lie between 0 and 1"
+    temperature = options.temperature
+    if temperature is not None and not 0.0 <= temperature < float("inf"):
+        yield f"--temperature {temperature} must be 0 (greedy) or more"
+    if (options.greedy or temperature == 0) and (options.top_k or options.top_p):
+        yield "--top-k and --top-p have no effect on greedy choice; leave them out"
 
 
 def number_of_tokens(asked: int | None, positions: int | None, prompts: list[list[int]]) -> int:
@@ -103,10 +120,8 @@ def number_of_tokens(asked: int | None, positions: int | None, prompts: list[lis
     return max(1, min(DEFAULT_TOKENS, room))
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, prompts: list[str]) -> None:
     """Load the model and print each prompt with its continuation."""
-    prompts = read_prompts(options)
-    check(options)
     import torch
 
     from megatron.core.inference.generate import GenerationOptions, generate
@@ -119,7 +134,6 @@ def run(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
     )
-    ConfigError.raise_if_any(sampling.problems())
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: no CUDA device found; leave it out or say --device cpu")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,4 +170,4 @@ def continuation(tokenizer: "Tokenizer", old: list[int], new: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run_tool(main)

@@ -29,6 +29,7 @@ from tools.preprocessing.sources import Chunk, expand_inputs, format_of, read_ch
 
 PROBLEMS_SHOWN = 5
 REFUSED = {
+    "--dataset-impl": "the format is always mmap, the one that Megatron-LM kept; leave it out",
     "--split-sentences": "sentences are for BERT; documents are written whole",
     "--keep-newlines": "it belongs to --split-sentences; newlines are always kept",
     "--lang": "it belongs to --split-sentences",

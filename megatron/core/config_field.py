@@ -4,8 +4,9 @@ A field's name, type and default are its declaration and the string under it is 
 ``flag`` adds only what those cannot say: a historical flag name or how to parse the text.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 FLAG_KEY = "megatron_flag"
@@ -43,3 +44,29 @@ def derived(*names: str) -> Any:
         names: As in ``flag``.
     """
     return field(default=None, metadata=flag(*names))
+
+
+def choice_problems(config: Any) -> Iterator[str]:
+    """Yield one sentence for each value that the ``Literal`` of its dataclass field leaves out.
+
+    The command line finds these as it reads; a config built in Python has only this.
+    """
+    for name, (is_list, choices) in _choices(type(config)).items():
+        value = getattr(config, name)
+        wrong = [v for v in (value if is_list else [value]) if v not in choices]
+        if wrong:
+            flag_name = f"--{name.replace('_', '-')}"
+            yield f"{flag_name} {' '.join(map(str, wrong))} must be one of {', '.join(choices)}"
+
+
+def _choices(config_cls: type) -> dict[str, tuple[bool, tuple[str, ...]]]:
+    """Map each field of ``Literal`` or ``list[Literal]`` type to (is a list, its choices)."""
+    hints = typing.get_type_hints(config_cls)
+    found = {}
+    for entry in fields(config_cls):
+        hint = hints[entry.name]
+        is_list = typing.get_origin(hint) is list
+        inner = typing.get_args(hint)[0] if is_list else hint
+        if typing.get_origin(inner) is typing.Literal:
+            found[entry.name] = is_list, typing.get_args(inner)
+    return found

@@ -10,12 +10,17 @@ class MegatronError(Exception):
 class ConfigError(MegatronError, ValueError):
     """One or more options contradict each other or the machine."""
 
+    problems: tuple[str, ...] = ()
+    """One sentence each, where ``raise_if_any`` made the error."""
+
     @classmethod
     def raise_if_any(cls, problems: Iterable[str]) -> None:
         """Raise one error that lists every problem, so that a user fixes them in one go."""
         found = list(problems)
         if found:
-            raise cls("\n".join(["invalid configuration:"] + [f"  - {p}" for p in found]))
+            error = cls("\n".join(["invalid configuration:"] + [f"  - {p}" for p in found]))
+            error.problems = tuple(found)
+            raise error
 
 
 class DataError(MegatronError):
@@ -24,6 +29,10 @@ class DataError(MegatronError):
 
 class CheckpointError(MegatronError):
     """A checkpoint is missing, incomplete or does not fit the model."""
+
+
+class DivergedError(MegatronError):
+    """Training has left the numbers: step after step is not finite."""
 
 
 class BackendError(MegatronError):

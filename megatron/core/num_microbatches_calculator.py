@@ -48,6 +48,6 @@ class NumMicroBatches:
             near = f"{below} or {below + at_once}" if below else f"{at_once}"
             yield (
                 f"--global-batch-size {self.global_batch_size} must be a multiple of "
-                f"--micro-batch-size x data-parallel size (= {self.micro_batch_size} x "
-                f"{self.data_parallel_size} = {at_once}); nearest: {near}"
+                f"--micro-batch-size {self.micro_batch_size} x {self.data_parallel_size} "
+                f"data-parallel ranks (= {at_once}); nearest: {near}"
             )

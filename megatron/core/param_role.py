@@ -5,12 +5,16 @@ asks for a rank: a role is written in global terms (global expert ids, global na
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 _ATTRIBUTE = "megatron_role"
+_deferred: ContextVar[bool] = ContextVar("deferred_init", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +42,34 @@ class ParamRole:
 
 
 def set_role(param: nn.Parameter, role: ParamRole) -> nn.Parameter:
-    """Attach ``role`` to ``param`` and return it."""
+    """Attach ``role`` to ``param``, draw its first value, and return it.
+
+    The value comes from torch's global generator, as in any torch module, so that a layer used on
+    its own works. A run draws by global names instead (``init_weights``) and makes its model under
+    ``deferred_init``.
+    """
     setattr(param, _ATTRIBUTE, role)
+    if not _deferred.get() and param.device.type != "meta":
+        draw_(param, role.init)
     return param
+
+
+def draw_(tensor: Tensor, init: Init, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``tensor`` as ``init`` says, from ``generator`` or torch's global one; return it."""
+    with torch.no_grad():
+        if init.kind == "normal":
+            return tensor.normal_(std=init.std, generator=generator)
+        return tensor.fill_(0.0 if init.kind == "zeros" else 1.0)
+
+
+@contextmanager
+def deferred_init() -> Iterator[None]:
+    """Leave parameters undrawn: whoever makes the model here fills every one of them later."""
+    token = _deferred.set(True)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
 
 
 def role_of(param: Tensor) -> ParamRole:

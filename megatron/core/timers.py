@@ -51,7 +51,3 @@ class Timers:
             log_level: Accepted for Megatron scripts; every timer is kept.
         """
         return self._timers.setdefault(name, Timer(name))
-
-    def elapsed_ms(self, reset: bool = True) -> dict[str, float]:
-        """Return milliseconds by name, in the order in which the timers were made."""
-        return {name: 1e3 * timer.elapsed(reset) for name, timer in self._timers.items()}

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.store import OpenCheckpoint, open_checkpoi
 from megatron.core.errors import CheckpointError, DataError
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.param_role import deferred_init
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.base import Tokenizer
 from megatron.core.tokenizers.build_tokenizer import TokenizerSettings, build_tokenizer
@@ -92,10 +93,11 @@ def _model(opened: OpenCheckpoint, config: RunConfig) -> GPTModel:
     if vocab_size is None:
         raise CheckpointError(f"{opened.path} holds no GPTModel (it has no word embedding)")
     connect(_ALONE, "gloo", torch.device("cpu"), timedelta(minutes=1))
-    return GPTModel(
-        config.model,
-        get_gpt_decoder_block_spec(config.model),
-        vocab_size=vocab_size,
-        max_sequence_length=config.model.max_position_embeddings,
-        pg_collection=ProcessGroupCollection.create(config.model.layout(1)),
-    )
+    with deferred_init():
+        return GPTModel(
+            config.model,
+            get_gpt_decoder_block_spec(config.model),
+            vocab_size=vocab_size,
+            max_sequence_length=config.model.max_position_embeddings,
+            pg_collection=ProcessGroupCollection.create(config.model.layout(1)),
+        )

@@ -63,8 +63,8 @@ class SaveResult:
         if self.path is None:
             reason = " | ".join(self.error.splitlines())
             return (
-                f"checkpoint of iteration {self.iteration} was NOT saved: {reason}; training goes "
-                "on, earlier checkpoints are untouched"
+                f"checkpoint of iteration {self.iteration} was NOT saved: {reason}; earlier "
+                "checkpoints are untouched"
             )
         return (
             f"saved checkpoint of iteration {self.iteration} to {self.path} "

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron.core.dist_checkpointing.agreement import rank_in, size_of
+from megatron.core.dist_checkpointing.agreement import attempt, rank_in, size_of
 from megatron.core.dist_checkpointing.mapping import (
     MODEL,
     OPTIMIZER,
@@ -130,7 +130,8 @@ def load_checkpoint(
         folder: ``--load``; None begins a fresh run.
         config: Of this run; ``--ckpt-step``, ``--finetune``, ``--no-load-optim``,
             ``--no-load-rng``, ``--override-opt_param-scheduler`` and ``--allow-fresh-start`` are
-            read from it.
+            read from it. ``--skip-train`` needs no optimizer: its state and the schedule are not
+            compared and not loaded.
         model: The model or its DistributedDataParallel.
         optimizer: None when there is none (evaluation).
         tokenizer: Of this run, compared with the checkpoint's.
@@ -151,7 +152,8 @@ def load_checkpoint(
             f"--load {folder} holds no checkpoint; to start from the beginning there, "
             "add --allow-fresh-start"
         )
-    with_optim = optimizer is not None and not (options.finetune or options.no_load_optim)
+    without_optim = options.finetune or options.no_load_optim or config.training.skip_train
+    with_optim = optimizer is not None and not without_optim
     with_rng = not (options.finetune or options.no_load_rng)
     _refuse_misfits(opened, config, tokenizer_facts(tokenizer), with_optim, with_rng)
     notices = _read(opened, model, optimizer if with_optim else None, with_rng, group)
@@ -266,9 +268,10 @@ def _read(
     same_world = opened.common["world_size"] == size_of(group)
     if with_rng and same_world:
         prefix = f"{RNG}{rank_in(group)}."
+        stored = attempt(lambda: stored_tensors(opened.path), group)
         states = {
             key.removeprefix(prefix): torch.empty(facts.shape, dtype=facts.dtype)
-            for key, facts in stored_tensors(opened.path).items()
+            for key, facts in stored.items()
             if key.startswith(prefix)
         }
         tensors |= {prefix + name: state for name, state in states.items()}
@@ -311,6 +314,6 @@ def _loaded_state(opened: OpenCheckpoint, config: RunConfig, notices: list[str])
         consumed_train_samples=common["consumed_train_samples"],
         dropout_seed=dropout_seed,
         path=opened.path,
-        data_fingerprint=common["data_fingerprint"],
+        data_fingerprint=common.get("data_fingerprint"),
         notices=tuple(notices + changes),
     )

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.training.datasets.batch import Batch
 from megatron.training.run import Run
+from megatron.training.train_step import checked_loss
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def evaluate(run: Run, data_iterator: Iterator[Batch], num_batches: int) -> floa
     for _ in range(num_batches * run.num_microbatches):
         batch = next(data_iterator).to(run.world.device)
         output, loss_func = run.forward_step(iter((batch,)), model)
-        loss_sum, num_tokens = loss_func(output)
+        loss_sum, num_tokens = checked_loss(loss_func(output))
         sums += torch.stack([loss_sum.double(), num_tokens.double()])
     run.model.train()
     dist.all_reduce(sums, group=run.world.pg_collection.dp_cp)

@@ -105,7 +105,8 @@ def choose_device(config: DistributedConfig, launch: Launch) -> tuple[torch.devi
             f"{launch.local_world_size} ranks on this machine need as many CUDA devices, found "
             f"{count}; start fewer ranks with --nproc-per-node, or add --device cpu"
         )
-    return torch.device("cuda", launch.local_rank), f"{why}: {torch.cuda.get_device_name()}"
+    name = torch.cuda.get_device_name(launch.local_rank)
+    return torch.device("cuda", launch.local_rank), f"{why}: {name}"
 
 
 def choose_backend(config: DistributedConfig, device: torch.device) -> str:
@@ -160,6 +161,13 @@ def connect(launch: Launch, backend: str, device: torch.device, timeout: timedel
             device_id=device_id,
         )
     else:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"WORLD_SIZE is {launch.world_size}, but {' and '.join(missing)} are not set "
+                "in the environment: start the ranks with torchrun, or unset WORLD_SIZE and RANK for a "
+                "run of one process"
+            )
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
 
 

@@ -8,7 +8,9 @@ run goes on in them, after dropping lines beyond the step it resumed from.
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,12 @@ EXPERT_LOAD = "expert_load.jsonl"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file; a last line cut short by a crash is left out."""
+    """Yield the objects of a file; lines cut short by a crash or a full disk are left out."""
     if not path.exists():
         return
     with path.open(encoding="utf-8") as file:
         for line in file:
-            if line.endswith("\n"):
+            with suppress(json.JSONDecodeError):
                 yield json.loads(line)
 
 
@@ -71,7 +73,11 @@ def _finite(value: Any) -> Any:
 
 
 class MetricsWriter:
-    """The files and the TensorBoard of one run. Without a folder, writing does nothing."""
+    """The files and the TensorBoard of one run. Without a folder, writing does nothing.
+
+    What cannot be written, on a full disk say, is warned of once and then left out: training is
+    worth more than its log.
+    """
 
     def __init__(self, config: LoggingConfig, folder: Path | None, iteration: int) -> None:
         self.folder = folder
@@ -92,21 +98,36 @@ class MetricsWriter:
 
     def line(self, name: str, values: Mapping[str, Any]) -> None:
         """Append ``values`` to the file ``name``."""
-        if name in self._files:
-            self._files[name].write(values)
+        file = self._files.get(name)
+        if file is not None and not _written(name, partial(file.write, values)):
+            with suppress(OSError):  # closing tries to write what is left
+                self._files.pop(name).close()
 
     def scalars(self, iteration: int, values: Mapping[str, float], *, always: bool = False) -> None:
         """Send scalars to TensorBoard, at --tensorboard-log-interval unless ``always``."""
         if self._board is not None and (always or iteration % self._every == 0):
             for name, value in values.items():
-                self._board.add_scalar(name, value, iteration)
+                add = partial(self._board.add_scalar, name, value, iteration)
+                if not _written("TensorBoard", add):
+                    self._board = None
+                    return
 
     def close(self) -> None:
         """Write what is held back and close everything."""
-        for file in self._files.values():
-            file.close()
+        for name, file in self._files.items():
+            _written(name, file.close)
         if self._board is not None:
-            self._board.close()
+            _written("TensorBoard", self._board.close)
+
+
+def _written(name: str, write: Callable[[], None]) -> bool:
+    """Call ``write``; on an error of the disk warn and return False."""
+    try:
+        write()
+    except OSError as error:
+        log.warning("%s cannot be written any more (%s): training goes on without it", name, error)
+        return False
+    return True
 
 
 def log_folder(config: LoggingConfig, save: str | None) -> Path | None:

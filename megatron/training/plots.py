@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 PLOT = "training.png"
 INK, GREY, TRAIN, VALID, RULE = "#222222", "#8a8a8a", "#2a6fbb", "#d1495b", "#d9d9d9"
+LEGEND_ROOM = 20
+"""Points between axes and title, for the row that names the curves."""
 MOST_ANNOTATED = 160
 """Cells of the heat map beyond which their numbers are left out."""
 
@@ -91,6 +93,15 @@ def plot_run(folder: Path, *, title: str, vocab_size: int) -> Path | None:
     history = read_history(folder)
     if not len(history.steps):
         return None
+    path = folder / PLOT
+    temporary = path.with_name("training.tmp.png")
+    draw(history, title=title, vocab_size=vocab_size).savefig(temporary)
+    temporary.replace(path)
+    return path
+
+
+def draw(history: History, *, title: str, vocab_size: int) -> Any:
+    """Return the ``matplotlib.figure.Figure`` of a run; see ``plot_run``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -105,15 +116,11 @@ def plot_run(folder: Path, *, title: str, vocab_size: int) -> Path | None:
     if has_experts:
         _draw_load(figure, figure.add_subplot(grid[1, 0]), history)
         _draw_violation(figure.add_subplot(grid[1, 1]), history)
-    path = folder / PLOT
-    temporary = path.with_name("training.tmp.png")
-    figure.savefig(temporary)
-    temporary.replace(path)
-    return path
+    return figure
 
 
 def _style(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(title, fontsize=10.5, color=INK, loc="left")
+    axes.set_title(title, fontsize=10.5, color=INK, loc="left", pad=LEGEND_ROOM)
     axes.set_xlabel(xlabel, fontsize=9, color=INK)
     axes.set_ylabel(ylabel, fontsize=9, color=INK)
     axes.tick_params(labelsize=8, colors=INK, length=3)
@@ -121,9 +128,24 @@ def _style(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _legend(axes: Any) -> None:
-    box = axes.legend(fontsize=8.5, loc="upper right", labelcolor=INK, framealpha=1)
-    box.get_frame().set_edgecolor("none")
+def _over_iterations(axes: Any) -> None:
+    """Mark whole iterations only, and name the curves above the axes, where they hide none."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = axes.get_xlim()
+    if high - low < 1:  # one iteration: there would be no other whole number to mark
+        axes.set_xlim(low - 1, high + 1)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axes.legend(
+        fontsize=8.5,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=len(axes.get_legend_handles_labels()[1]),
+        labelcolor=INK,
+        frameon=False,
+        borderpad=0.2,
+        borderaxespad=0,
+    )
 
 
 def _draw_loss(axes: Any, history: History, guessing: float) -> None:
@@ -150,18 +172,7 @@ def _draw_loss(axes: Any, history: History, guessing: float) -> None:
             linewidth=1.4,
             marker="o",
             markersize=4.5,
-            label="validation",
-        )
-        step, loss = history.valid_steps[-1], history.valid_losses[-1]
-        text = f"{loss:.3f}  ({guessing - loss:.2f} nats below guessing)"
-        axes.annotate(
-            text,
-            (step, loss),
-            xytext=(-6, 14),
-            textcoords="offset points",
-            ha="right",
-            color=VALID,
-            fontsize=9,
+            label=f"validation, {_below(history.valid_losses[-1], guessing)}",
         )
     label = f"guessing: ln(vocabulary) = {guessing:.2f}"
     axes.axhline(guessing, color=GREY, linewidth=1, linestyle=(0, (5, 4)), label=label)
@@ -169,8 +180,13 @@ def _draw_loss(axes: Any, history: History, guessing: float) -> None:
     axes.set_axisbelow(True)
     axes.margins(x=0.015)
     _style(axes, "Loss", "iteration", "nats a token")
-    _legend(axes)
+    _over_iterations(axes)
     _leave_room(axes, losses, guessing)
+
+
+def _below(loss: float, guessing: float) -> str:
+    side = "below" if loss <= guessing else "above"
+    return f"last {loss:.3f} ({abs(guessing - loss):.2f} nats {side} guessing)"
 
 
 def _leave_room(axes: Any, losses: np.ndarray, guessing: float) -> None:
@@ -242,7 +258,7 @@ def _draw_violation(axes: Any, history: History) -> None:
     axes.margins(x=0.02)
     axes.set_ylim(bottom=min(-0.02, -0.04 * _highest(violation)))
     _style(axes, "Busiest expert: tokens over the mean, minus 1", "iteration", "max violation")
-    _legend(axes)
+    _over_iterations(axes)
 
 
 def _highest(values: np.ndarray | Sequence[float]) -> float:

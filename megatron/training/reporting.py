@@ -23,19 +23,24 @@ log = logging.getLogger(__name__)
 IMBALANCE_WARNING = 2.0
 """Ratio of the busiest expert-parallel rank's tokens to the mean above which a warning is due."""
 
+MAX_PPL_LOSS = 20.0
+"""Losses from here on, and those that are no number, have no useful perplexity."""
+
 
 class Reporter:
     """Sums the steps since the last line."""
 
-    def __init__(self, run: Run, writer: MetricsWriter | None) -> None:
+    def __init__(self, run: Run, writer: MetricsWriter | None, *, vocab_size: int) -> None:
         """Begin the first interval now.
 
         Args:
             run: The run to report on.
             writer: Files and TensorBoard; None on every rank but the first.
+            vocab_size: Ids of the tokenizer: guessing among them costs ln(vocab_size) nats.
         """
         self._run = run
         self._writer = writer
+        self._guessing = math.log(vocab_size)
         self._flops_per_step = (
             flops_per_token(
                 run.config.model, seq_length=run.seq_length, vocab_size=run.padded_vocab_size
@@ -55,10 +60,10 @@ class Reporter:
         """Leave out the time since the last step: it was spent on saving or evaluating."""
         self._step_began = time.perf_counter()
 
-    def record(self, state: TrainState, outcome: StepOutcome) -> None:
+    def record(self, state: TrainState, outcome: StepOutcome, *, is_last: bool = False) -> None:
         """Take in the step that led to ``state``; print at the end of an interval.
 
-        Collective at the end of an interval.
+        Collective at the end of an interval, and at the last step: all ranks must agree on it.
         """
         now = time.perf_counter()
         seconds, self._step_began = now - self._step_began, now
@@ -69,7 +74,6 @@ class Reporter:
         if outcome.updated:
             self._loss_sum += outcome.lm_loss
         interval = self._run.config.logging.log_interval
-        is_last = state.iteration == self._run.train_iters
         is_due = self._first or is_last or state.iteration % interval == 0
         report = None
         if is_due and self._run.moe_metrics is not None:
@@ -108,7 +112,7 @@ class Reporter:
                 tokens_per_s=run.global_batch_size * run.seq_length / step_s,
                 remaining_s=step_s * (run.train_iters - state.iteration),
                 peak_memory_gib=peak_memory_gib(run.world.device),
-                loss_drop=math.log(run.padded_vocab_size) - loss,
+                loss_drop=self._guessing - loss,
             )
         )
         self._print_experts(report)
@@ -120,6 +124,10 @@ class Reporter:
             return
         for text in report.lines():
             log.info(text)
+        if self._skipped == self._steps:
+            return  # the routing of numbers that are not finite says nothing
+        for text in report.warnings():
+            log.warning(text)
         if report.ep_load_ratio > IMBALANCE_WARNING:
             log.warning(
                 "the busiest expert-parallel rank got %.2f times the mean of tokens in this "
@@ -188,7 +196,7 @@ class Reporter:
             self._writer.line(EVALUATIONS, values)
             scalars = {
                 f"lm loss {split}": loss,
-                f"lm loss {split} ppl": math.exp(min(20.0, loss)),
+                f"lm loss {split} ppl": math.exp(loss) if loss < MAX_PPL_LOSS else math.inf,
             }
             self._writer.scalars(state.iteration, scalars, always=True)
         self.resume_clock()

@@ -4,6 +4,7 @@ What would change the model is refused; what would change the schedule is refuse
 overrides it; what else differs is told. Shapes are compared again, tensor by tensor, at load.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -140,7 +141,17 @@ def schedule_problems(stored: dict[str, Any], config: RunConfig) -> Iterator[str
 def _length(samples: float | None, batch: int) -> str:
     if samples is None:
         return "has no effect"
-    return f"is {samples / batch:g} (x --global-batch-size {batch} = {samples:g} samples)"
+    whole = f"x --global-batch-size {batch} = {_number(samples)} samples"
+    return f"is {_number(samples / batch)} ({whole})"
+
+
+def _number(value: float) -> str:
+    """Write a whole number as flags take it, never as 1.5e+06."""
+    return str(round(value)) if _is_whole(value) else f"{value:.10g}"
+
+
+def _is_whole(value: float) -> bool:
+    return math.isclose(value, round(value), rel_tol=1e-12)  # 0.07 * 100 is 7 as well
 
 
 def _why_length(name: str, before: float | None, old: dict[str, Any], config: RunConfig) -> str:
@@ -148,10 +159,8 @@ def _why_length(name: str, before: float | None, old: dict[str, Any], config: Ru
     if then == now or before is None or config.given(name[2:].replace("-", "_")):
         return ""
     keep = before / (config.training.global_batch_size or 1)
-    return (
-        f", because --train-iters was {then} and is {now} now; {name} {keep:g} keeps the "
-        "checkpoint's"
-    )
+    advice = f"; {name} {_number(keep)} keeps the checkpoint's" if _is_whole(keep) else ""
+    return f", because --train-iters was {then} and is {now} now{advice}"
 
 
 def tokenizer_problem(stored: dict[str, Any] | None, current: dict[str, Any] | None) -> str:

@@ -8,14 +8,14 @@ from torch import nn
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.core.optimizer.optimizer import get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.param_role import role_of
+from megatron.core.param_role import deferred_init, role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.training.config.run_config import RunConfig
 from megatron.training.initialize import World
 from megatron.training.run import ForwardStep, Run
+from megatron.training.schedule_settings import build_scheduler
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ def setup_run(
 ) -> Run:
     """Build everything a step needs; the same weights on every layout for the same seed."""
     groups = world.pg_collection
-    model = model_provider(config, groups)
+    with deferred_init():
+        model = model_provider(config, groups)
     init_weights(model, config.training.seed)
     model = DistributedDataParallel(config.ddp, model.to(world.device), pg_collection=groups)
     model.train()
@@ -54,32 +55,6 @@ def microbatches(config: RunConfig, world: World) -> NumMicroBatches:
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
         data_parallel_size=world.pg_collection.dp.size(),
-    )
-
-
-def build_scheduler(config: RunConfig) -> OptimizerParamScheduler:
-    """Translate the schedule from iterations to samples."""
-    schedule, optimizer, training = config.scheduler, config.optimizer, config.training
-    batch = training.global_batch_size
-    decay = schedule.lr_decay_iters * batch
-    warmup = schedule.lr_warmup_iters * batch
-    if schedule.lr_warmup_fraction is not None:
-        warmup = int(schedule.lr_warmup_fraction * decay)
-    wsd = schedule.lr_wsd_decay_iters
-    start_wd, end_wd = schedule.start_weight_decay, schedule.end_weight_decay
-    return OptimizerParamScheduler(
-        init_lr=schedule.lr_warmup_init,
-        max_lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=decay,
-        lr_decay_style=schedule.lr_decay_style,
-        start_wd=optimizer.weight_decay if start_wd is None else start_wd,
-        end_wd=optimizer.weight_decay if end_wd is None else end_wd,
-        wd_incr_steps=training.train_iters * batch,
-        wd_incr_style=schedule.weight_decay_incr_style,
-        wsd_decay_steps=None if wsd is None else wsd * batch,
-        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
     )
 
 

@@ -21,8 +21,7 @@ def start_line(config: RunConfig) -> str:
     if options.load is None:
         return "starting a fresh run at iteration 0 (no --load)"
     folder = Path(options.load)
-    latest = latest_iteration(folder)
-    found = latest if options.ckpt_step is None else options.ckpt_step
+    found = latest_iteration(folder) if options.ckpt_step is None else options.ckpt_step
     if found is None:
         return f"starting a fresh run at iteration 0 ({folder} holds no checkpoint yet)"
     path = checkpoint_path(folder, found)

@@ -10,13 +10,22 @@ import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.training.config.training import TrainingConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO_SECONDS = 1.0
 """Two signals closer than this are one: Ctrl-C reaches a rank from the terminal and torchrun."""
+
+
+class StopReason(NamedTuple):
+    """Why all ranks stop before the last iteration."""
+
+    text: str
+    """For the log."""
+    hurry: bool
+    """Only the state is saved; what else would be due, an evaluation say, is left out."""
 
 
 class StopRequest:
@@ -56,7 +65,7 @@ class StopRequest:
         overdue = self._limit_s > 0 and time.monotonic() - self._began > self._limit_s
         return float(self._received is not None), float(overdue)
 
-    def reason(self, agreed_notes: Sequence[float], iteration: int) -> str | None:
+    def reason(self, agreed_notes: Sequence[float], iteration: int) -> StopReason | None:
         """Say why all ranks stop after ``iteration``, or None to go on.
 
         Args:
@@ -65,9 +74,10 @@ class StopRequest:
         """
         signals, overdue = agreed_notes
         if signals:
-            return f"a termination signal ({self._received.name if self._received else 'a peer'})"
+            name = self._received.name if self._received else "a peer"
+            return StopReason(f"a termination signal ({name})", hurry=True)
         if overdue:
-            return f"--exit-duration-in-mins {self._limit_s / 60:g}"
+            return StopReason(f"--exit-duration-in-mins {self._limit_s / 60:g}", hurry=True)
         if self._exit_interval and iteration % self._exit_interval == 0:
-            return f"--exit-interval {self._exit_interval}"
+            return StopReason(f"--exit-interval {self._exit_interval}", hurry=False)
         return None

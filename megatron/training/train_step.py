@@ -11,20 +11,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.errors import ConfigError
 from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.training.datasets.batch import Batch
 from megatron.training.initialize import World
+from megatron.training.loss import MaskedLoss
 from megatron.training.run import Run, TrainState
 
 log = logging.getLogger(__name__)
+
+PARAMETERS_TOLD = 5
+"""How many parameters with a bad gradient are named."""
 
 
 class StepOutcome(NamedTuple):
@@ -69,6 +74,12 @@ def train_step(
     if updated:
         result = run.optimizer.step()
         grad_norm, updated = result.grad_norm, result.update_successful
+        if not updated:
+            bad = run.model.nonfinite_gradients()
+            shown = ", ".join(bad[:PARAMETERS_TOLD]) + (
+                ", ..." if len(bad) > PARAMETERS_TOLD else ""
+            )
+            log.info("the gradient is not finite in %d parameters: %s", len(bad), shown)
     else:
         _tell_samples(run.world, state, losses, batches)
     if run.moe_metrics is not None:
@@ -108,9 +119,24 @@ def forward_backward(
         aux_loss_scale=1.0 / (run.num_microbatches * run.world.pg_collection.dp_cp.size()),
     )
     output, loss_func = run.forward_step(iter((batch,)), partial(run.model, context=context))
-    loss_sum = loss_func(output).loss_sum
+    loss_sum = checked_loss(loss_func(output)).loss_sum
     (loss_sum / num_tokens).backward()
     return loss_sum.detach().double()
+
+
+def checked_loss(result: Any) -> MaskedLoss:
+    """Return what a script's ``loss_func`` gave, if it is what a step needs.
+
+    Raises:
+        ConfigError: It is something else, such as the ``(loss, {...})`` of Megatron-LM's scripts.
+    """
+    if isinstance(result, MaskedLoss):
+        return result
+    raise ConfigError(
+        f"loss_func returned a {type(result).__name__}; it must return megatron.training.loss."
+        "MaskedLoss(loss_sum, num_tokens): the sum of the losses of unmasked tokens, not their "
+        "mean, and the number of those tokens"
+    )
 
 
 def agree(

@@ -7,10 +7,11 @@ forward step is. The loop itself decides nothing about a layout.
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.core.datasets.gpt_dataset import SampleDataset
 from megatron.core.distributed.replica_check import check_replicas
-from megatron.core.errors import CheckpointError
+from megatron.core.errors import CheckpointError, ConfigError, DivergedError
 from megatron.core.log import RankHandler, setup_logging
 from megatron.core.timers import Timers
 from megatron.core.tokenizers.base import Tokenizer
@@ -36,6 +37,9 @@ from megatron.training.train_step import train_step
 from megatron.training.wrap_up import finish
 
 log = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Updates skipped one after the other before a run is ended."""
 
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
 DatasetsProvider = Callable[[tuple[int, int, int], RunConfig, Tokenizer], Datasets]
@@ -95,24 +99,26 @@ def pretrain(
         loaded = load(run, tokenizer)
         state = loaded.state()
         check_replicas(run.model)
-        datasets = train_valid_test_datasets_provider(num_samples(run), config, tokenizer)
+        datasets = train_valid_test_datasets_provider(num_samples(run, state), config, tokenizer)
         tell_changed_data(loaded, datasets)
+        if datasets[0] is not None:
+            log.info(" > training data: %s", datasets[0].describe(num_samples(run, state)[0]))
         writer = open_writer(run, state) if world.is_first else None
         session = Session(
             run=run,
             state=state,
             tokenizer=tokenizer,
             datasets=datasets,
-            reporter=Reporter(run, writer),
+            reporter=Reporter(run, writer, vocab_size=tokenizer.vocab_size),
             timers=timers,
             failure=failure,
-            saved_iteration=state.iteration or None,
+            saved_iteration=saved_already(config, state),
         )
         timers("setup").stop()
         go(session, handler)
         if writer is not None:
             writer.close()
-            finish(run, state, timers, writer.folder)
+            finish(run, state, timers, writer.folder, vocab_size=tokenizer.vocab_size)
         shut_down()
 
 
@@ -146,6 +152,7 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         return None
     data = batches(session, 0, state.consumed_samples, run.config.data.num_workers)
     session.reporter.resume_clock()
+    skipped = 0
     while state.iteration < run.train_iters:
         session.failure.iteration = state.iteration + 1
         timers("train").start()
@@ -153,16 +160,37 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         timers("train").stop()
         state.iteration += 1
         state.consumed_samples += run.global_batch_size
-        session.reporter.record(state, outcome)
+        is_last = state.iteration == run.train_iters
+        reason = None if is_last else stop.reason(outcome.notes, state.iteration)
+        session.reporter.record(state, outcome, is_last=is_last or reason is not None)
         progress.update(outcome.lm_loss)
-        reason = stop.reason(outcome.notes, state.iteration)
-        if reason is not None:
-            return reason
+        skipped = 0 if outcome.updated else skipped + 1
+        refuse_divergence(skipped, state)
+        if is_last:
+            break  # what is due now comes after the last save
         if every_save and state.iteration % every_save == 0:
             save(session)
-        if every_eval and state.iteration % every_eval == 0 and state.iteration < run.train_iters:
-            validate(session)  # at the end it comes after the last save
+        in_time = reason is None or not reason.hurry
+        if every_eval and state.iteration % every_eval == 0 and in_time:
+            validate(session)
+        if reason is not None:
+            return reason.text
     return None
+
+
+def refuse_divergence(skipped: int, state: TrainState) -> None:
+    """End a run that only skips: it would go on to its end for nothing, and save that.
+
+    Raises:
+        DivergedError: On every rank, since all skip together.
+    """
+    if skipped == MAX_SKIPPED_IN_A_ROW:
+        raise DivergedError(
+            f"the last {skipped} updates, up to iteration {state.iteration}, were all skipped "
+            "because loss or gradient was not finite; nothing is saved. Go back to a checkpoint "
+            "from before (--load, --ckpt-step) with a lower --lr, or look at the samples that the "
+            "warnings name"
+        )
 
 
 def batches(
@@ -229,7 +257,7 @@ def save(session: Session) -> None:
     elif session.failure.iteration is None:
         raise CheckpointError(result.line())
     else:
-        log.warning("%s", result.line())
+        log.warning("%s; training goes on", result.line())
 
 
 def load(run: Run, tokenizer: Tokenizer) -> LoadedState:
@@ -264,14 +292,28 @@ def tell_changed_data(loaded: LoadedState, datasets: Datasets) -> None:
         )
 
 
-def num_samples(run: Run) -> tuple[int, int, int]:
-    """Return how many samples training, validation and test need over the whole run."""
+def saved_already(config: RunConfig, state: TrainState) -> int | None:
+    """Return the iteration that lies in --save because it was loaded from there, or None."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    same = save is not None and load is not None and Path(save).resolve() == Path(load).resolve()
+    return state.iteration if same and state.iteration else None
+
+
+def num_samples(run: Run, state: TrainState) -> tuple[int, int, int]:
+    """Return how many samples training, validation and test need over the whole run.
+
+    A run resumed with another batch size has consumed more or less than its own would have.
+    """
     held_out = run.config.validation.eval_iters * run.global_batch_size
-    return run.train_iters * run.global_batch_size, held_out, held_out
+    remaining = max(0, run.train_iters - state.iteration) * run.global_batch_size
+    return state.consumed_samples + remaining, held_out, held_out
 
 
 def open_writer(run: Run, state: TrainState) -> MetricsWriter:
     """Open the files of metrics, to go on after the state's iteration."""
     config = run.config
     folder = log_folder(config.logging, config.checkpoint.save)
-    return MetricsWriter(config.logging, folder, state.iteration)
+    try:
+        return MetricsWriter(config.logging, folder, state.iteration)
+    except OSError as error:
+        raise ConfigError(f"--log-dir (--save when not set) cannot be written: {error}") from error

@@ -11,7 +11,9 @@ from megatron.training.run import Run, TrainState
 log = logging.getLogger(__name__)
 
 
-def finish(run: Run, state: TrainState, timers: Timers, folder: Path | None) -> None:
+def finish(
+    run: Run, state: TrainState, timers: Timers, folder: Path | None, *, vocab_size: int
+) -> None:
     """Draw the picture and tell where everything is. Rank 0 only.
 
     Args:
@@ -19,6 +21,7 @@ def finish(run: Run, state: TrainState, timers: Timers, folder: Path | None) -> 
         state: Where it ended.
         timers: Seconds by what they were spent on.
         folder: Of the metrics; None when none were kept.
+        vocab_size: Ids of the tokenizer.
     """
     spent = {name: timers(name).elapsed() for name in ("setup", "train", "evaluate", "save")}
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in spent.items() if seconds)
@@ -29,10 +32,14 @@ def finish(run: Run, state: TrainState, timers: Timers, folder: Path | None) -> 
     if run.config.checkpoint.save is not None:
         log.info("  checkpoints  %s", run.config.checkpoint.save)
     if folder is not None:
-        plot = plot_run(folder, title=describe(run), vocab_size=run.padded_vocab_size)
         log.info("  metrics      %s", folder / "metrics.jsonl")
-        if plot is not None:
-            log.info("  plot         %s", plot)
+        try:
+            plot = plot_run(folder, title=describe(run), vocab_size=vocab_size)
+        except OSError as error:
+            log.warning("the plot cannot be written: %s", error)
+        else:
+            if plot is not None:
+                log.info("  plot         %s", plot)
     if run.config.logging.tensorboard_dir is not None:
         log.info("  tensorboard  %s", run.config.logging.tensorboard_dir)
 

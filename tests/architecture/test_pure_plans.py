@@ -22,8 +22,10 @@ TORCH_FREE = [
     "megatron/core/datasets/blend.py",
     "megatron/core/optimizer_param_scheduler.py",
     "megatron/core/num_microbatches_calculator.py",
+    "megatron/core/dist_checkpointing/folders.py",
     "megatron/training/arguments.py",
     "megatron/training/log_line.py",
+    "megatron/training/schedule_settings.py",
     *(str(p.relative_to(ROOT)) for p in (ROOT / "megatron/training/config").glob("*.py")),
     *(str(p.relative_to(ROOT)) for p in (ROOT / "megatron/core/transformer/config").glob("*.py")),
     *(

@@ -68,6 +68,16 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["head size 1", "must be even"],
     ),
     "rotary alone": (1, f"{GOOD} --rotary-base 500", ["no effect without --position-embedding"]),
+    "reset positions": (
+        1,
+        f"{GOOD} --position-embedding-type rope --reset-position-ids",
+        ["--reset-position-ids has no effect with --position-embedding-type rope"],
+    ),
+    "reset no positions": (
+        1,
+        f"{GOOD} --position-embedding-type none --reset-position-ids",
+        ["--reset-position-ids has no effect with --position-embedding-type none"],
+    ),
     "no positions": (1, f"{GOOD} --no-position-embedding", ["rope or none"]),
     "long samples": (
         1,
@@ -124,11 +134,23 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "batch of 3": (2, f"{GOOD} --global-batch-size 3", ["--global-batch-size 3", "x 2 data"]),
     "dropout": (1, f"{GOOD} --hidden-dropout 1.0", ["at least 0 and below 1"]),
     "negative lr": (1, f"{GOOD} --lr -1", ["--lr -1 must be at least 0"]),
-    "min lr": (1, f"{GOOD} --lr 1e-4 --min-lr 1e-3", ["--min-lr 0.001 must not be larger"]),
+    "min lr": (
+        1,
+        f"{GOOD} --lr 1e-4 --min-lr 1e-3",
+        ["--min-lr 0.001 must lie between 0 and --lr"],
+    ),
     "warm-up": (
         1,
         f"{GOOD} --train-iters 10 --lr-warmup-iters 10",
-        ["--lr-warmup-iters 10 must be smaller than --lr-decay-iters 10"],
+        [
+            "warm-up of 40 samples must end before the decay does, at 40",
+            "here: --lr-warmup-iters 10, --train-iters 10, --global-batch-size 4",
+        ],
+    ),
+    "warm-up init": (
+        1,
+        f"{GOOD} --lr 1e-4 --lr-warmup-iters 2 --lr-warmup-init 1e-3",
+        ["--lr-warmup-init 0.001 must lie between 0 and --lr 0.0001"],
     ),
     "two warm-ups": (
         1,
@@ -137,6 +159,25 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     "WSD": (1, f"{GOOD} --lr-decay-style WSD", ["needs --lr-wsd-decay-iters"]),
     "WSD options": (1, f"{GOOD} --lr-wsd-decay-iters 3", ["without --lr-decay-style WSD"]),
+    "long final decay": (
+        1,
+        f"{GOOD} --train-iters 10 --lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-iters 5",
+        [
+            "--lr-wsd-decay-iters (= 32 samples) must",
+            "(= 20 samples); here: --lr-warmup-iters 5, --train-iters 10, "
+            "--lr-wsd-decay-iters 8, --global-batch-size 4",
+        ],
+    ),
+    "falling weight decay": (
+        1,
+        f"{GOOD} --weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1",
+        ["--start-weight-decay 0.2 must lie between 0 and --end-weight-decay 0.1"],
+    ),
+    "constant weight decay": (
+        1,
+        f"{GOOD} --start-weight-decay 0.2 --end-weight-decay 0.1",
+        ["no effect with --weight-decay-incr-style constant"],
+    ),
     "weight decay": (1, f"{GOOD} --weight-decay-incr-style cosine", ["--start-weight-decay and"]),
     "adam flags": (1, f"{GOOD} --optimizer sgd --adam-beta1 0.5", ["with --optimizer sgd"]),
     "sgd flags": (1, f"{GOOD} --sgd-momentum 0.5", ["no effect with --optimizer adam"]),
@@ -156,7 +197,6 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     "tokenizer files": (1, f"{GOOD} --tokenizer-type GPT2BPETokenizer", ["--vocab-file"]),
     "padded vocabulary": (1, f"{GOOD} --vocab-size 500 --padded-vocab-size 100", ["501 ids"]),
-    "evaluation off": (1, f"{GOOD} --eval-iters 0 --eval-interval 5", ["with --eval-iters 0"]),
     "tensorboard": (1, f"{GOOD} --tensorboard-log-interval 5", ["without --tensorboard-dir"]),
     "yaml file": (1, f"{GOOD} --yaml-cfg /no/such.yaml", ["cannot be read"]),
 }
@@ -191,6 +231,13 @@ def test_a_misspelt_flag_is_not_also_missing():
     assert all("unknown" in p or "must be a whole number" in p for p in problems)
 
 
+def test_what_follows_from_a_misread_length_is_not_told():
+    line = f"{GOOD} --train-iters x --lr-warmup-iters 200"
+    with pytest.raises(ConfigError) as error:
+        parse_args(line.split(), world_size=1)
+    assert len(str(error.value).splitlines()) == 2
+
+
 def test_good_lines_pass():
     parse_args(MOE.split(), world_size=8)
     config = parse_args(
@@ -202,6 +249,35 @@ def test_good_lines_pass():
     )
     assert core_transformer_config_from_args(config).moe_layer_pattern == (False, False, True, True)
     assert sum("has no effect" in notice for notice in config.notices) == 5
+
+
+def test_a_fresh_run_does_not_save_among_the_checkpoints_of_another(tmp_path):
+    line = f"{GOOD} --save {tmp_path}"
+    (tmp_path / "iter_0000010").mkdir()
+    (tmp_path / "iter_0000010" / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"newest: iteration 10\); add --load {tmp_path}"):
+        parse_args(line.split(), world_size=1)
+    assert parse_args(f"{line} --load {tmp_path}".split(), world_size=1)
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="lies below the file"):
+        parse_args(f"{GOOD} --save {tmp_path}/file/ck".split(), world_size=1)
+
+
+def test_evaluation_can_be_turned_off_beside_an_interval():
+    config = parse_args(f"{GOOD} --eval-interval 5 --eval-iters 0".split(), world_size=1)
+    assert "no evaluation: --eval-iters 0" in config.notices
+
+
+def test_a_first_save_that_was_killed_before_its_tracker_can_be_loaded(tmp_path):
+    line = f"{GOOD} --load {tmp_path}"
+    (tmp_path / "iter_0000010").mkdir()
+    with pytest.raises(ConfigError, match="has no checkpoint"):
+        parse_args(line.split(), world_size=1)
+    (tmp_path / "iter_0000010" / "manifest.json").write_text("{}")
+    parse_args(line.split(), world_size=1)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """tools/generate.py as a user would call it: text from a checkpoint, whatever layout saved it."""
 
 import importlib.util
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from megatron.training.checkpoint_state import TrainState
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.config.run_config import RunConfig
 from tests.helpers.ranks import run_ranks
+from tools.preprocessing import command_line
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "generate.py"
 PROMPTS = ("--prompt", "def f(x):", "--prompt", "import this, and more")
@@ -78,9 +80,11 @@ def generate(capsys: pytest.CaptureFixture[str]):
     def call(*words: object) -> tuple[int, str, str]:
         code = 0
         try:
-            tool.main([*map(str, words)])
+            command_line.run_tool(lambda: tool.main([*map(str, words)]))
         except SystemExit as end:
             code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if dist.is_initialized():  # tests that fork ranks must find no group
             dist.destroy_process_group()
         return code, *capsys.readouterr()
@@ -168,9 +172,15 @@ def _cases() -> Iterator[tuple[list[object], str]]:
     yield ["--prompt", "x", "--greedy", "--top-k", 3], "no effect on greedy"
     yield ["--prompt", "x", "--greedy", "--temperature", 0.5], "contradict each other"
     yield ["--prompt", "x", "--top-p", 2.0], "--top-p 2.0 must lie between 0 and 1"
-    yield ["--prompt-file", "/nowhere/prompts"], "/nowhere/prompts"
+    yield ["--prompt", "x", "--top-k", -1], "--top-k -1 must be 0 (all tokens) or more"
+    yield ["--prompt", "x", "--temperature", -1.0], "--temperature -1.0 must be 0 (greedy) or more"
+    yield ["--prompt", "x", "--temperature", "nan"], "--temperature nan must be 0 (greedy) or more"
+    yield ["--prompt", "x", "--max-new-tokens", -1], "--max-new-tokens -1 must be 0 or more"
+    yield ["--prompt-file", "/nowhere/prompts"], "--prompt-file /nowhere/prompts is not a file"
     yield ["--prompt", "x", "--device", "cuda"], "no CUDA device found"
-    yield ["--prompt", "x", "--bogus"], "--bogus"
+    yield ["--prompt", "x", "--bogus"], "error: unknown: --bogus"
+    yield ["--prompt", "x", "--topk", 3], "did you mean --top-k?"
+    yield ["--prompt", "x", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"
 
 
 @pytest.mark.parametrize(("words", "message"), list(_cases()))
@@ -186,6 +196,41 @@ def test_mistakes_end_with_code_2_and_one_message(
     assert (code, text) == (2, "")
     assert message in errors
     assert "Traceback" not in errors
+    assert "Errno" not in errors
+
+
+PROGRAM = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    sys.stderr.write("TORCH" if "torch" in sys.modules else "")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--help"], 0, "Continue text with a trained model."),
+        (["--prompt", "x", "--top-p", "2", "--top-k", "-1"], 2, "--top-k -1 must"),
+        (["--prompt-file", "/nowhere"], 2, "--prompt-file /nowhere is not a file"),
+        (["--prompt", "x", "--topk", "1"], 2, "did you mean --top-k?"),
+    ],
+)
+def test_help_and_mistakes_load_no_torch(
+    tmp_path: Path, words: list[str], code: int, message: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, SCRIPT, "--load", tmp_path, *words],
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == code
+    assert message in (done.stderr if code else done.stdout)
+    assert "TORCH" not in done.stderr
+    assert done.stderr.count("\n") == (1 if code else 0)
 
 
 def test_an_empty_folder_and_a_missing_one_are_named(tmp_path: Path, generate) -> None:

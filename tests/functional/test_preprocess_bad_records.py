@@ -145,6 +145,15 @@ def test_a_cut_off_gz_is_named(tmp_path):
     assert _outputs(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.txt.gz"])
+def test_a_gz_that_is_none_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(GOOD)
+    with pytest.raises(DataError, match=rf"{name} is no gzip file; if it is plain text, take"):
+        _run(tmp_path, "--input", str(path))
+    assert _outputs(tmp_path) == []
+
+
 def test_an_error_leaves_an_older_dataset_as_it_was(tmp_path):
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
     good.write_bytes(GOOD)
@@ -182,7 +191,9 @@ def test_bad_flags_are_answered(tmp_path, flags, message):
         (["--input", "in.jsonl", *BYTES], "in.jsonl:2: not JSON"),
         (["--input", "in.jsonl", *BYTES, "--workers", "2"], "in.jsonl:2: not JSON"),
         (["--input", "in.jsonl", *BYTES, "--split-sentences"], "does not offer: sentences"),
+        (["--input", "in.jsonl", *BYTES, "--dataset-impl", "mmap"], "does not offer: the format"),
         (["--input", "in.jsonl", *BYTES, "--apend-eod"], "did you mean --append-eod?"),
+        (["--input", "in.jsonl", *BYTES, "--xyzzy"], "error: unknown: --xyzzy (see --help)"),
         (["--input", "in.jsonl", *BYTES, "--workers", "0"], "0 must be 1 or more"),
         (["--input", "in.jsonl", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model",
           "gone.json"], "--tokenizer-model gone.json does not exist"),

@@ -113,6 +113,26 @@ def test_a_run_stopped_half_way_goes_on_as_if_it_had_not(
     assert found == expected
 
 
+def test_an_evaluation_that_is_due_when_a_run_stops_is_made(tmp_path: Path) -> None:
+    flags = f"--train-iters 4 --save {tmp_path} --eval-interval 2 --exit-interval 2"
+    code, out, err = _run(PYTHON, flags)
+    assert code == 0, err
+    assert "validation loss at iteration 2 on validation set" in out
+    code, out, err = _run(PYTHON, f"{flags} --load {tmp_path}")
+    assert code == 0, err
+    assert "stopped after" not in out, "the last iteration is the end, not a stop"
+    assert "validation loss at iteration 4 on test set" in out
+
+
+def test_a_run_that_only_skips_updates_is_ended_and_saves_nothing(tmp_path: Path) -> None:
+    flags = f"--train-iters 20 --lr 1e30 --optimizer sgd --clip-grad 0 --save {tmp_path}"
+    code, out, err = _run(PYTHON, flags)
+    assert code == 2, out + err
+    assert "the last 10 updates" in err
+    assert "lm loss nan" in out
+    assert not list(tmp_path.glob("iter_*"))
+
+
 def _children(pid: int) -> list[int]:
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(child) for child in text.split()]

@@ -273,7 +273,7 @@ def test_datasets_of_other_tokenizers_or_dtypes_are_not_merged(tmp_path):
 @pytest.mark.parametrize(
     "tool",
     ["preprocess_data", "train_tokenizer", "inspect_dataset", "merge_datasets",
-     "make_stdlib_corpus"],
+     "make_stdlib_corpus", "show_config"],
 )  # fmt: skip
 def test_help_comes_at_once_and_without_torch(tool, tmp_path):
     code = (
@@ -291,3 +291,4 @@ def test_help_comes_at_once_and_without_torch(tool, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+    assert ("Show every option of a run" in done.stdout) == (tool == "show_config")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.param_role import deferred_init
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -52,13 +53,14 @@ def tiny_gpt(
     Small weights would hide mistakes in attention behind the residual stream; biases and norms
     are moved off their 0 and 1 for the same reason.
     """
-    model = GPTModel(
-        config,
-        get_gpt_decoder_block_spec(config),
-        VOCAB,
-        MAX_LENGTH,
-        pg_collection=pg_collection or world_of_one(),
-    )
+    with deferred_init():
+        model = GPTModel(
+            config,
+            get_gpt_decoder_block_spec(config),
+            VOCAB,
+            MAX_LENGTH,
+            pg_collection=pg_collection or world_of_one(),
+        )
     init_weights(model, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -36,9 +36,8 @@ class ToolParser(argparse.ArgumentParser):
             known = [name for action in self._actions for name in action.option_strings]
             word = unknown[0].partition("=")[0]
             close = difflib.get_close_matches(word, known, n=1)
-            self.error(
-                f"unknown: {' '.join(unknown)}" + (f"; did you mean {close[0]}?" * bool(close))
-            )
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unknown: {' '.join(unknown)}{hint}")
         return args
 
     def error(self, message: str) -> NoReturn:

@@ -20,6 +20,7 @@ CHUNK_BYTES = 1 << 19
 ROWS_AT_ONCE = 256
 FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "rows"}
 COMPRESSIONS = (".gz", ".zst")
+GZIP_MAGIC = b"\x1f\x8b"
 
 Format = Literal["json", "text", "lines", "rows"]
 
@@ -153,12 +154,19 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """Open a file; the second stream is the file as it is on disk, to tell how far reading is."""
     with path.open("rb") as raw:
         if path.suffix == ".gz":
+            _check_gzip(path, raw)
             yield gzip.GzipFile(fileobj=raw), raw  # type: ignore[misc]
         elif path.suffix == ".zst":
             reader = _zstandard(path).ZstdDecompressor().stream_reader(raw, read_across_frames=True)
             yield io.BufferedReader(reader, CHUNK_BYTES), raw  # type: ignore[misc]
         else:
             yield raw, raw
+
+
+def _check_gzip(path: Path, raw: IO[bytes]) -> None:
+    if raw.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
+        raise DataError(f"{path} is no gzip file; if it is plain text, take .gz off its name")
+    raw.seek(0)
 
 
 def _zstandard(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from megatron.core.datasets import index_cache
@@ -35,16 +36,42 @@ def load_blend_indices(
 class BlendedDataset:
     """Mixes data sets in the order of ``BlendIndices``."""
 
-    def __init__(self, datasets: list[SampleDataset], indices: BlendIndices) -> None:
-        """Take data sets that hold every sample that ``indices`` asks of them."""
+    def __init__(
+        self,
+        datasets: list[SampleDataset],
+        indices: BlendIndices,
+        *,
+        weights: tuple[float, ...],
+        order: BlendOrder,
+    ) -> None:
+        """Take data sets that hold every sample that ``indices`` asks of them.
+
+        Args:
+            datasets: The sources.
+            indices: Of ``blend_indices(weights, size, order=order)``.
+            weights: Share of each source.
+            order: Rule of the blend. A longer blend begins like a shorter one of the same rule and
+                weights, so its length is not part of the fingerprint.
+        """
         self.datasets, self.indices = datasets, indices
         self.fingerprint = index_cache.description_digest(
             {
                 "class": "BlendedDataset",
                 "sources": [dataset.fingerprint for dataset in datasets],
-                "order": index_cache.array_digest(indices.source_index),
+                "weights": weights,
+                "order": order,
             }
         )
+
+    def describe(self, num_samples: int) -> str:
+        """See ``SampleDataset.describe``."""
+        read = self.indices.source_index[:num_samples]
+        counts = np.bincount(read, minlength=len(self.datasets)).tolist()
+        parts = [
+            f"{count / max(num_samples, 1):.1%}: {dataset.describe(count)}"
+            for dataset, count in zip(self.datasets, counts, strict=True)
+        ]
+        return f"{num_samples} samples; " + "; ".join(parts)
 
     def __len__(self) -> int:
         """Return the number of samples of the blend."""

@@ -81,8 +81,8 @@ class BlendedMegatronDatasetBuilder:
         """Return the three data sets; None where there is nothing to read.
 
         A split is None when no samples are asked for, its share is 0 or it has no files. With
-        the default ``--split``, validation and test are also None, with a warning, when the
-        data is too small to give them documents.
+        the default ``--split``, validation and test are also None, with a note, when the data is
+        too small to give them documents.
 
         Raises:
             DataError: Too little data, with the numbers and what to change.
@@ -127,7 +127,7 @@ class BlendedMegatronDatasetBuilder:
             assert count <= share, f"{prefix=} {count=} {share=}"
             within_epoch = one_epoch and 0 < count <= epoch
             datasets.append(self._source(prefix, place, None if within_epoch else share))
-        return BlendedDataset(datasets, indices)
+        return BlendedDataset(datasets, indices, weights=weights, order=self._order)
 
     def _source(self, prefix: str, place: int, num_samples: int | None) -> GPTDataset:
         return GPTDataset(
@@ -154,7 +154,9 @@ class BlendedMegatronDatasetBuilder:
                 f"{found}; give more text or a --split such as 80,10,10"
                 + ("" if split == "train" else ", or ask for no evaluation with --eval-iters 0")
             )
-        log.warning("%s; it is left out of the %s data", found, split)
+        # nobody chose the default: a note from rank 0 is enough
+        level = logging.INFO if default else logging.WARNING
+        log.log(level, "%s; it is left out of the %s data", found, split)
         kept = [i for i, count in enumerate(tokens) if count]
         if not kept:
             return None

@@ -47,6 +47,9 @@ class SampleDataset(Protocol):
     def fingerprint(self) -> str:
         """A hash: equal when sample n is made of the same documents and offsets for every n."""
 
+    def describe(self, num_samples: int) -> str:
+        """Say where the first ``num_samples`` samples come from, for the log."""
+
     def __len__(self) -> int:
         """Number of samples."""
 
@@ -150,6 +153,14 @@ class GPTDataset:
         self._causal = None
         if config.reset_attention_mask:
             self._causal = torch.ones(s, s, dtype=torch.bool).triu(1)
+
+    def describe(self, num_samples: int) -> str:
+        """See ``SampleDataset.describe``."""
+        epochs = num_samples * self.config.sequence_length / max(self.num_tokens, 1)
+        return (
+            f"{num_samples} samples, {epochs:.2f} epochs of the {self.num_tokens} {self.split} "
+            f"tokens of {self.name}"
+        )
 
     def __len__(self) -> int:
         """Return the number of samples, at least the number asked for."""

@@ -2,19 +2,19 @@
 
 A checkpoint is complete as soon as it has its final name: it is written under a hidden name in
 the same folder, flushed, and renamed; the tracker file that names the newest follows last.
+Readers change nothing: folders may be read-only, or a writer at work in them.
 """
 
 import os
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from megatron.core.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"iter_(\d{7,})")
+_NUMBERED = re.compile(r"\.?iter_(\d{7,})")
 _HIDDEN = re.compile(r"\.iter_\d{7,}\.(tmp|old|pruned)")
 
 
@@ -32,8 +32,20 @@ def complete_iterations(folder: Path) -> list[int]:
     """List the iterations that have a checkpoint in ``folder``, in ascending order."""
     if not folder.is_dir():
         return []
-    found = [_NAME.fullmatch(entry.name) for entry in folder.iterdir()]
-    return sorted(int(m[1]) for m in found if m and (folder / m[0] / MANIFEST).is_file())
+    found = {int(m[1]) for entry in folder.iterdir() if (m := _NUMBERED.match(entry.name))}
+    return sorted(number for number in found if find_checkpoint(folder, number) is not None)
+
+
+def find_checkpoint(folder: Path, iteration: int) -> Path | None:
+    """Return where the complete checkpoint of ``iteration`` lies, or None.
+
+    Between the two renames of a replacement it has only its hidden name; the next save renames it
+    back if that one was killed there.
+    """
+    final = checkpoint_path(folder, iteration)
+    # the last look is for a writer that published between the first two
+    places = (final, _hidden(folder, iteration, "old"), final)
+    return next((place for place in places if (place / MANIFEST).is_file()), None)
 
 
 def latest_iteration(folder: Path) -> int | None:
@@ -45,7 +57,6 @@ def latest_iteration(folder: Path) -> int | None:
     Raises:
         CheckpointError: The tracker is unreadable or names a checkpoint that is not there.
     """
-    recover(folder)
     complete = complete_iterations(folder)
     tracker = folder / TRACKER
     if not tracker.is_file():
@@ -65,7 +76,7 @@ def latest_iteration(folder: Path) -> int | None:
 def begin(folder: Path, iteration: int) -> Path:
     """Clear what killed runs left and make the hidden folder that ``publish`` will rename."""
     folder.mkdir(parents=True, exist_ok=True)
-    recover(folder)
+    _recover(folder)
     for entry in list(folder.iterdir()):
         if _HIDDEN.fullmatch(entry.name):
             shutil.rmtree(entry)
@@ -89,24 +100,16 @@ def publish(temporary: Path, folder: Path, iteration: int) -> Path:
     return final
 
 
-def recover(folder: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
-    for entry in list(folder.iterdir()) if folder.is_dir() else []:
-        if entry.name.endswith(".old") and _HIDDEN.fullmatch(entry.name):
-            final = folder / entry.name.removeprefix(".").removesuffix(".old")
-            if not final.exists():
-                with suppress(FileNotFoundError):  # another rank was faster
-                    entry.rename(final)
-
-
 def prune(folder: Path, keep_last: int, current: int) -> list[int]:
-    """Delete all but the ``keep_last`` newest checkpoints; ``current`` always stays.
+    """Delete all but the ``keep_last`` newest checkpoints up to ``current``, the one just saved.
+
+    Later ones are not of this run, which has not come so far: they neither count nor go.
 
     Returns:
         The iterations that were deleted.
     """
-    others = [iteration for iteration in complete_iterations(folder) if iteration != current]
-    doomed = others[: max(len(others) - (keep_last - 1), 0)]
+    own = [iteration for iteration in complete_iterations(folder) if iteration <= current]
+    doomed = own[:-keep_last]
     for iteration in doomed:
         hidden = _hidden(folder, iteration, "pruned")
         checkpoint_path(folder, iteration).rename(hidden)  # never half a checkpoint by its name
@@ -143,6 +146,15 @@ def flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _recover(folder: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    for entry in list(folder.iterdir()):
+        if entry.name.endswith(".old") and _HIDDEN.fullmatch(entry.name):
+            final = folder / entry.name.removeprefix(".").removesuffix(".old")
+            if not final.exists():
+                entry.rename(final)
 
 
 def _hidden(folder: Path, iteration: int, suffix: str) -> Path:

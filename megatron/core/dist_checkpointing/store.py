@@ -4,6 +4,7 @@ Write: hidden folder, tensors, documents, manifest, rename, tracker, pruning. A 
 step removes the hidden folder and leaves every earlier checkpoint as it was.
 """
 
+import functools
 import json
 import logging
 import os
@@ -64,7 +65,8 @@ def write_checkpoint(
         iteration: Names the checkpoint; one of the same iteration is replaced.
         content: Its content.
         group: The ranks that take part; None for one process without torch.distributed.
-        keep_last: Delete older checkpoints but this many, after success.
+        keep_last: Keep this many checkpoints up to this iteration, after success; later ones, of
+            a run that was given up, stay and are told once.
 
     Returns:
         Path and size in bytes.
@@ -136,21 +138,35 @@ def _write_documents(temporary: Path, content: CheckpointContent) -> None:
 def _prune(folder: Path, keep_last: int, iteration: int) -> None:
     try:
         folders.prune(folder, keep_last, iteration)
+        newest = max(folders.complete_iterations(folder), default=iteration)
     except OSError as error:
         log.warning("could not delete old checkpoints in %s: %s", folder, error)
+        return
+    if newest > iteration:
+        _tell_later(folders.checkpoint_path(folder, newest))
+
+
+@functools.cache  # every save would say it again
+def _tell_later(path: Path) -> None:
+    log.warning(
+        "%s is of a later iteration than this run has saved: --keep-last leaves it and others like "
+        "it alone; delete them if they are not needed",
+        path,
+    )
 
 
 def _find(folder: Path, iteration: int | None) -> Path | None:
     found = folders.latest_iteration(folder) if iteration is None else iteration
     if found is None:
         return None
-    complete = folders.complete_iterations(folder)
-    if found not in complete:
+    path = folders.find_checkpoint(folder, found)
+    if path is None:
+        complete = folders.complete_iterations(folder)
         raise CheckpointError(
             f"{folder} has no complete checkpoint of iteration {found}; "
             f"complete here: {', '.join(map(str, complete)) or 'none'}"
         )
-    return folders.checkpoint_path(folder, found)
+    return path
 
 
 def _read_common(path: Path) -> dict[str, Any]:

@@ -61,7 +61,3 @@ class KVCache:
     def advance(self, positions: int) -> None:
         """Count ``positions`` more as held; the model calls it after its last layer."""
         self.length += positions
-
-    def reset(self) -> None:
-        """Forget everything, for the next prompts."""
-        self.length = 0

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from megatron.core.param_role import Init, logical_tensors, role_of
+from megatron.core.param_role import Init, draw_, logical_tensors, role_of
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
@@ -39,25 +39,16 @@ def tensor_hashes(model: nn.Module) -> dict[str, str]:
     return {key: _digest(piece) for key, piece in _logical_parameters(model)}
 
 
-def model_hash(model: nn.Module) -> str:
-    """Return one hash of names and bytes of all logical tensors of this rank."""
-    lines = sorted(f"{key}={value}" for key, value in tensor_hashes(model).items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def _logical_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, param in model.named_parameters():
         yield from logical_tensors(name, param.detach(), role_of(param))
 
 
 def _draw(key: str, shape: torch.Size, init: Init, seed: int) -> Tensor:
-    if init.kind != "normal":
-        value = 0.0 if init.kind == "zeros" else 1.0
-        return torch.full(shape, value, dtype=torch.float32, device="cpu")
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
-    return drawn.normal_(std=init.std, generator=generator)
+    return draw_(drawn, init, generator)
 
 
 def _digest(tensor: Tensor) -> str:

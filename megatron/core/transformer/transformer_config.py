@@ -4,9 +4,11 @@ Composed of mixins, so that a module can ask for the narrowest part it needs. Im
 ``--help`` and configuration errors must come before torch is loaded.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron.core.config_field import derived, flag
+from megatron.core.config_field import choice_problems, derived, flag
+from megatron.core.errors import ConfigError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.config.attention import AttentionConfig
 from megatron.core.transformer.config.init import InitConfig
@@ -42,6 +44,40 @@ class TransformerConfig(
 
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer a weight of its own instead of the embedding's."""
+
+    def check(self) -> None:
+        """Refuse a config that a model cannot be built of; a command line has passed more rules.
+
+        Raises:
+            ConfigError: Lists all problems, in the user's flags.
+        """
+        ConfigError.raise_if_any(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """Yield one sentence for each contradiction, in the user's flags."""
+        yield from choice_problems(self)
+        yield from self.parallel_problems()
+        yield from self.attention_problems(self.hidden_size)
+        yield from self.precision_problems()
+        yield from self.moe_problems()
+        yield from self.layer_problems()
+
+    def layer_problems(self) -> Iterator[str]:
+        """Yield one sentence for each way in which --moe-layer-freq does not fit the layers."""
+        freq = self.moe_layer_freq
+        if self.num_moe_experts is None:
+            return
+        if isinstance(freq, int):
+            if freq < 1:
+                yield (
+                    f"--moe-layer-freq {freq} must be at least 1, or a pattern such as "
+                    "([0]*3+[1]*9)"
+                )
+        elif len(freq) != self.num_layers:
+            yield (
+                f"--moe-layer-freq has {len(freq)} entries, one for each of --num-layers "
+                f"{self.num_layers} is needed"
+            )
 
     @property
     def head_dim(self) -> int:

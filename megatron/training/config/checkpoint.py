@@ -16,7 +16,8 @@ class CheckpointConfig:
     """Iterations between checkpoints; only at the end when not set."""
 
     keep_last: int | None = None
-    """Keep only this many of the newest checkpoints; all when not set."""
+    """Keep only this many of the newest checkpoints, not counting those of later iterations that
+    an earlier run left; all when not set."""
 
     load: str | None = None
     """Folder to resume from, at its newest checkpoint. The run ends if there is none, unless

@@ -171,6 +171,8 @@ def _tokenizer(run: Derivation) -> None:
 
 def _evaluation(run: Derivation) -> None:
     if run.is_set("eval_iters"):
+        if run.get("eval_iters") == 0:
+            run.notices.append("no evaluation: --eval-iters 0")
         return
     if not _has_validation(run):
         run.use("eval_iters", 0, "there is no validation data")

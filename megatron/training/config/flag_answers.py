@@ -71,7 +71,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--no-bias-gelu-fusion": NoEffect(_FUSED),
     "--no-bias-swiglu-fusion": NoEffect(_FUSED),
     "--no-check-for-nan-in-loss-and-grad": NoEffect(
-        "a step whose gradient is not finite is skipped on every rank; the check costs nothing"
+        "a step whose gradient is not finite is skipped on every rank"
     ),
     "--no-create-attention-mask-in-dataloader": NoEffect(_ALWAYS),
     "--no-gradient-accumulation-fusion": NoEffect(_FUSED),

@@ -30,6 +30,8 @@ class Given:
     """Accepted flags that change nothing."""
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    readable: bool = True
+    """False when what it says is not known: then nothing can be called missing."""
     doubtful: set[str] = field(default_factory=set)
     """Flags whose value was unreadable or may be meant by a misspelt one: say no more of them."""
 

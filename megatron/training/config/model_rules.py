@@ -66,7 +66,13 @@ def positions(check: Check) -> Iterator[str]:
                 "be even; change --num-attention-heads, --kv-channels or --rotary-percent"
             )
     learned = model.position_embedding_type == "learned_absolute"
-    if learned and "--no-position-embedding" in check.without_effect:
+    if not learned:
+        yield from check.useless(
+            "reset_position_ids",
+            f"with {check.show('position_embedding_type')}: only a learned table is asked by "
+            "position",
+        )
+    elif "--no-position-embedding" in check.without_effect:
         yield (
             "--no-position-embedding contradicts --position-embedding-type learned_absolute, the "
             "default; add --position-embedding-type rope or none"

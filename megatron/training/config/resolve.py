@@ -40,6 +40,10 @@ def resolve(sources: dict[str, Given], options: dict[str, Option], world_size: i
     Raises:
         ConfigError: Lists every problem of every source and rule.
     """
+    if not all(given.readable for given in sources.values()):
+        ConfigError.raise_if_any(
+            problem for given in sources.values() for problem in given.problems
+        )
     merged = _merge(sources, options)
     config = RunConfig.from_flat(
         merged.values, {name: merged.origins.get(name, "default") for name in options}

@@ -1,26 +1,27 @@
 """Rules of batches, optimizer, schedule, checkpoints and the machine; each yields sentences."""
 
 import importlib.util
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron.core.dist_checkpointing.folders import TRACKER, complete_iterations
+from megatron.core.errors import ConfigError
+from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.training.config.checks import Check, Rule
-
-TRACKER = "latest_checkpointed_iteration.txt"
+from megatron.training.schedule_settings import build_scheduler
 
 
 def batches(check: Check) -> Iterator[str]:
     """A step is a whole number of microbatches on every rank."""
-    training, world = check.config.training, check.world_size
-    unit = training.micro_batch_size * world
-    if training.global_batch_size % unit:
-        below = training.global_batch_size // unit * unit
-        fits = f"{below} or {below + unit}" if below else f"{unit}"
-        yield (
-            f"{check.show('global_batch_size')} must be a multiple of "
-            f"{check.show('micro_batch_size')} x {world} data-parallel ranks (= {unit}); "
-            f"nearest: {fits}"
+    training = check.config.training
+    yield from _problems_of(
+        lambda: NumMicroBatches(
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            data_parallel_size=check.world_size,
         )
+    )
 
 
 def optimizer(check: Check) -> Iterator[str]:
@@ -31,49 +32,40 @@ def optimizer(check: Check) -> Iterator[str]:
         yield from check.useless("sgd_momentum", "with --optimizer adam")
 
 
+def schedule(check: Check) -> Iterator[str]:
+    """Rates, decays and lengths agree with each other, as the schedule itself sees it."""
+    settings = check.config.scheduler
+    shown = [
+        "lr_warmup_iters" if settings.lr_warmup_fraction is None else "lr_warmup_fraction",
+        "lr_decay_iters" if check.given("lr_decay_iters") else "train_iters",
+        *(["lr_wsd_decay_iters"] if settings.lr_wsd_decay_iters else []),
+        "global_batch_size",
+    ]
+    for problem in _problems_of(lambda: build_scheduler(check.config)):
+        yield f"{problem}; here: {check.show(*shown)}" if " samples" in problem else problem
+
+
 def learning_rate(check: Check) -> Iterator[str]:
-    """The schedule rises, then falls, within the iterations it has."""
-    best, schedule = check.config.optimizer, check.config.scheduler
-    if best.min_lr > best.lr:
-        yield f"{check.show('min_lr')} must not be larger than {check.show('lr')}"
-    if schedule.lr_warmup_iters and schedule.lr_warmup_fraction is not None:
+    """Options of the learning rate must have an effect."""
+    settings = check.config.scheduler
+    if settings.lr_warmup_iters and settings.lr_warmup_fraction is not None:
         yield f"{check.show('lr_warmup_iters', 'lr_warmup_fraction')} exclude each other"
-    elif schedule.lr_warmup_iters and schedule.lr_warmup_iters >= schedule.lr_decay_iters:
-        yield (
-            f"{check.show('lr_warmup_iters')} must be smaller than {check.show('lr_decay_iters')}, "
-            "which counts the warm-up"
-        )
-    if not schedule.lr_warmup_iters and schedule.lr_warmup_fraction is None:
+    if not settings.lr_warmup_iters and settings.lr_warmup_fraction is None:
         yield from check.useless(
             "lr_warmup_init", "without --lr-warmup-iters or --lr-warmup-fraction"
         )
-    elif schedule.lr_warmup_init > best.lr:
-        yield f"{check.show('lr_warmup_init')} must not be larger than {check.show('lr')}"
-    if schedule.lr_decay_style == "constant":
+    if settings.lr_decay_style == "constant":
         yield from check.useless("min_lr", "with --lr-decay-style constant")
-
-
-def final_decay(check: Check) -> Iterator[str]:
-    """WSD keeps the rate and decays at the end."""
-    schedule = check.config.scheduler
-    if schedule.lr_decay_style != "WSD":
+    if settings.lr_decay_style != "WSD":
         yield from check.useless(
             "lr_wsd_decay_style lr_wsd_decay_iters", "without --lr-decay-style WSD"
-        )
-    elif schedule.lr_wsd_decay_iters is None:
-        yield "--lr-decay-style WSD needs --lr-wsd-decay-iters, the length of its final decay"
-    elif schedule.lr_wsd_decay_iters > schedule.lr_decay_iters:
-        yield (
-            f"{check.show('lr_wsd_decay_iters')} must not be larger than "
-            f"{check.show('lr_decay_iters')}"
         )
 
 
 def weight_decay(check: Check) -> Iterator[str]:
     """A changing weight decay has both ends, a constant one has none."""
-    schedule = check.config.scheduler
     ends = ("start_weight_decay", "end_weight_decay")
-    if schedule.weight_decay_incr_style == "constant":
+    if check.config.scheduler.weight_decay_incr_style == "constant":
         yield from check.useless(" ".join(ends), "with --weight-decay-incr-style constant")
         return
     missing = [check.options[name].flag for name in ends if check.value(name) is None]
@@ -91,9 +83,33 @@ def saving(check: Check) -> Iterator[str]:
             "save_interval keep_last no_save_optim no_save_rng", "without --save"
         )
     for name in ("save", "log_dir", "tensorboard_dir", "data_cache_path"):
-        place = check.value(name)
-        if place is not None and Path(place).exists() and not Path(place).is_dir():
-            yield f"{check.show(name)} is a file; a folder is needed"
+        if check.value(name) is not None:
+            yield from _unusable_folder(check, name)
+    if folder is not None:
+        yield from _other_run(check, Path(folder))
+
+
+def _unusable_folder(check: Check, name: str) -> Iterator[str]:
+    """Say why the folder of option ``name`` cannot be made or written to."""
+    path = Path(check.value(name)).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        what = "is a file" if there == path else f"lies below the file {there}"
+        yield f"{check.show(name)} {what}; a folder is needed"
+    elif not os.access(there, os.W_OK):
+        yield f"{check.show(name)} cannot be written: no permission for {there}"
+
+
+def _other_run(check: Check, folder: Path) -> Iterator[str]:
+    """A run that does not go on from --save must not mix its checkpoints with others there."""
+    load = check.config.checkpoint.load
+    if load is not None and Path(load).resolve() == folder.resolve():
+        return
+    if found := complete_iterations(folder):
+        yield (
+            f"{check.show('save')} already holds checkpoints of another run (newest: iteration "
+            f"{found[-1]}); add --load {folder} to go on with it, or choose another folder"
+        )
 
 
 def loading(check: Check) -> Iterator[str]:
@@ -106,10 +122,12 @@ def loading(check: Check) -> Iterator[str]:
             "without --load",
         )
         return
-    if not wanted.allow_fresh_start and not (Path(wanted.load) / TRACKER).is_file():
-        what = "has no checkpoint" if Path(wanted.load).is_dir() else "is no folder"
+    folder = Path(wanted.load)
+    there = (folder / TRACKER).is_file() or bool(complete_iterations(folder))
+    if not wanted.allow_fresh_start and not there:
+        what = "has no checkpoint" if folder.is_dir() else "is no folder"
         yield (
-            f"{check.show('load')} {what} (looked for {Path(wanted.load) / TRACKER}); for the "
+            f"{check.show('load')} {what} (looked for {folder / TRACKER}); for the "
             "first run of a job that resumes itself add --allow-fresh-start"
         )
     if wanted.finetune:
@@ -134,16 +152,25 @@ def machine(check: Check) -> Iterator[str]:
 
 def evaluation(check: Check) -> Iterator[str]:
     """Evaluation needs batches to evaluate on."""
-    if check.config.validation.eval_iters == 0:
-        why = "with --eval-iters 0" if check.given("eval_iters") else "without validation data"
-        yield from check.useless("eval_interval", why)
+    # --eval-interval beside an explicit --eval-iters 0 is how scripts turn evaluation off
+    if check.config.validation.eval_iters == 0 and not check.given("eval_iters"):
+        yield from check.useless("eval_interval", "without validation data")
+
+
+def _problems_of(build: Callable[[], object]) -> tuple[str, ...]:
+    """Return what a plan itself finds wrong with the settings that it would be built from."""
+    try:
+        build()
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 RUN_RULES: tuple[Rule, ...] = (
     batches,
     optimizer,
+    schedule,
     learning_rate,
-    final_decay,
     weight_decay,
     saving,
     loading,

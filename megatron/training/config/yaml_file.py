@@ -24,19 +24,55 @@ def read_yaml_file(path: Path, options: dict[str, Option]) -> Given:
 
     given = Given()
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
-        given.problems.append(f"--yaml-cfg {path} cannot be read: {error.strerror}")
-        return given
+        return _unreadable(f"--yaml-cfg {path} cannot be read: {error.strerror}")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        given.problems.append(f"--yaml-cfg {path} is no YAML: {' '.join(str(error).split())}")
-        return given
+        return _unreadable(f"--yaml-cfg {path} is no YAML: {_explain(error)}")
     if not isinstance(data, dict | None):
-        given.problems.append(f"--yaml-cfg {path} must hold lines of the form key: value")
-        return given
+        return _unreadable(f"--yaml-cfg {path} must hold lines of the form key: value")
+    given.problems += [f"{path}: {text}" for text in _given_twice(root, options)]
     for key, value in _flatten(data or {}):
         _read_key(given, f"{path}: ", key, value, options)
     return given
+
+
+def _unreadable(problem: str) -> Given:
+    return Given(problems=[problem], readable=False)
+
+
+def _explain(error: Any) -> str:
+    """Say what is wrong and where, without PyYAML's name for a text in memory."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(getattr(error, "reason", error))
+    what = ", ".join(part for part in (error.context, error.problem) if part)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}"
+
+
+def _given_twice(root: Any, options: dict[str, Option]) -> Iterator[str]:
+    """Yield a sentence for each key or option given twice: YAML itself keeps the last one.
+
+    Args:
+        root: The node that yaml.compose returns.
+        options: All options, by field name.
+    """
+    sections = {entry.name for entry in fields(RunConfig)}
+    places: dict[str, list[str]] = {}
+    for key, value in root.value if root is not None else ():
+        _note_place(places, f"key {key.value}", key)
+        is_section = key.value in sections and value.id == "mapping"
+        for inner in [k for k, _ in value.value] if is_section else [key]:
+            option = _find(str(inner.value), options)
+            name = option.name if option else inner.value.replace("-", "_")
+            _note_place(places, name, inner)
+    repeated = [" and ".join(found) for found in places.values() if len(found) > 1]
+    yield from (f"{keys} set the same; keep one" for keys in dict.fromkeys(repeated))
+
+
+def _note_place(places: dict[str, list[str]], name: str, key: Any) -> None:
+    places.setdefault(name, []).append(f"{key.value} (line {key.start_mark.line + 1})")
 
 
 def _flatten(data: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -50,11 +86,9 @@ def _flatten(data: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _read_key(given: Given, where: str, key: str, value: Any, options: dict[str, Option]) -> None:
-    flag = f"--{key.replace('_', '-')}"
-    by_flag = {f.replace("_", "-"): option for option in options.values() for f in option.flags}
-    option = options.get(key) or by_flag.get(flag)
+    option = _find(key, options)
     if option is None:
-        _note_foreign_key(given, where, key, value, by_flag)
+        _note_foreign_key(given, where, key, value, _by_flag(options))
         return
     try:
         read = option.from_data(value)
@@ -66,6 +100,15 @@ def _read_key(given: Given, where: str, key: str, value: Any, options: dict[str,
         return
     if read is not None:
         given.values[option.name] = read
+
+
+def _find(key: str, options: dict[str, Option]) -> Option | None:
+    """Return the option that a key names, by field or by flag."""
+    return options.get(key) or _by_flag(options).get(f"--{key.replace('_', '-')}")
+
+
+def _by_flag(options: dict[str, Option]) -> dict[str, Option]:
+    return {f.replace("_", "-"): option for option in options.values() for f in option.flags}
 
 
 def _note_foreign_key(

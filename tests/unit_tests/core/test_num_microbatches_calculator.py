@@ -23,13 +23,13 @@ def test_all_ranks_and_microbatches_together_make_the_global_batch(micro, data_p
     [
         (
             (10, 2, 4),
-            "--global-batch-size 10 must be a multiple of --micro-batch-size x data-parallel size "
-            "(= 2 x 4 = 8); nearest: 8 or 16",
+            "--global-batch-size 10 must be a multiple of --micro-batch-size 2 x 4 data-parallel "
+            "ranks (= 8); nearest: 8 or 16",
         ),
         (
             (4, 2, 4),
-            "--global-batch-size 4 must be a multiple of --micro-batch-size x data-parallel size "
-            "(= 2 x 4 = 8); nearest: 8",
+            "--global-batch-size 4 must be a multiple of --micro-batch-size 2 x 4 data-parallel "
+            "ranks (= 8); nearest: 8",
         ),
         ((0, 2, 4), "--global-batch-size 0 must be at least 1"),
         ((8, -1, 4), "--micro-batch-size -1 must be at least 1"),

@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.mapping import model_tensors, optimizer_te
 from megatron.core.errors import CheckpointError
 from megatron.core.tokenizers.byte_tokenizer import ByteTokenizer
 from megatron.core.tokenizers.null_tokenizer import NullTokenizer
+from megatron.training import checkpointing
 from megatron.training.checkpoint_state import LoadedState, SaveResult, TrainState
 from megatron.training.checkpointing import load_checkpoint, restart_seed, save_checkpoint
 from megatron.training.config.run_config import RunConfig
@@ -124,6 +125,21 @@ def test_no_load_optim_keeps_a_fresh_optimizer(saved: Path) -> None:
     assert fresh.optimizer.step_count == 0
     assert wrong_keys(fresh.weights()) == []
     assert all(moment.eq(0).all() for moment in fresh.moments().values())
+
+
+@pytest.mark.parametrize("was", [{}, {"no_save_optim": True}])
+@pytest.mark.parametrize("now", [{"lr": 5.0, "train_iters": 99}, {"optimizer": "sgd"}])
+def test_evaluation_asks_nothing_of_optimizer_and_schedule(
+    tmp_path: Path, alone: None, was: dict, now: dict
+) -> None:
+    trained = Trained()
+    fill(trained.weights())
+    trained.save(tmp_path, run_config(**was))
+    fresh = Trained()
+    fresh.optimizer.step_count = 0
+    assert fresh.load(tmp_path, run_config(skip_train=True, **now)).iteration == 10
+    assert wrong_keys(fresh.weights()) == []
+    assert fresh.optimizer.step_count == 0
 
 
 def test_no_load_rng_starts_another_dropout_stream(saved: Path) -> None:
@@ -246,6 +262,21 @@ def _load_alone(folder: str) -> None:
 def test_a_run_of_two_ranks_goes_on_alone(tmp_path: Path) -> None:
     run_ranks(_save, 2, str(tmp_path))
     run_ranks(_load_alone, 1, str(tmp_path))
+
+
+def _rank_1_cannot_read_the_index(folder: str) -> None:
+    def unreadable(path: Path) -> None:
+        raise CheckpointError(f"{path.name}/.metadata is damaged")
+
+    if dist.get_rank() == 1:
+        checkpointing.stored_tensors = unreadable
+    with pytest.raises(CheckpointError, match=r"rank 1: iter_0000010/.metadata is damaged"):
+        Trained(ep=2).load(Path(folder))
+
+
+def test_an_index_that_one_rank_cannot_read_ends_all_ranks(tmp_path: Path) -> None:
+    run_ranks(_save, 2, str(tmp_path))
+    run_ranks(_rank_1_cannot_read_the_index, 2, str(tmp_path))
 
 
 def _hidden_sizes_differ(folder: str) -> None:

@@ -1,3 +1,5 @@
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from megatron.training.initialize import (
     Launch,
     choose_backend,
     choose_device,
+    connect,
     initialize,
     set_threads,
     shut_down,
@@ -28,7 +31,7 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
 
 
 def test_without_torchrun_the_world_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +77,13 @@ def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", str(before))
     assert "4 would use all 8 cores" in set_threads(Launch(0, 2, 0, 2), CPU)
     assert asked == [4]
+
+
+def test_several_ranks_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR and MASTER_PORT .* torchrun"):
+        connect(SECOND_OF_TWO, "gloo", CPU, timedelta(seconds=1))
 
 
 def test_a_world_of_one_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:

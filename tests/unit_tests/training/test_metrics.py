@@ -54,6 +54,17 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     assert json.loads(text) == {"iteration": 1, "lm_loss": None, "grad_norm": None}
 
 
+def test_a_full_disk_ends_the_file_and_not_the_run(tmp_path: Path, caplog) -> None:
+    writer = MetricsWriter(LoggingConfig(), tmp_path, 0)
+    for iteration in range(1, 4):
+        writer.line(STEPS, {"iteration": iteration})
+        if iteration == 1:
+            writer._files[STEPS]._file = open("/dev/full", "a")  # noqa: SIM115
+    writer.close()
+    assert [line["iteration"] for line in read_lines(tmp_path / STEPS)] == [1]
+    assert caplog.text.count("metrics.jsonl cannot be written any more") == 1
+
+
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     writer = MetricsWriter(LoggingConfig(), None, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.training.plots import plot_run, read_history, smooth
+from megatron.training.plots import draw, plot_run, read_history, smooth
 
 
 def _history(folder: Path, steps: int, experts: bool) -> None:
@@ -50,6 +50,36 @@ def test_a_picture_is_drawn(steps: int, experts: bool, tmp_path: Path) -> None:
     path = plot_run(tmp_path, title="a run", vocab_size=8192)
     assert path == tmp_path / "training.png"
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("steps", [6, 200])
+def test_names_hide_no_curve_and_iterations_are_whole(steps: int, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _history(tmp_path, steps, experts=True)
+    figure = draw(read_history(tmp_path), title="a run", vocab_size=8192)
+    figure.canvas.draw()
+    loss, _, _, violation = figure.axes
+    assert not loss.texts
+    for axes in (loss, violation):
+        assert all(tick == round(tick) for tick in axes.get_xticks())
+        names = axes.get_legend().get_window_extent()
+        assert names.y0 >= axes.get_window_extent().y1
+        assert names.y1 <= axes._left_title.get_window_extent().y0
+        assert names.x1 <= figure.bbox.x1
+    texts = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert "validation, last 8.500 (0.51 nats below guessing)" in texts
+
+
+def test_a_single_iteration_has_whole_marks(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _history(tmp_path, 2, experts=True)
+    (tmp_path / "evaluation.jsonl").write_text("")
+    load = (tmp_path / "expert_load.jsonl").read_text().splitlines()[0]
+    (tmp_path / "expert_load.jsonl").write_text(load + "\n")
+    figure = draw(read_history(tmp_path), title="a run", vocab_size=8192)
+    for axes in (figure.axes[0], figure.axes[3]):
+        assert {0, 1, 2} <= {*axes.get_xticks().tolist()}
+        assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path: Path, monkeypatch, caplog) -> None:

@@ -132,6 +132,25 @@ def test_a_decay_that_follows_more_iterations_is_explained() -> None:
     assert "--lr-decay-iters 10 keeps the checkpoint's" in problem
 
 
+@pytest.mark.parametrize(
+    ("iters", "words"),
+    [(1_500_000, "--lr-decay-iters 1500000 keeps"), (12_345_678, "(x --global-batch-size 8 = 98")],
+)
+def test_large_lengths_are_written_as_the_flags_take_them(iters: int, words: str) -> None:
+    longer = run_config(train_iters=2 * iters, lr_decay_iters=2 * iters)
+    now = run_config(train_iters=iters, lr_decay_iters=iters)
+    (problem,) = schedule_problems(stored(now), longer)
+    assert words in problem
+    assert f"is {iters} (x --global-batch-size 8 = {8 * iters} samples)" in problem
+    assert "e+" not in problem
+
+
+def test_a_length_that_no_flag_can_say_is_not_advised() -> None:
+    now = run_config(train_iters=20, lr_decay_iters=20, global_batch_size=12)
+    (problem,) = schedule_problems(stored(run_config()), now)
+    assert problem.endswith("because --train-iters was 10 and is 20 now")
+
+
 def test_settings_without_effect_are_not_compared() -> None:
     constant = run_config(lr_decay_style="constant")
     changed = run_config(

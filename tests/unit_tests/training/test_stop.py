@@ -21,7 +21,7 @@ def test_the_first_signal_is_noted_and_nothing_else_happens(number: signal.Signa
     with StopRequest(TrainingConfig()) as stop:
         os.kill(os.getpid(), number)
         assert stop.notes() == (1.0, 0.0)
-        assert number.name in str(stop.reason(stop.notes(), 1))
+        assert number.name in stop.reason(stop.notes(), 1).text
 
 
 def test_a_later_second_sigint_interrupts_but_an_echo_of_the_first_does_not(
@@ -68,7 +68,7 @@ def test_the_time_limit_is_noted_when_it_has_passed(monkeypatch: pytest.MonkeyPa
     assert stop.notes() == (0.0, 0.0)
     now[0] += 121
     assert stop.notes() == (0.0, 1.0)
-    assert stop.reason(stop.notes(), 1) == "--exit-duration-in-mins 2"
+    assert stop.reason(stop.notes(), 1) == ("--exit-duration-in-mins 2", True)
 
 
 def _one_rank_is_told() -> None:

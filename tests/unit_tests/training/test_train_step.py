@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.errors import ConfigError
+from megatron.training.loss import MaskedLoss
 from megatron.training.run import TrainState
-from megatron.training.train_step import agree, count_tokens, train_step
+from megatron.training.train_step import agree, checked_loss, count_tokens, train_step
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import TOLERANCES
 from tests.unit_tests.training.tiny_run import (
@@ -155,3 +157,10 @@ def _every_microbatch_is_counted() -> None:
 
 def test_experts_are_counted_over_all_microbatches_and_ranks() -> None:
     run_ranks(_every_microbatch_is_counted, 2)
+
+
+def test_a_loss_function_in_another_form_is_refused_by_name() -> None:
+    loss = MaskedLoss(torch.zeros(()), torch.ones(()))
+    assert checked_loss(loss) is loss
+    with pytest.raises(ConfigError, match=r"returned a tuple; .*MaskedLoss"):
+        checked_loss((torch.zeros(()), {"lm loss": 0.0}))

@@ -20,7 +20,12 @@ NORMS: dict[str, type] = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
 
 
 def get_gpt_decoder_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Describe all layers, each dense or MoE by ``config.moe_layer_pattern``, and the last norm."""
+    """Describe all layers, each dense or MoE by ``config.moe_layer_pattern``, and the last norm.
+
+    Raises:
+        ConfigError: ``config`` contradicts itself; see ``TransformerConfig.check``.
+    """
+    config.check()
     return TransformerBlockSubmodules(
         layer_specs=tuple(get_gpt_layer_spec(config, moe) for moe in config.moe_layer_pattern),
         layer_norm=NORMS[config.normalization],

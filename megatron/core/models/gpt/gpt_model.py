@@ -44,8 +44,12 @@ class GPTModel(nn.Module):
             vocab_size: Rows of the embedding, padding included.
             max_sequence_length: Longest sequence that learned positions can hold.
             pg_collection: Groups of this rank.
+
+        Raises:
+            ConfigError: ``config`` contradicts itself; see ``TransformerConfig.check``.
         """
         super().__init__()
+        config.check()
         self.config = config
         self.vocab_size = vocab_size
         self.max_sequence_length = max_sequence_length

@@ -24,7 +24,12 @@ TOKEN_DISPATCHERS: dict[str, type[MoETokenDispatcher[Any]]] = {
 
 
 def get_moe_module_spec(config: TransformerConfig) -> ModuleSpec:
-    """Describe the MoE layer that ``config`` asks for."""
+    """Describe the MoE layer that ``config`` asks for.
+
+    Raises:
+        ConfigError: ``config`` contradicts itself; see ``TransformerConfig.check``.
+    """
+    config.check()
     return ModuleSpec(
         MoELayer,
         MoESubmodules(

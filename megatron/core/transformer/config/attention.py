@@ -42,9 +42,19 @@ class AttentionConfig:
     rotary_percent: float = 1.0
     """Share of each head that is rotated, in (0, 1]."""
 
-    def attention_problems(self) -> Iterator[str]:
+    def attention_problems(self, hidden_size: int) -> Iterator[str]:
         """Yield one sentence for each contradiction, in the user's flags."""
-        yield from ()
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if not heads:
+            yield "--num-attention-heads is missing"
+            return
+        if self.kv_channels is None and hidden_size % heads:
+            yield (
+                f"--hidden-size {hidden_size} must be a multiple of --num-attention-heads {heads}, "
+                "or give --kv-channels"
+            )
+        if self.group_query_attention and heads % groups:
+            yield f"--num-query-groups {groups} must divide --num-attention-heads {heads}"
 
     @property
     def query_groups(self) -> int:

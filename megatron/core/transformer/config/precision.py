@@ -1,5 +1,6 @@
 """Options of number formats. TransformerConfig inherits them; torch dtypes are made elsewhere."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -13,6 +14,11 @@ class PrecisionConfig:
     fp64: bool = False
     """Compute everything in float64, for proofs and tests: slow, and grouped GEMM becomes a loop
     over experts."""
+
+    def precision_problems(self) -> Iterator[str]:
+        """Yield one sentence for each contradiction, in the user's flags."""
+        if self.bf16 and self.fp64:
+            yield "--bf16 and --fp64 exclude each other; give one of them"
 
     @property
     def params_dtype_name(self) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron.core.config_field import flag
 from megatron.core.transformer.config.layer_pattern import parse_layer_pattern
@@ -52,6 +52,11 @@ class MoEConfig:
     """Expert bank: one stacked weight with grouped matrix products, or one plain MLP after
     another (readable, slow). Checkpoints are interchangeable."""
 
+    def __post_init__(self) -> None:
+        """Take Megatron-LM's single values as lists of one: ``moe_aux_loss_coeff=0.01``."""
+        self.moe_aux_loss_coeff = _listed(self.moe_aux_loss_coeff)
+        self.moe_router_load_balancing_type = _listed(self.moe_router_load_balancing_type)
+
     def moe_problems(self) -> Iterator[str]:
         """Yield one sentence for each contradiction, in the user's flags."""
         if self.num_moe_experts is None:
@@ -60,6 +65,25 @@ class MoEConfig:
             yield (
                 f"--moe-router-topk {self.moe_router_topk} must lie between 1 and "
                 f"--num-experts {self.num_moe_experts}"
+            )
+        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+            yield (
+                "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over the one chosen "
+                "expert is always 1 and would give the router no gradient"
+            )
+        yield from self._balancing_problems()
+
+    def _balancing_problems(self) -> Iterator[str]:
+        kinds, coeffs = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff
+        shown = f"--moe-router-load-balancing-type {' '.join(kinds)}"
+        if len(set(kinds)) < len(kinds):
+            yield f"{shown} names one way twice"
+        elif "none" in kinds and len(kinds) > 1:
+            yield f"{shown}: none excludes the others"
+        elif "none" not in kinds and coeffs is not None and len(coeffs) != len(kinds):
+            yield (
+                f"--moe-aux-loss-coeff {' '.join(map(str, coeffs))} has {len(coeffs)} values for "
+                f"the {len(kinds)} of {shown}; give one for each"
             )
 
     @property
@@ -70,3 +94,7 @@ class MoEConfig:
         if self.moe_aux_loss_coeff is None:
             return 0.01
         return self.moe_aux_loss_coeff[self.moe_router_load_balancing_type.index("aux_loss")]
+
+
+def _listed(value: Any) -> Any:
+    return value if value is None or isinstance(value, list) else [value]

@@ -54,8 +54,12 @@ class MoELayer(nn.Module):
             submodules: What to build.
             layer_number: Global index of the layer, from 0.
             pg_collection: Experts are spread over its ``ep``.
+
+        Raises:
+            ConfigError: ``config`` contradicts itself; see ``TransformerConfig.check``.
         """
         super().__init__()
+        config.check()
         assert config.num_moe_experts is not None, "a MoE layer needs num_moe_experts"
         self.router = build_module(
             submodules.router, config, layer_number=layer_number, pg_collection=pg_collection

@@ -43,7 +43,7 @@ class MoEReport:
     """Tokens of the busiest expert-parallel rank / mean, in the worst layer."""
 
     def lines(self) -> list[str]:
-        """Return one line a layer for people, and a warning for layers in trouble."""
+        """Return one line a layer for people; ``warnings`` tells what is wrong with them."""
         rows = zip(
             self.moe_layers,
             self.tokens_per_expert,
@@ -53,12 +53,11 @@ class MoEReport:
             self.entropy,
             strict=True,
         )
-        text = [
+        return [
             f"MoE layer {layer}: tokens/expert {_show(counts)} | max violation {high:+.1%} | "
             f"min violation {low:+.1%} | dead experts {dead} | entropy {entropy:.3f} nats"
             for layer, counts, high, low, dead, entropy in rows
         ]
-        return text + self.warnings()
 
     def warnings(self) -> list[str]:
         """Return a sentence for each kind of trouble, naming the layers; empty when all is well."""
@@ -76,11 +75,9 @@ class MoEReport:
         advice = "raise --moe-aux-loss-coeff if it stays so"
         text = []
         if dead:
-            text.append(
-                f"WARNING: experts without tokens in MoE layers {', '.join(dead)}; {advice}"
-            )
+            text.append(f"experts without tokens in MoE layers {', '.join(dead)}; {advice}")
         if skewed:
-            text.append(f"WARNING: routing collapses in MoE layers {', '.join(skewed)}; {advice}")
+            text.append(f"routing collapses in MoE layers {', '.join(skewed)}; {advice}")
         return text
 
     def scalars(self) -> dict[str, float]:

@@ -14,6 +14,9 @@ class Numbers:
     def __init__(self, source: int) -> None:
         self.source, self.fingerprint = source, f"source {source}"
 
+    def describe(self, num_samples: int) -> str:
+        return f"{num_samples} of source {self.source}"
+
     def __len__(self) -> int:
         return 1000
 
@@ -21,9 +24,14 @@ class Numbers:
         return {"from": (self.source, number)}
 
 
+def blended(sources: list, weights: tuple[float, ...], size: int) -> BlendedDataset:
+    indices = blend_indices(weights, size)
+    return BlendedDataset(sources, indices, weights=weights, order="even")
+
+
 def test_samples_come_from_the_source_that_the_blend_says() -> None:
     indices = blend_indices((0.5, 0.3, 0.2), 10)
-    blend = BlendedDataset([Numbers(0), Numbers(1), Numbers(2)], indices)
+    blend = blended([Numbers(0), Numbers(1), Numbers(2)], (0.5, 0.3, 0.2), 10)
     assert len(blend) == 10
     expected = list(zip(indices.source_index, indices.source_sample_index, strict=True))
     assert [blend[number]["from"] for number in range(10)] == expected
@@ -34,10 +42,15 @@ def test_samples_come_from_the_source_that_the_blend_says() -> None:
 
 def test_fingerprints_tell_other_blends_apart() -> None:
     sources = [Numbers(0), Numbers(1)]
-    base = BlendedDataset(sources, blend_indices((0.5, 0.5), 10)).fingerprint
-    assert BlendedDataset(sources, blend_indices((0.5, 0.5), 10)).fingerprint == base
-    assert BlendedDataset(sources, blend_indices((0.8, 0.2), 10)).fingerprint != base
-    assert BlendedDataset(sources[::-1], blend_indices((0.5, 0.5), 10)).fingerprint != base
+    base = blended(sources, (0.5, 0.5), 10).fingerprint
+    assert blended(sources, (0.5, 0.5), 20).fingerprint == base, "it begins the same"
+    assert blended(sources, (0.8, 0.2), 10).fingerprint != base
+    assert blended(sources[::-1], (0.5, 0.5), 10).fingerprint != base
+
+
+def test_a_blend_tells_what_it_takes_from_each_source() -> None:
+    text = blended([Numbers(0), Numbers(1)], (0.75, 0.25), 100).describe(40)
+    assert text == "40 samples; 75.0%: 30 of source 0; 25.0%: 10 of source 1"
 
 
 def test_long_blends_are_kept_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

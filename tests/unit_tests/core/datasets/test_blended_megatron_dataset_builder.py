@@ -131,12 +131,24 @@ def test_the_order_of_megatron_can_be_asked_for() -> None:
     assert even.fingerprint != theirs.fingerprint
 
 
-def test_a_default_split_too_small_for_validation_warns(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
+def test_a_default_split_too_small_for_validation_is_noted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
         train, valid, test = build({"a": counting_documents([30] * 5)}, (3, 5, 5), split=None)
     assert train is not None
     assert (valid, test) == (None, None)
     assert "--split 969,30,1 (the default) of 5 documents gives 5, 0, 0" in caplog.text
+    assert {record.levelname for record in caplog.records} == {"INFO"}  # shown by rank 0 alone
+
+
+@pytest.mark.parametrize(("split", "sizes"), [("1", (3, 5, 5)), (None, (3, 0, 0))])
+def test_nothing_is_said_of_data_that_nobody_asked_for(
+    caplog: pytest.LogCaptureFixture, split: str | None, sizes: tuple[int, int, int]
+) -> None:
+    with caplog.at_level(logging.INFO):
+        build({"a": counting_documents([30] * 5)}, sizes, split=split)
+    assert "left out" not in caplog.text
 
 
 def test_a_split_without_documents_that_was_asked_for_is_refused() -> None:

@@ -18,7 +18,7 @@ EXPERTS, HIDDEN = 4, 6
 
 # The first optimizer imports torch._dynamo (~200 modules): once here, not once in every rank.
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-NORMAL = Init()
+ZEROS = Init(kind="zeros")
 
 
 class StandIn(nn.Module):
@@ -28,12 +28,12 @@ class StandIn(nn.Module):
         super().__init__()
         self.dense = nn.Parameter(torch.zeros(5, HIDDEN, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(7, dtype=dtype))
-        set_role(self.dense, ParamRole(init=NORMAL))
-        set_role(self.bias, ParamRole(init=NORMAL, decays=False))
+        set_role(self.dense, ParamRole(init=ZEROS))
+        set_role(self.bias, ParamRole(init=ZEROS, decays=False))
         self.experts = nn.Module()
         self.experts.weight1 = nn.Parameter(torch.zeros(len(experts), 3, HIDDEN, dtype=dtype))
         role = ParamRole(
-            init=NORMAL, is_expert=True, expert_ids=experts, expert_name="linear_fc1.weight"
+            init=ZEROS, is_expert=True, expert_ids=experts, expert_name="linear_fc1.weight"
         )
         set_role(self.experts.weight1, role)
         self.register_buffer("counts", torch.zeros(EXPERTS, dtype=torch.int64))

@@ -67,13 +67,36 @@ def test_a_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> N
     save(tmp_path, 5, "old")
     (tmp_path / "iter_0000005").rename(tmp_path / ".iter_0000005.old")
     assert folders.latest_iteration(tmp_path) == 5
-    assert visible(tmp_path) == ["iter_0000005", folders.TRACKER]
+    save(tmp_path, 10)
+    assert visible(tmp_path) == ["iter_0000005", "iter_0000010", folders.TRACKER]
+
+
+def test_readers_find_a_checkpoint_that_is_being_replaced_and_change_nothing(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path, 5)
+    hidden = (tmp_path / "iter_0000005").rename(tmp_path / ".iter_0000005.old")
+    before = visible(tmp_path)
+    assert folders.latest_iteration(tmp_path) == 5
+    assert folders.complete_iterations(tmp_path) == [5]
+    assert folders.find_checkpoint(tmp_path, 5) == hidden
+    assert visible(tmp_path) == before
+    (hidden / folders.MANIFEST).unlink()
+    assert folders.find_checkpoint(tmp_path, 5) is None
 
 
 def test_pruning_keeps_the_newest_and_the_one_just_written(tmp_path: Path) -> None:
     for iteration in (5, 10, 15, 20):
         save(tmp_path, iteration)
     assert folders.prune(tmp_path, 2, 20) == [5, 10]
-    save(tmp_path, 12)  # a run that went back to 10
-    assert folders.prune(tmp_path, 1, 12) == [15, 20]
-    assert folders.complete_iterations(tmp_path) == [12]
+    assert folders.prune(tmp_path, 2, 20) == []
+    assert folders.complete_iterations(tmp_path) == [15, 20]
+
+
+def test_pruning_counts_no_later_checkpoints_which_an_earlier_run_left(tmp_path: Path) -> None:
+    for iteration in (100, 200, 300, 20, 40):
+        save(tmp_path, iteration)
+        assert folders.prune(tmp_path, 2, iteration) == ([100] if iteration == 300 else [])
+    save(tmp_path, 60)
+    assert folders.prune(tmp_path, 2, 60) == [20]
+    assert folders.complete_iterations(tmp_path) == [40, 60, 200, 300]

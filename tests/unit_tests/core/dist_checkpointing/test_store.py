@@ -65,6 +65,25 @@ def test_keep_last_deletes_the_oldest_after_success(tmp_path: Path) -> None:
     assert folders.complete_iterations(tmp_path) == [10, 15]
 
 
+def test_later_checkpoints_of_another_run_stay_and_are_told_once(tmp_path: Path, caplog) -> None:
+    write_checkpoint(tmp_path, 300, content(300), None)
+    for step in (20, 40, 60):
+        write_checkpoint(tmp_path, step, content(step), None, keep_last=2)
+    assert folders.complete_iterations(tmp_path) == [40, 60, 300]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1
+    assert "iter_0000300 is of a later iteration" in told[0]
+
+
+def test_a_checkpoint_that_is_being_replaced_is_read_where_it_lies(tmp_path: Path) -> None:
+    path, _ = write_checkpoint(tmp_path, 5, content(), None)
+    hidden = path.rename(tmp_path / ".iter_0000005.old")
+    opened = open_checkpoint(tmp_path, None)
+    assert opened is not None
+    assert opened.path == hidden
+    assert opened.common["step"] == 1.0
+
+
 def test_a_format_of_another_version_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("megatron.core.dist_checkpointing.store.FORMAT_VERSION", 99)
     write_checkpoint(tmp_path, 5, content(), None)

@@ -50,20 +50,6 @@ def test_mask_over_cached_positions_hides_them() -> None:
     torch.testing.assert_close(got, expected, **TOLERANCES[torch.float64])
 
 
-def test_reset_cache_serves_the_next_prompt() -> None:
-    config = tiny_config()
-    model = tiny_gpt(config)
-    cache = _cache(config)
-    context = ForwardContext(kv_cache=cache)
-    with torch.no_grad():
-        model(*tiny_batch(samples=3, length=9, seed=1)[:2], context=context)
-        assert cache.length == 9
-        cache.reset()
-        ids, positions, _ = tiny_batch(samples=1, length=5)
-        got = model(ids, positions, context=context)
-        torch.testing.assert_close(got, model(ids, positions), **TOLERANCES[torch.float64])
-
-
 def test_overfull_cache_is_refused() -> None:
     config = tiny_config()
     context = ForwardContext(kv_cache=_cache(config, max_len=8))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megatron.core.param_role import Init, ParamRole, role_of, set_role
-from megatron.core.tensor_parallel.weight_init import init_weights, model_hash, tensor_hashes
+from megatron.core.tensor_parallel.weight_init import init_weights, tensor_hashes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.helpers.models import MAX_LENGTH, VOCAB, tiny_config, tiny_gpt
 
@@ -43,18 +43,18 @@ def test_no_two_experts_are_equal() -> None:
     assert len(set(hashes.values())) == 16
 
 
-def test_hash_of_a_model_sees_seed_and_a_single_changed_bit() -> None:
+def test_hashes_of_a_model_see_seed_and_a_single_changed_bit() -> None:
     config = tiny_config()
     model = tiny_gpt(config)
     init_weights(model, 5)
-    before = model_hash(model)
+    before = tensor_hashes(model)
     init_weights(model, 6)
-    assert model_hash(model) != before
+    assert tensor_hashes(model) != before
     init_weights(model, 5)
-    assert model_hash(model) == before
+    assert tensor_hashes(model) == before
     with torch.no_grad():
         model.decoder.layers["0"].mlp.linear_fc1.bias[0] = -0.0
-    assert model_hash(model) != before
+    assert tensor_hashes(model) != before
 
 
 def _std_of(name: str, config: TransformerConfig) -> float:

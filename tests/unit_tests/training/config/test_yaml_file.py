@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron.core.errors import ConfigError
 from megatron.training.arguments import parse_args
 from megatron.training.config.options import options_of
 from megatron.training.config.run_config import RunConfig
@@ -57,7 +58,14 @@ def test_keys_are_field_names_or_flags_flat_or_in_sections(read):
         ("fp16: true", "Megatron-LM flag not offered here: use --bf16"),
         ("normalization: rmsnorm", "did you mean RMSNorm?"),
         ("- a\n- b", "key: value"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is no YAML: line 1, column 5: while parsing a flow node, expected the node"),
+        ("a: \x01", "is no YAML: special characters are not allowed"),
+        ("lr: 1\nlr: 2", "lr (line 1) and lr (line 2) set the same; keep one"),
+        ("num_layers: 4\nnum-layers: 4", "num_layers (line 1) and num-layers (line 2) set"),
+        ("lr: 1\noptimizer:\n  lr: 1", "lr (line 1) and lr (line 3) set the same"),
+        ("model: {num_layers: 4}\nmodel: {hidden_size: 8}", "model (line 1) and model (line 2)"),
+        ("optimizer: {lr: 1}\noptimizer: sgd", "optimizer (line 1) and optimizer (line 2)"),
+        ("add_bias_linear: true\ndisable-bias-linear: true", "(line 2) set the same"),
     ],
 )
 def test_problems_name_the_file(read, text, problem):
@@ -65,10 +73,24 @@ def test_problems_name_the_file(read, text, problem):
     assert len(problems) == 1
     assert problem in problems[0]
     assert "run.yaml" in problems[0]
+    assert "<unicode string>" not in problems[0]
 
 
 def test_a_missing_file_is_a_problem(tmp_path):
     assert "cannot be read" in read_yaml_file(tmp_path / "no.yaml", OPTIONS).problems[0]
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "- a", "\xff"])
+def test_what_an_unreadable_file_may_say_is_not_called_missing(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError) as error:
+        parse_args(["--yaml-cfg", str(path), "--lr", "fast"], world_size=1)
+    problems = str(error.value).splitlines()[1:]
+    assert len(problems) == 2
+    assert str(path) in problems[0]
+    assert "--lr fast" in problems[1]
 
 
 def test_flags_without_effect_are_noticed(read):

@@ -72,9 +72,10 @@ def test_lines_show_every_layer_and_no_warning_when_all_is_well():
 
 
 def test_dead_experts_and_collapse_are_warned_of_by_layer():
-    lines = _report([[3, 3, 3, 3], [12, 0, 0, 0]]).lines()
-    assert lines[2].startswith("WARNING: experts without tokens in MoE layers 1 (3 of 4)")
-    assert lines[3].startswith("WARNING: routing collapses in MoE layers 1 (4.0 x the mean)")
+    lines = _report([[3, 3, 3, 3], [12, 0, 0, 0]]).warnings()
+    assert lines[0].startswith("experts without tokens in MoE layers 1 (3 of 4)")
+    assert lines[1].startswith("routing collapses in MoE layers 1 (4.0 x the mean)")
+    assert _report([[3, 3, 2, 4], [3, 3, 3, 3]]).warnings() == []
 
 
 def test_many_experts_are_shown_as_a_range():
