@@ -100,7 +100,12 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["no effect with --moe-router-load-balancing-type none"],
     ),
     "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["one of aux_loss, none"]),
-    "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["no token is ever dropped"]),
+    "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["must be above 0"]),
+    "padding without capacity": (
+        1,
+        f"{MOE} --moe-pad-expert-input-to-capacity --moe-token-drop-policy position",
+        ["have no effect without --moe-expert-capacity-factor"],
+    ),
     "groups of experts": (1, f"{MOE} --moe-router-num-groups 2", ["not offered here"]),
     "grouped and sequential": (
         1,

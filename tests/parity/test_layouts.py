@@ -27,6 +27,12 @@ CASES = {
         "normalization": "RMSNorm",
         "add_bias_linear": False,
     },
+    "capacity": {"moe_expert_capacity_factor": 0.75},
+    "capacity_padded": {
+        "moe_expert_capacity_factor": 0.5,
+        "moe_token_drop_policy": "position",
+        "moe_pad_expert_input_to_capacity": True,
+    },
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
     "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},
 }

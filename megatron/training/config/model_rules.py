@@ -146,6 +146,16 @@ def balancing(check: Check) -> Iterator[str]:
         )
 
 
+def capacity(check: Check) -> Iterator[str]:
+    """Dropping and padding need a capacity."""
+    model = check.config.model
+    if model.num_moe_experts is not None and model.moe_expert_capacity_factor is None:
+        yield from check.useless(
+            "moe_token_drop_policy moe_pad_expert_input_to_capacity",
+            "without --moe-expert-capacity-factor",
+        )
+
+
 MODEL_RULES: tuple[Rule, ...] = (
     parallel_sizes,
     heads,
@@ -155,4 +165,5 @@ MODEL_RULES: tuple[Rule, ...] = (
     routing,
     moe_layers,
     balancing,
+    capacity,
 )

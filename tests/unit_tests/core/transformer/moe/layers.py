@@ -63,6 +63,8 @@ def make_reference(config: TransformerConfig) -> ReferenceMoE:
         swiglu=config.swiglu,
         bias=config.add_bias_linear,
         pre_softmax=config.moe_router_pre_softmax,
+        capacity_factor=config.moe_expert_capacity_factor,
+        drop_policy=config.moe_token_drop_policy,
     ).to(getattr(torch, config.params_dtype_name))
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
