@@ -36,7 +36,11 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "attention backend": (1, f"{GOOD} --attention-backend flsh", ["did you mean flash?"]),
     "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
-    "flex dispatcher": (1, f"{MOE} --moe-token-dispatcher-type flex", ["allgather, alltoall"]),
+    "flex dispatcher": (
+        1,
+        f"{MOE} --moe-token-dispatcher-type flex",
+        ["alltoall_dedup"],
+    ),
     "sigmoid": (1, f"{MOE} --moe-router-score-function sigmoid", ["not offered, only softmax"]),
     "tensor parallel": (4, f"{MOE} --tensor-model-parallel-size 2", ["not offered yet, only 1"]),
     "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),

@@ -18,6 +18,7 @@ RTOL = 1e-12  # of the largest element of each tensor, in fp64
 CASES = {
     "alltoall": {},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
+    "alltoall_dedup": {"moe_token_dispatcher_type": "alltoall_dedup", "moe_router_topk": 4},
     "sequential": {"moe_experts_type": "sequential"},
     "dense_first": {"moe_layer_freq": [0, 1], "untie_embeddings_and_output_weights": True},
     "top1_rope": {

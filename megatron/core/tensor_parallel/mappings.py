@@ -119,6 +119,35 @@ def exchange_counts(group: ProcessGroup, counts: Tensor) -> CountExchange:
     return CountExchange(received.view(ranks, -1), RowSplits(send, recv))
 
 
+class RowsAndPairs(NamedTuple):
+    """What all ranks of a group are about to send this one, a row for each token."""
+
+    splits: RowSplits
+    """Rows to and from each rank; empty lists in a group of one, which needs none."""
+    pairs: int | None
+    """(row, local expert) pairs that this rank will get; None in a group of one, which asks
+    nobody."""
+
+
+def exchange_rows_and_pairs(group: ProcessGroup, rows: Tensor, pairs: Tensor) -> RowsAndPairs:
+    """Tell each rank how many rows and pairs it gets: one all-to-all, one device-to-host copy.
+
+    In a group of one rank there is neither.
+
+    Args:
+        group: Of the ranks.
+        rows: [ranks], int64, rows that this rank has for each rank.
+        pairs: [ranks], int64, (row, expert) pairs in those rows.
+    """
+    if group.size() == 1:
+        return RowsAndPairs(RowSplits([], []), None)
+    counts = torch.stack([rows, pairs], dim=1).flatten()
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts, group=group)
+    send, _, recv, got = torch.cat([counts.view(-1, 2).t(), received.view(-1, 2).t()]).tolist()
+    return RowsAndPairs(RowSplits(send, recv), sum(got))
+
+
 class GatheredSizes(NamedTuple):
     """Rows that each rank of a group brings to an all-gather."""
 

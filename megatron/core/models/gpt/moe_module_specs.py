@@ -7,6 +7,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
+    MoEAlltoAllDedupTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
     MoETokenDispatcher,
 )
@@ -19,6 +20,7 @@ EXPERTS: dict[str, type] = {"grouped": GroupedMLP, "sequential": SequentialMLP}
 TOKEN_DISPATCHERS: dict[str, type[MoETokenDispatcher[Any]]] = {
     "allgather": MoEAllGatherTokenDispatcher,
     "alltoall": MoEAlltoAllTokenDispatcher,
+    "alltoall_dedup": MoEAlltoAllDedupTokenDispatcher,
 }
 """By the names that --moe-token-dispatcher-type takes."""
 

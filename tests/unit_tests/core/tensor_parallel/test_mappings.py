@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.mappings import (
     all_reduce_sum,
     all_to_all,
     exchange_counts,
+    exchange_rows_and_pairs,
     gather_sizes,
     reduce_scatter_rows,
 )
@@ -80,6 +81,10 @@ def _sizes() -> None:
     assert torch.equal(received, torch.stack([mine, 2 * mine]))
     assert splits.send == [3 * (rank + 1), 7 * (rank + 1)]
     assert splits.recv == [int(mine.sum()), 2 * int(mine.sum())]
+    rows, pairs = torch.tensor([1, 4]) + rank, torch.tensor([2, 8]) + rank
+    exchanged = exchange_rows_and_pairs(group, rows, pairs)
+    assert exchanged.splits == RowSplits(rows.tolist(), [[1, 2], [4, 5]][rank])
+    assert exchanged.pairs == [2 + 3, 8 + 9][rank]
     gathered = gather_sizes(group, 5 + rank, counts)
     assert gathered.sizes == [5, 6]
     assert gathered.wanted == 3 * int(mine.sum())
@@ -100,6 +105,7 @@ def _alone() -> None:
     assert reduce_scatter_rows(group, x, [3]) is x
     counts = torch.tensor([1, 2])
     assert torch.equal(exchange_counts(group, counts).received, counts.view(1, 2))
+    assert exchange_rows_and_pairs(group, counts[:1], counts[1:]) == (splits, None)
     assert gather_sizes(group, 3, counts) == ([3], None)
     with pytest.raises(AttributeError):
         exchange_counts(group, counts).splits = splits  # type: ignore[misc]

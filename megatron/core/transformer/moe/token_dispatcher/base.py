@@ -1,4 +1,4 @@
-"""What a token dispatcher promises; alltoall.py and allgather.py keep the promise.
+"""What a token dispatcher promises; its neighbours keep the promise.
 
 Shapes: h hidden size, num_tokens tokens of this rank, num_recv rows that this rank's experts
 receive, num_local_experts = num_experts / ep.

@@ -56,6 +56,11 @@ def _check(dispatcher, groups, sizes: tuple[int, ...]) -> None:
     assert own_scales.grad is not None
     dist.all_reduce(own_scales.grad, group=groups.expt_dp)
 
+    ep = groups.ep.size()
+    mates = range(rank // ep * ep, rank // ep * ep + ep)
+    counts = sum(_route(make_tokens(sizes[i], torch.float64, i)).routing_map.sum(0) for i in mates)
+    assert torch.equal(sent.tokens_per_expert, counts[first : first + n])
+
     all_scales = scales.clone().requires_grad_()
     for other, size in enumerate(sizes):
         inputs = make_tokens(size, torch.float64, other)
