@@ -105,6 +105,17 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["one of aux_loss, none"]),
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["must be above 0"]),
+    "nodes that cut groups": (
+        4,
+        f"{MOE} --expert-model-parallel-size 4 --moe-dispatcher-node-size 3 "
+        "--moe-token-dispatcher-type alltoall_hierarchical",
+        ["--moe-dispatcher-node-size 3 must divide", "that fit: 1, 2, 4"],
+    ),
+    "nodes of another dispatcher": (
+        1,
+        f"{MOE} --moe-dispatcher-node-size 2",
+        ["no effect without --moe-token-dispatcher-type alltoall_hierarchical"],
+    ),
     "padding without capacity": (
         1,
         f"{MOE} --moe-pad-expert-input-to-capacity --moe-token-drop-policy position",

@@ -19,6 +19,10 @@ CASES = {
     "alltoall": {},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
     "alltoall_dedup": {"moe_token_dispatcher_type": "alltoall_dedup", "moe_router_topk": 4},
+    "alltoall_hierarchical": {
+        "moe_token_dispatcher_type": "alltoall_hierarchical",
+        "moe_dispatcher_node_size": 2,
+    },
     "sequential": {"moe_experts_type": "sequential"},
     "dense_first": {"moe_layer_freq": [0, 1], "untie_embeddings_and_output_weights": True},
     "top1_rope": {

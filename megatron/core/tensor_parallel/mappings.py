@@ -148,6 +148,48 @@ def exchange_rows_and_pairs(group: ProcessGroup, rows: Tensor, pairs: Tensor) ->
     return RowsAndPairs(RowSplits(send, recv), sum(got))
 
 
+class HopCounts(NamedTuple):
+    """What goes through each hop of a two-hop exchange; splits are empty in a group of one."""
+
+    sent: Tensor
+    """[nodes, places], int64: rows of this rank for each rank."""
+    passed: Tensor
+    """[places, nodes], int64: rows that this rank gets from each place and hands on to a node."""
+    received: Tensor
+    """[nodes * places, num_local], int64: rows for each local expert from each rank."""
+    within: RowSplits
+    """Of the first hop, over the places of a node."""
+    across: RowSplits
+    """Of the second hop, over the nodes."""
+
+
+def exchange_counts_in_hops(
+    node_group: ProcessGroup, across_group: ProcessGroup, counts: Tensor
+) -> HopCounts:
+    """Do ``exchange_counts`` in two hops: two small all-to-alls, one device-to-host copy.
+
+    A hop over a group of one rank is none; with two such groups there is no copy either.
+
+    Args:
+        node_group: Ranks of this node; its rank is the place.
+        across_group: Ranks at this place of all nodes.
+        counts: [num_experts], int64, in the order of nodes, then of places.
+    """
+    places, nodes = node_group.size(), across_group.size()
+    table = counts.view(nodes, places, -1)
+    handed = _swap_counts(node_group, table.transpose(0, 1))  # [places, nodes, num_local]
+    received = _swap_counts(across_group, handed.transpose(0, 1))  # [nodes, places, num_local]
+    sent, passed = table.sum(dim=2), handed.sum(dim=2)
+    within = across = RowSplits([], [])
+    if places * nodes > 1:
+        ends = [sent.sum(0), passed.sum(1), passed.sum(0), received.sum((1, 2))]
+        host = torch.cat(ends).tolist()
+        first, second = host[: 2 * places], host[2 * places :]
+        within = RowSplits(first[:places], first[places:])
+        across = RowSplits(second[:nodes], second[nodes:])
+    return HopCounts(sent, passed, received.flatten(0, 1), within, across)
+
+
 class GatheredSizes(NamedTuple):
     """Rows that each rank of a group brings to an all-gather."""
 
@@ -212,6 +254,15 @@ class _ReduceScatterRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         return None, _gather(ctx.group, grad, ctx.sizes), None
+
+
+def _swap_counts(group: ProcessGroup, counts: Tensor) -> Tensor:
+    """Send ``counts[i]`` to rank i: [ranks, ...], without a gradient."""
+    if group.size() == 1:
+        return counts
+    received = torch.empty_like(counts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received.view(-1), counts.flatten(), group=group)
+    return received
 
 
 def _exchange(group: ProcessGroup, x: Tensor, splits: RowSplits) -> Tensor:

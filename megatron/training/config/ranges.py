@@ -39,7 +39,7 @@ _NAMES_BY_RANGE = {
         exit_interval exit_duration_in_mins lr_decay_iters lr_wsd_decay_iters seq_length
         vocab_size make_vocab_size_divisible_by padded_vocab_size save_interval keep_last
         ckpt_step eval_interval log_interval tensorboard_log_interval tensorboard_queue_size
-        distributed_timeout_minutes bucket_size
+        distributed_timeout_minutes bucket_size moe_dispatcher_node_size
     """,
     Range(0): """
         num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff seed lr min_lr weight_decay clip_grad

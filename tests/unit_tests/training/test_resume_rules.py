@@ -33,6 +33,7 @@ MAY_DIFFER = {
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
     "moe_token_dispatcher_type",
+    "moe_dispatcher_node_size",
     "moe_experts_type",
     "moe_expert_capacity_factor",
     "moe_token_drop_policy",

@@ -9,6 +9,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllDedupTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoEHierarchicalTokenDispatcher,
     MoETokenDispatcher,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -21,6 +22,7 @@ TOKEN_DISPATCHERS: dict[str, type[MoETokenDispatcher[Any]]] = {
     "allgather": MoEAllGatherTokenDispatcher,
     "alltoall": MoEAlltoAllTokenDispatcher,
     "alltoall_dedup": MoEAlltoAllDedupTokenDispatcher,
+    "alltoall_hierarchical": MoEHierarchicalTokenDispatcher,
 }
 """By the names that --moe-token-dispatcher-type takes."""
 

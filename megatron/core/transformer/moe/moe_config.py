@@ -44,9 +44,12 @@ class MoEConfig:
     """Weight of the router z-loss, which keeps logits small; 1e-3 is a usual start. Off when not
     set."""
 
-    moe_token_dispatcher_type: Literal["allgather", "alltoall", "alltoall_dedup"] = "alltoall"
+    moe_token_dispatcher_type: Literal[
+        "allgather", "alltoall", "alltoall_dedup", "alltoall_hierarchical"
+    ] = "alltoall"
     """How tokens travel to the ranks that hold their experts: gather all tokens everywhere, send
-    each once for each of its experts, or once for each rank that holds some of them."""
+    each once for each of its experts, or once for each rank that holds some of them, or (for each
+    expert) within the node first and then across nodes."""
 
     moe_expert_capacity_factor: float | None = None
     """Largest number of tokens an expert takes from one microbatch of a rank, in multiples of the

@@ -66,7 +66,7 @@ class MoELayer(nn.Module):
         )
         self.token_dispatcher = submodules.token_dispatcher(
             config.num_moe_experts,
-            ep_group=pg_collection.ep,
+            pg_collection=pg_collection,
             topk=config.max_experts_per_token,
             exact=config.moe_expert_capacity_factor is None,
         )

@@ -5,6 +5,9 @@ from megatron.core.transformer.moe.token_dispatcher.alltoall import MoEAlltoAllT
 from megatron.core.transformer.moe.token_dispatcher.alltoall_dedup import (
     MoEAlltoAllDedupTokenDispatcher,
 )
+from megatron.core.transformer.moe.token_dispatcher.alltoall_hierarchical import (
+    MoEHierarchicalTokenDispatcher,
+)
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
     MoETokenDispatcher,
@@ -15,5 +18,6 @@ __all__ = [
     "MoEAllGatherTokenDispatcher",
     "MoEAlltoAllDedupTokenDispatcher",
     "MoEAlltoAllTokenDispatcher",
+    "MoEHierarchicalTokenDispatcher",
     "MoETokenDispatcher",
 ]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     RowSplits,
     all_gather_rows,
@@ -49,13 +49,13 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
         self,
         num_experts: int,
         *,
-        ep_group: ProcessGroup,
+        pg_collection: ProcessGroupCollection,
         topk: int | None = None,
         exact: bool = True,
     ) -> None:
         """See ``MoEAlltoAllTokenDispatcher``."""
-        self.num_local_experts = local_expert_count(num_experts, ep_group.size())
-        self.ep_group = ep_group
+        self.num_local_experts = local_expert_count(num_experts, pg_collection.ep.size())
+        self.ep_group = pg_collection.ep
         self.topk = topk
         self.exact = exact
 

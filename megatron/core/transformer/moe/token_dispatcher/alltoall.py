@@ -7,8 +7,8 @@ out and one back. Probs travel beside the rows in a small all-to-all of their ow
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all, exchange_counts
 from megatron.core.transformer.moe.permutation import (
     ChunkOrder,
@@ -46,7 +46,7 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
         self,
         num_experts: int,
         *,
-        ep_group: ProcessGroup,
+        pg_collection: ProcessGroupCollection,
         topk: int | None = None,
         exact: bool = True,
     ) -> None:
@@ -54,13 +54,13 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
 
         Args:
             num_experts: Of the layer, over all ranks.
-            ep_group: Its rank r holds the r-th of equal blocks of experts.
+            pg_collection: Rank r of its ``ep`` holds the r-th of equal blocks of experts.
             topk: Experts of every token. Unknown when None: in a group of one a CUDA device is
                 then waited for in each forward.
             exact: False when a token may have fewer than ``topk`` experts.
         """
-        local_expert_count(num_experts, ep_group.size())
-        self.ep_group = ep_group
+        local_expert_count(num_experts, pg_collection.ep.size())
+        self.ep_group = pg_collection.ep
         self.topk = topk
         self.exact = exact
 

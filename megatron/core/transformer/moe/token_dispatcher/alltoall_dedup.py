@@ -7,8 +7,8 @@ destination, -1 where it is not routed. Bytes are saved when topk is large again
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all, exchange_rows_and_pairs
 from megatron.core.transformer.moe.permutation import (
     RowPlan,
@@ -43,14 +43,14 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
         self,
         num_experts: int,
         *,
-        ep_group: ProcessGroup,
+        pg_collection: ProcessGroupCollection,
         topk: int | None = None,
         exact: bool = True,
     ) -> None:
         """See ``MoEAlltoAllTokenDispatcher``."""
-        self.num_local_experts = local_expert_count(num_experts, ep_group.size())
+        self.num_local_experts = local_expert_count(num_experts, pg_collection.ep.size())
         self.num_experts = num_experts
-        self.ep_group = ep_group
+        self.ep_group = pg_collection.ep
         self.topk = topk
         self.exact = exact
 

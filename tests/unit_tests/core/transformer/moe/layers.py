@@ -43,9 +43,10 @@ def moe_config(**options: Any) -> TransformerConfig:
     return TransformerConfig(**(values | options))
 
 
-def make_groups(ep: int = 1) -> ProcessGroupCollection:
-    """Create the groups of this world with ``ep`` expert-parallel ranks."""
-    return ProcessGroupCollection.create(ParallelLayout(world_size=dist.get_world_size(), ep=ep))
+def make_groups(ep: int = 1, node_size: int | None = None) -> ProcessGroupCollection:
+    """Create the groups of this world with ``ep`` expert-parallel ranks, in nodes if said."""
+    layout = ParallelLayout(world_size=dist.get_world_size(), ep=ep, node_size=node_size)
+    return ProcessGroupCollection.create(layout)
 
 
 def make_reference(config: TransformerConfig) -> ReferenceMoE:

@@ -47,7 +47,7 @@ def _pass(name: str, groups: Any, dtype: torch.dtype) -> tuple[list[Tensor], dic
     tokens = torch.randn(TOKENS, WIDTH, generator=rng).to(dtype).requires_grad_()
     logits = torch.randn(TOKENS, EXPERTS, generator=rng).to(dtype).requires_grad_()
     probs, routing_map = topk_routing(logits, TOPK)
-    dispatcher = TOKEN_DISPATCHERS[name](EXPERTS, ep_group=groups.ep, topk=TOPK)
+    dispatcher = TOKEN_DISPATCHERS[name](EXPERTS, pg_collection=groups, topk=TOPK)
     with count_bytes(dist.get_rank()) as sent:
         there = dispatcher.token_permutation(tokens, probs, routing_map)
         scale = torch.arange(EXPERTS // ep).add(1).repeat_interleave(there.tokens_per_expert)
