@@ -33,6 +33,7 @@ from tests.unit_tests.core.transformer.moe.layers import (
 
 POLICIES = ("probs", "position")
 FACTORS = (0.01, 1.0, 1e4)
+AUX, Z, SCALE = 0.3, 0.02, 0.25
 
 
 def _routing(num_tokens: int, topk: int = 2, dtype: torch.dtype = torch.float32) -> Routing:
@@ -126,14 +127,15 @@ def _check(config: Any, groups: Any, sizes: tuple[int, ...]) -> None:
     reference = make_reference(config)
     layer = make_layer(config, groups, reference)
     tokens = make_tokens(sizes[rank], torch.float64, rank)
-    output, _ = layer(tokens.view(sizes[rank], 1, H), ForwardContext())
+    output, _ = layer(tokens.view(sizes[rank], 1, H), ForwardContext(aux_loss_scale=SCALE))
     output.square().sum().backward()
     for other, size in enumerate(sizes):
         inputs = make_tokens(size, torch.float64, other)
-        want = reference(inputs).output
-        want.square().sum().backward()
+        want = reference(inputs)  # its losses count what was routed, before dropping
+        losses = AUX * want.balance_loss + Z * want.z_loss
+        (want.output.square().sum() + SCALE * losses).backward()
         if other == rank:
-            assert relative_error(output.view(-1, H), want) <= 1e-12
+            assert relative_error(output.view(-1, H), want.output) <= 1e-12
             assert relative_error(tokens.grad, inputs.grad) <= 1e-12
     expected = reference.logical(gradients=True)
     for name, gradient in logical_gradients(layer, groups).items():
@@ -149,6 +151,8 @@ def _layers(ep: int) -> None:
         config = moe_config(
             fp64=True,
             add_bias_linear=True,
+            moe_aux_loss_coeff=[AUX],
+            moe_z_loss_coeff=Z,
             moe_expert_capacity_factor=factor,
             moe_token_drop_policy=policy,
             moe_pad_expert_input_to_capacity=pad,
