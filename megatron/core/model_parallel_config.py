@@ -26,6 +26,10 @@ class ModelParallelConfig:
     """Ranks that share each expert's matrices; --tensor-model-parallel-size when not set. Only 1
     is offered so far."""
 
+    moe_dispatcher_node_size: int | None = None
+    """Ranks of one node for --moe-token-dispatcher-type alltoall_hierarchical; torchrun's
+    LOCAL_WORLD_SIZE when not set."""
+
     def layout(self, world_size: int) -> ParallelLayout:
         """Return the rank layout of these sizes over ``world_size`` ranks."""
         return ParallelLayout(
@@ -35,6 +39,7 @@ class ModelParallelConfig:
             pp=self.pipeline_model_parallel_size,
             ep=self.expert_model_parallel_size,
             etp=self.expert_tensor_parallel_size,
+            node_size=self.moe_dispatcher_node_size,
         )
 
     def parallel_problems(self) -> Iterator[str]:

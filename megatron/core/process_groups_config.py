@@ -21,6 +21,8 @@ GROUP_AXES: dict[str, tuple[str, tuple[str, ...]]] = {
     "expt_tp": ("expert", ("etp",)),
     "expt_dp": ("expert", ("edp",)),
     "tp_ep": ("expert", ("etp", "ep")),
+    "ep_node": ("nodes", ("ep_node",)),
+    "ep_across": ("nodes", ("ep_across",)),
 }
 
 
@@ -39,6 +41,8 @@ class ProcessGroupCollection:
     expt_tp: ProcessGroup
     expt_dp: ProcessGroup
     tp_ep: ProcessGroup
+    ep_node: ProcessGroup
+    ep_across: ProcessGroup
 
     @classmethod
     def create(
@@ -53,7 +57,11 @@ class ProcessGroupCollection:
             layout: Sizes of the axes; ``layout.world_size`` equals that of the default group.
             timeout: Of every collective in these groups; torch's default when None.
         """
-        grids = {"dense": layout.dense_grid(), "expert": layout.expert_grid()}
+        grids = {
+            "dense": layout.dense_grid(),
+            "expert": layout.expert_grid(),
+            "nodes": layout.node_grid(),
+        }
         cache: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
         groups = {}
         for name, (grid, axes) in GROUP_AXES.items():

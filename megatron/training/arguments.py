@@ -40,7 +40,8 @@ def parse_args(argv: Sequence[str] | None = None, *, world_size: int | None = No
     sources = {"cli": given}
     if "--yaml-cfg" in given.actions:
         sources = {"yaml": read_yaml_file(Path(given.actions["--yaml-cfg"]), options), **sources}
-    config = resolve(sources, options, _world_size() if world_size is None else world_size)
+    ranks = _world_size() if world_size is None else world_size
+    config = resolve(sources, options, ranks, node_size=_node_size())
     if "--print-config" in given.actions:
         _write_and_exit(config_page(config, options))
     return config
@@ -60,6 +61,11 @@ def _version() -> str:
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _node_size() -> int | None:
+    size = os.environ.get("LOCAL_WORLD_SIZE")
+    return None if size is None else int(size)
 
 
 def _rank() -> int:

@@ -51,6 +51,7 @@ _FREE = {
     "num_workers",
     "data_cache_path",
     "moe_token_dispatcher_type",
+    "moe_dispatcher_node_size",
     "moe_experts_type",
     "expert_model_parallel_size",
     "exit_interval",

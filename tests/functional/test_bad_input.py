@@ -36,7 +36,11 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "attention backend": (1, f"{GOOD} --attention-backend flsh", ["did you mean flash?"]),
     "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
-    "flex dispatcher": (1, f"{MOE} --moe-token-dispatcher-type flex", ["allgather, alltoall"]),
+    "flex dispatcher": (
+        1,
+        f"{MOE} --moe-token-dispatcher-type flex",
+        ["alltoall_dedup"],
+    ),
     "sigmoid": (1, f"{MOE} --moe-router-score-function sigmoid", ["not offered, only softmax"]),
     "tensor parallel": (4, f"{MOE} --tensor-model-parallel-size 2", ["not offered yet, only 1"]),
     "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
@@ -110,7 +114,23 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["no effect with --moe-router-load-balancing-type none"],
     ),
     "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["one of aux_loss, none"]),
-    "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["no token is ever dropped"]),
+    "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["must be above 0"]),
+    "nodes that cut groups": (
+        4,
+        f"{MOE} --expert-model-parallel-size 4 --moe-dispatcher-node-size 3 "
+        "--moe-token-dispatcher-type alltoall_hierarchical",
+        ["--moe-dispatcher-node-size 3 must divide", "that fit: 1, 2, 4"],
+    ),
+    "nodes of another dispatcher": (
+        1,
+        f"{MOE} --moe-dispatcher-node-size 2",
+        ["no effect without --moe-token-dispatcher-type alltoall_hierarchical"],
+    ),
+    "padding without capacity": (
+        1,
+        f"{MOE} --moe-pad-expert-input-to-capacity --moe-token-drop-policy position",
+        ["have no effect without --moe-expert-capacity-factor"],
+    ),
     "groups of experts": (1, f"{MOE} --moe-router-num-groups 2", ["not offered here"]),
     "grouped and sequential": (
         1,

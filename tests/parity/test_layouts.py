@@ -18,6 +18,11 @@ RTOL = 1e-12  # of the largest element of each tensor, in fp64
 CASES = {
     "alltoall": {},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
+    "alltoall_dedup": {"moe_token_dispatcher_type": "alltoall_dedup", "moe_router_topk": 4},
+    "alltoall_hierarchical": {
+        "moe_token_dispatcher_type": "alltoall_hierarchical",
+        "moe_dispatcher_node_size": 2,
+    },
     "sequential": {"moe_experts_type": "sequential"},
     "dense_first": {"moe_layer_freq": [0, 1], "untie_embeddings_and_output_weights": True},
     "top1_rope": {
@@ -26,6 +31,12 @@ CASES = {
         "position_embedding_type": "rope",
         "normalization": "RMSNorm",
         "add_bias_linear": False,
+    },
+    "capacity": {"moe_expert_capacity_factor": 0.75},
+    "capacity_padded": {
+        "moe_expert_capacity_factor": 0.5,
+        "moe_token_drop_policy": "position",
+        "moe_pad_expert_input_to_capacity": True,
     },
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
     "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},

@@ -3,6 +3,7 @@
 Nothing of megatron is used, so that the two can disagree. Slow, and easy to check by eye.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -48,9 +49,12 @@ class ReferenceMoE(nn.Module):
         swiglu: bool = True,
         bias: bool = False,
         pre_softmax: bool = False,
+        capacity_factor: float | None = None,
+        drop_policy: str = "probs",
     ) -> None:
         super().__init__()
         self.topk, self.pre_softmax = topk, pre_softmax
+        self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
         self.gate = nn.Linear(hidden, num_experts, bias=False)
         self.experts = nn.ModuleList(
             ReferenceExpert(hidden, ffn, swiglu=swiglu, bias=bias) for _ in range(num_experts)
@@ -64,6 +68,10 @@ class ReferenceMoE(nn.Module):
         else:
             scores, chosen = logits.topk(self.topk, dim=-1)
             weights = scores.softmax(dim=-1)
+        if self.capacity_factor is not None:
+            share = len(tokens) * self.topk / len(self.experts)
+            capacity = math.ceil(share * self.capacity_factor)
+            weights = weights * kept_pairs(weights, chosen, capacity, self.drop_policy)
 
         canvas = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
@@ -98,3 +106,18 @@ class ReferenceMoE(nn.Module):
                 found[name + f"linear_fc1.{kind}"] = torch.cat(parts)
                 found[name + f"linear_fc2.{kind}"] = of[f"experts.{number}.down.{kind}"]
         return found
+
+
+def kept_pairs(weights: Tensor, chosen: Tensor, capacity: int, policy: str) -> Tensor:
+    """Return which (token, choice) pairs fit into their expert, [num_tokens, topk] bool.
+
+    An expert takes tokens one after another, the earliest first or the heaviest first.
+    """
+    kept = torch.zeros_like(chosen, dtype=torch.bool)
+    for expert in set(chosen.flatten().tolist()):
+        pairs = (chosen == expert).nonzero().tolist()
+        if policy == "probs":
+            pairs.sort(key=lambda pair: -weights[pair[0], pair[1]].item())  # stable
+        for token, choice in pairs[:capacity]:
+            kept[token, choice] = True
+    return kept

@@ -119,6 +119,77 @@ def exchange_counts(group: ProcessGroup, counts: Tensor) -> CountExchange:
     return CountExchange(received.view(ranks, -1), RowSplits(send, recv))
 
 
+class RowsAndPairs(NamedTuple):
+    """What all ranks of a group are about to send this one, a row for each token."""
+
+    splits: RowSplits
+    """Rows to and from each rank; empty lists in a group of one, which needs none."""
+    pairs: int | None
+    """(row, local expert) pairs that this rank will get; None in a group of one, which asks
+    nobody."""
+
+
+def exchange_rows_and_pairs(group: ProcessGroup, rows: Tensor, pairs: Tensor) -> RowsAndPairs:
+    """Tell each rank how many rows and pairs it gets: one all-to-all, one device-to-host copy.
+
+    In a group of one rank there is neither.
+
+    Args:
+        group: Of the ranks.
+        rows: [ranks], int64, rows that this rank has for each rank.
+        pairs: [ranks], int64, (row, expert) pairs in those rows.
+    """
+    if group.size() == 1:
+        return RowsAndPairs(RowSplits([], []), None)
+    counts = torch.stack([rows, pairs], dim=1).flatten()
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts, group=group)
+    send, _, recv, got = torch.cat([counts.view(-1, 2).t(), received.view(-1, 2).t()]).tolist()
+    return RowsAndPairs(RowSplits(send, recv), sum(got))
+
+
+class HopCounts(NamedTuple):
+    """What goes through each hop of a two-hop exchange; splits are empty in a group of one."""
+
+    sent: Tensor
+    """[nodes, places], int64: rows of this rank for each rank."""
+    passed: Tensor
+    """[places, nodes], int64: rows that this rank gets from each place and hands on to a node."""
+    received: Tensor
+    """[nodes * places, num_local], int64: rows for each local expert from each rank."""
+    within: RowSplits
+    """Of the first hop, over the places of a node."""
+    across: RowSplits
+    """Of the second hop, over the nodes."""
+
+
+def exchange_counts_in_hops(
+    node_group: ProcessGroup, across_group: ProcessGroup, counts: Tensor
+) -> HopCounts:
+    """Do ``exchange_counts`` in two hops: two small all-to-alls, one device-to-host copy.
+
+    A hop over a group of one rank is none; with two such groups there is no copy either.
+
+    Args:
+        node_group: Ranks of this node; its rank is the place.
+        across_group: Ranks at this place of all nodes.
+        counts: [num_experts], int64, in the order of nodes, then of places.
+    """
+    places, nodes = node_group.size(), across_group.size()
+    table = counts.view(nodes, places, -1)
+    handed = _swap_counts(node_group, table.transpose(0, 1))  # [places, nodes, num_local]
+    received = _swap_counts(across_group, handed.transpose(0, 1))  # [nodes, places, num_local]
+    sent, passed = table.sum(dim=2), handed.sum(dim=2)
+    within = across = RowSplits([], [])
+    if places * nodes > 1:
+        ends = [sent.sum(0), passed.sum(1), passed.sum(0), received.sum((1, 2))]
+        host = torch.cat(ends).tolist()
+        first, second = host[: 2 * places], host[2 * places :]
+        within = RowSplits(first[:places], first[places:])
+        across = RowSplits(second[:nodes], second[nodes:])
+    return HopCounts(sent, passed, received.flatten(0, 1), within, across)
+
+
 class GatheredSizes(NamedTuple):
     """Rows that each rank of a group brings to an all-gather."""
 
@@ -183,6 +254,15 @@ class _ReduceScatterRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         return None, _gather(ctx.group, grad, ctx.sizes), None
+
+
+def _swap_counts(group: ProcessGroup, counts: Tensor) -> Tensor:
+    """Send ``counts[i]`` to rank i: [ranks, ...], without a gradient."""
+    if group.size() == 1:
+        return counts
+    received = torch.empty_like(counts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received.view(-1), counts.flatten(), group=group)
+    return received
 
 
 def _exchange(group: ProcessGroup, x: Tensor, splits: RowSplits) -> Tensor:

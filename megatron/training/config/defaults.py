@@ -30,6 +30,7 @@ class Derivation:
     options: dict[str, Option]
     world_size: int
     source: DataSource
+    node_size: int | None = None
     notices: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -50,7 +51,12 @@ class Derivation:
 
 
 def derive(
-    config: RunConfig, options: dict[str, Option], world_size: int, source: DataSource
+    config: RunConfig,
+    options: dict[str, Option],
+    world_size: int,
+    source: DataSource,
+    *,
+    node_size: int | None = None,
 ) -> Derivation:
     """Complete the options.
 
@@ -59,12 +65,17 @@ def derive(
         options: The table of all options.
         world_size: Ranks of the run; all of them are data-parallel.
         source: What was found on disk.
+        node_size: Ranks of this node, where the launcher says it.
 
     Returns:
         The complete options, the announcements, and the problems found on the way.
     """
     run = Derivation(
-        config=copy.deepcopy(config), options=options, world_size=world_size, source=source
+        config=copy.deepcopy(config),
+        options=options,
+        world_size=world_size,
+        source=source,
+        node_size=node_size,
     )
     for step in _STEPS:
         step(run)
@@ -198,6 +209,13 @@ def _has_validation(run: Derivation) -> bool:
         return True  # a rule reports the split
 
 
+def _nodes(run: Derivation) -> None:
+    hierarchical = run.get("moe_token_dispatcher_type") == "alltoall_hierarchical"
+    if hierarchical and not run.is_set("moe_dispatcher_node_size"):
+        size = run.node_size or run.world_size
+        run.use("moe_dispatcher_node_size", size, "ranks that torchrun started on a node")
+
+
 def _balancing(run: Derivation) -> None:
     model = run.config.model
     if model.num_moe_experts is None:
@@ -225,4 +243,5 @@ _STEPS: tuple[Callable[[Derivation], None], ...] = (
     _tokenizer,
     _evaluation,
     _balancing,
+    _nodes,
 )

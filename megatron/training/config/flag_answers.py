@@ -64,7 +64,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--moe-router-score-function": NoEffect(
         "scores are a softmax", ("softmax",), "sigmoid and sqrtsoftplus are not offered yet"
     ),
-    "--moe-token-drop-policy": NoEffect("no token is ever dropped"),
     "--no-align-grad-reduce": NoEffect("it concerns pipeline stages, and there is one"),
     "--no-barrier-with-level-1-timing": NoEffect("there are no such timers"),
     "--no-bias-dropout-fusion": NoEffect(_FUSED),
@@ -143,9 +142,7 @@ SUBSTITUTES: dict[str, str] = {
     "--lr-wsd-decay-samples": _SAMPLES + "--lr-wsd-decay-iters",
     "--model-parallel-size": "use --tensor-model-parallel-size",
     "--moe-enable-deepep": "use --moe-token-dispatcher-type alltoall",
-    "--moe-expert-capacity-factor": "no token is ever dropped and no expert padded; leave it out",
     "--moe-input-jitter-eps": "use --moe-z-loss-coeff 1e-3 to keep routing stable",
-    "--moe-pad-expert-input-to-capacity": "experts take any number of tokens; leave it out",
     "--moe-router-enable-expert-bias": "use --moe-aux-loss-coeff",
     "--no-ckpt-fully-parallel-save": "every rank always writes its own part; leave it out",
     "--no-mmap-bin-files": "data files are always memory-mapped; leave it out",

@@ -152,6 +152,36 @@ def balancing(check: Check) -> Iterator[str]:
         )
 
 
+def capacity(check: Check) -> Iterator[str]:
+    """Dropping and padding need a capacity."""
+    model = check.config.model
+    if model.num_moe_experts is not None and model.moe_expert_capacity_factor is None:
+        yield from check.useless(
+            "moe_token_drop_policy moe_pad_expert_input_to_capacity",
+            "without --moe-expert-capacity-factor",
+        )
+
+
+def nodes(check: Check) -> Iterator[str]:
+    """Nodes and expert-parallel groups must not cut each other."""
+    model = check.config.model
+    if model.num_moe_experts is None:
+        return
+    if model.moe_token_dispatcher_type != "alltoall_hierarchical":
+        yield from check.useless(
+            "moe_dispatcher_node_size",
+            "without --moe-token-dispatcher-type alltoall_hierarchical",
+        )
+        return
+    group, node = model.expert_model_parallel_size, model.moe_dispatcher_node_size
+    if node is not None and max(group, node) % min(group, node):
+        yield (
+            f"{check.show('moe_dispatcher_node_size')} must divide, or be a multiple of, "
+            f"{check.show('expert_model_parallel_size')}; sizes within a group that fit: "
+            f"{nearest(node, divisors(group))}"
+        )
+
+
 MODEL_RULES: tuple[Rule, ...] = (
     parallel_sizes,
     heads,
@@ -161,4 +191,6 @@ MODEL_RULES: tuple[Rule, ...] = (
     routing,
     moe_layers,
     balancing,
+    capacity,
+    nodes,
 )

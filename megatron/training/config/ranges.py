@@ -39,13 +39,14 @@ _NAMES_BY_RANGE = {
         exit_interval exit_duration_in_mins lr_decay_iters lr_wsd_decay_iters seq_length
         vocab_size make_vocab_size_divisible_by padded_vocab_size save_interval keep_last
         ckpt_step eval_interval log_interval tensorboard_log_interval tensorboard_queue_size
-        distributed_timeout_minutes bucket_size
+        distributed_timeout_minutes bucket_size moe_dispatcher_node_size
     """,
     Range(0): """
         num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff seed lr min_lr weight_decay clip_grad
         lr_warmup_iters lr_warmup_init start_weight_decay end_weight_decay num_workers eval_iters
         tiktoken_num_special_tokens
     """,
+    Range(0, 1e6, open_low=True): "moe_expert_capacity_factor",
     Range(0, open_low=True): "init_method_std layernorm_epsilon adam_eps rotary_base",
     Range(0, 1, open_high=True): """
         attention_dropout hidden_dropout adam_beta1 adam_beta2 sgd_momentum lr_warmup_fraction

@@ -29,13 +29,20 @@ class _Merged:
     without_effect: set[str] = field(default_factory=set)
 
 
-def resolve(sources: dict[str, Given], options: dict[str, Option], world_size: int) -> RunConfig:
+def resolve(
+    sources: dict[str, Given],
+    options: dict[str, Option],
+    world_size: int,
+    *,
+    node_size: int | None = None,
+) -> RunConfig:
     """Merge the sources, derive what is missing, and check everything.
 
     Args:
         sources: ``yaml`` and ``cli`` to what they say; later ones hold.
         options: The table of all options.
         world_size: Ranks of the run.
+        node_size: Ranks of this node, where the launcher says it.
 
     Raises:
         ConfigError: Lists every problem of every source and rule.
@@ -49,7 +56,7 @@ def resolve(sources: dict[str, Given], options: dict[str, Option], world_size: i
         merged.values, {name: merged.origins.get(name, "default") for name in options}
     )
     source = look_at_data(config.data, config.tokenizer)
-    run = derive(config, options, world_size, source)
+    run = derive(config, options, world_size, source, node_size=node_size)
     check = Check(
         config=run.config,
         options=options,

@@ -33,7 +33,11 @@ MAY_DIFFER = {
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
     "moe_token_dispatcher_type",
+    "moe_dispatcher_node_size",
     "moe_experts_type",
+    "moe_expert_capacity_factor",
+    "moe_token_drop_policy",
+    "moe_pad_expert_input_to_capacity",
     "max_position_embeddings",  # its table is compared by shape
 }
 RESOLVED = {

@@ -7,7 +7,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
+    MoEAlltoAllDedupTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoEHierarchicalTokenDispatcher,
     MoETokenDispatcher,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,6 +21,8 @@ EXPERTS: dict[str, type] = {"grouped": GroupedMLP, "sequential": SequentialMLP}
 TOKEN_DISPATCHERS: dict[str, type[MoETokenDispatcher[Any]]] = {
     "allgather": MoEAllGatherTokenDispatcher,
     "alltoall": MoEAlltoAllTokenDispatcher,
+    "alltoall_dedup": MoEAlltoAllDedupTokenDispatcher,
+    "alltoall_hierarchical": MoEHierarchicalTokenDispatcher,
 }
 """By the names that --moe-token-dispatcher-type takes."""
 

@@ -44,9 +44,22 @@ class MoEConfig:
     """Weight of the router z-loss, which keeps logits small; 1e-3 is a usual start. Off when not
     set."""
 
-    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
-    """How tokens travel to the ranks that hold their experts: gather all tokens everywhere, or
-    send each only where it is needed."""
+    moe_token_dispatcher_type: Literal[
+        "allgather", "alltoall", "alltoall_dedup", "alltoall_hierarchical"
+    ] = "alltoall"
+    """How tokens travel to the ranks that hold their experts: gather all tokens everywhere, send
+    each once for each of its experts, or once for each rank that holds some of them, or (for each
+    expert) within the node first and then across nodes."""
+
+    moe_expert_capacity_factor: float | None = None
+    """Largest number of tokens an expert takes from one microbatch of a rank, in multiples of the
+    mean, tokens x top-k / experts; further tokens skip it. When not set no token is dropped."""
+
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    """Which tokens an expert keeps when it is full: those of largest probability, or the first."""
+
+    moe_pad_expert_input_to_capacity: bool = False
+    """Fill up each expert to exactly its capacity, so that shapes are the same in every step."""
 
     moe_experts_type: Literal["grouped", "sequential"] = "grouped"
     """Expert bank: one stacked weight with grouped matrix products, or one plain MLP after
@@ -85,6 +98,13 @@ class MoEConfig:
                 f"--moe-aux-loss-coeff {' '.join(map(str, coeffs))} has {len(coeffs)} values for "
                 f"the {len(kinds)} of {shown}; give one for each"
             )
+
+    @property
+    def max_experts_per_token(self) -> int:
+        """Experts that one token is sent to at most: all, when any token may be padding."""
+        assert self.num_moe_experts is not None, "a dense layer has no experts"
+        padded = self.moe_pad_expert_input_to_capacity
+        return self.num_moe_experts if padded else self.moe_router_topk
 
     @property
     def aux_loss_coeff(self) -> float:

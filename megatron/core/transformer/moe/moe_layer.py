@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.moe.capacity import apply_router_token_dropping, dropped_fraction
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.routing import Routing
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAlltoAllTokenDispatcher,
     MoETokenDispatcher,
@@ -35,8 +37,8 @@ class MoESubmodules:
 class MoELayer(nn.Module):
     """A mixture of experts in place of an MLP.
 
-    ``output = sum over chosen experts e of probs[e] * expert_e(input)``, for each token; no token
-    is dropped.
+    ``output = sum over chosen experts e of probs[e] * expert_e(input)``, for each token. No token
+    is dropped unless there is a capacity, and never in generation.
     """
 
     def __init__(
@@ -61,11 +63,16 @@ class MoELayer(nn.Module):
         super().__init__()
         config.check()
         assert config.num_moe_experts is not None, "a MoE layer needs num_moe_experts"
+        self.config = config
+        self.layer_number = layer_number
         self.router = build_module(
             submodules.router, config, layer_number=layer_number, pg_collection=pg_collection
         )
         self.token_dispatcher = submodules.token_dispatcher(
-            config.num_moe_experts, ep_group=pg_collection.ep, topk=config.moe_router_topk
+            config.num_moe_experts,
+            pg_collection=pg_collection,
+            topk=config.max_experts_per_token,
+            exact=config.moe_expert_capacity_factor is None,
         )
         self.experts = build_module(
             submodules.experts,
@@ -83,8 +90,25 @@ class MoELayer(nn.Module):
             The output [s, b, h]; and None, for no bias is left to add.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [s*b, h]
-        probs, routing_map = self.router(tokens, context)
+        probs, routing_map = self._limit(self.router(tokens, context), context)
         sent = self.token_dispatcher.token_permutation(tokens, probs, routing_map)
         output, _ = self.experts(sent.hidden_states, sent.tokens_per_expert, sent.probs)
         combined = self.token_dispatcher.token_unpermutation(output, sent)
         return combined.view(hidden_states.shape), None
+
+    def _limit(self, routing: Routing, context: ForwardContext) -> Routing:
+        """Drop what is over the capacity; generated text must not depend on its neighbours."""
+        factor = self.config.moe_expert_capacity_factor
+        if factor is None or context.kv_cache is not None:
+            return routing
+        limited = apply_router_token_dropping(
+            *routing,
+            self.config.moe_router_topk,
+            factor,
+            self.config.moe_token_drop_policy,
+            self.config.moe_pad_expert_input_to_capacity,
+        )
+        if context.moe_metrics is not None:
+            share = dropped_fraction(routing.routing_map, limited.routing_map)
+            context.moe_metrics.record_dropped(self.layer_number, context.microbatch, share)
+        return limited

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
 
-_LOSSES = ("load_balancing_loss", "z_loss", "entropy")
+_LOSSES = ("load_balancing_loss", "z_loss", "entropy", "dropped_fraction")
 WARN_MAX_VIOLATION = 2.0
 """Busiest expert at three times the mean: ``MoEReport.lines`` warns from here on."""
 _COUNTS_SHOWN = 16
@@ -39,6 +39,8 @@ class MoEReport:
     """Experts without any token."""
     entropy: tuple[float, ...]
     """Mean over tokens of the entropy of the router's softmax, in nats."""
+    dropped_fraction: tuple[float, ...] | None
+    """Share of the (token, expert) pairs over the experts' capacity; None without a capacity."""
     ep_load_ratio: float
     """Tokens of the busiest expert-parallel rank / mean, in the worst layer."""
 
@@ -53,11 +55,15 @@ class MoEReport:
             self.entropy,
             strict=True,
         )
-        return [
+        text = [
             f"MoE layer {layer}: tokens/expert {_show(counts)} | max violation {high:+.1%} | "
             f"min violation {low:+.1%} | dead experts {dead} | entropy {entropy:.3f} nats"
             for layer, counts, high, low, dead, entropy in rows
         ]
+        if self.dropped_fraction is not None:
+            shares = zip(text, self.dropped_fraction, strict=True)
+            text = [f"{line} | dropped {share:.2%}" for line, share in shares]
+        return text
 
     def warnings(self) -> list[str]:
         """Return a sentence for each kind of trouble, naming the layers; empty when all is well."""
@@ -93,6 +99,11 @@ class MoEReport:
             found["moe/load_balancing_loss"] = self.load_balancing_loss
         if self.z_loss is not None:
             found["moe/z_loss"] = self.z_loss
+        if self.dropped_fraction is not None:
+            shares = self.dropped_fraction
+            found["moe/dropped_fraction_mean"] = sum(shares) / max(len(shares), 1)
+            for layer, share in zip(self.moe_layers, shares, strict=True):
+                found[f"moe/layer_{layer}/dropped_fraction"] = share
         for i, layer in enumerate(self.moe_layers):
             found[f"moe/layer_{layer}/max_violation"] = self.max_violation[i]
             found[f"moe/layer_{layer}/min_violation"] = self.min_violation[i]
@@ -154,10 +165,16 @@ class MoEMetricsTracker:
         row = self._row_of_layer[layer]
         self._counts[row, microbatch] = tokens_per_expert
         values = (load_balancing_loss, z_loss, entropy)
-        for column, (name, value) in enumerate(zip(_LOSSES, values, strict=True)):
+        for column, (name, value) in enumerate(zip(_LOSSES, values, strict=False)):
             if value is not None:
                 self._losses[row, microbatch, column] = value
                 self._has.add(name)
+
+    def record_dropped(self, layer: int, microbatch: int, share: Tensor) -> None:
+        """Assign the share of pairs that one layer dropped in one microbatch, a scalar."""
+        slot = self._row_of_layer[layer], microbatch, _LOSSES.index("dropped_fraction")
+        self._losses[slot] = share
+        self._has.add("dropped_fraction")
 
     def end_step(self) -> None:
         """Add the slots to the interval and empty them; no communication."""
@@ -189,8 +206,12 @@ class MoEMetricsTracker:
             min_violation=tuple(_over_mean(counts.amin(dim=1), counts)),
             dead_experts=tuple((counts == 0).sum(dim=1).tolist()),
             entropy=tuple(means[:, _LOSSES.index("entropy")].tolist()),
+            dropped_fraction=self._means_of_layers(means, "dropped_fraction"),
             ep_load_ratio=1.0 + max(_over_mean(by_rank.amax(dim=1), by_rank), default=0.0),
         )
+
+    def _means_of_layers(self, means: Tensor, name: str) -> tuple[float, ...] | None:
+        return tuple(means[:, _LOSSES.index(name)].tolist()) if name in self._has else None
 
     def _mean_loss(self, means: Tensor, name: str) -> float | None:
         return means[:, _LOSSES.index(name)].mean().item() if name in self._has else None

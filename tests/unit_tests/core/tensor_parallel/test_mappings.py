@@ -4,12 +4,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.parallel_layout import ParallelLayout
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     RowSplits,
     all_gather_rows,
     all_reduce_sum,
     all_to_all,
     exchange_counts,
+    exchange_counts_in_hops,
+    exchange_rows_and_pairs,
     gather_sizes,
     reduce_scatter_rows,
 )
@@ -80,6 +84,10 @@ def _sizes() -> None:
     assert torch.equal(received, torch.stack([mine, 2 * mine]))
     assert splits.send == [3 * (rank + 1), 7 * (rank + 1)]
     assert splits.recv == [int(mine.sum()), 2 * int(mine.sum())]
+    rows, pairs = torch.tensor([1, 4]) + rank, torch.tensor([2, 8]) + rank
+    exchanged = exchange_rows_and_pairs(group, rows, pairs)
+    assert exchanged.splits == RowSplits(rows.tolist(), [[1, 2], [4, 5]][rank])
+    assert exchanged.pairs == [2 + 3, 8 + 9][rank]
     gathered = gather_sizes(group, 5 + rank, counts)
     assert gathered.sizes == [5, 6]
     assert gathered.wanted == 3 * int(mine.sum())
@@ -91,6 +99,30 @@ def test_ranks_learn_what_the_others_send():
     run_ranks(_sizes, 2)
 
 
+def _hops(places: int) -> None:
+    rank, nodes = dist.get_rank(), 4 // places
+    layout = ParallelLayout(world_size=4, ep=4, node_size=places)
+    groups = ProcessGroupCollection.create(layout)
+    counts = [torch.arange(8) * 10 + source for source in range(4)]  # [from][expert]
+    hops = exchange_counts_in_hops(groups.ep_node, groups.ep_across, counts[rank])
+    plain = exchange_counts(groups.ep, counts[rank])
+    assert torch.equal(hops.received, plain.received)
+    assert hops.sent.flatten().tolist() == plain.splits.send
+    assert sum(hops.across.recv) == sum(plain.splits.recv)
+    node, place = divmod(rank, places)
+    for source in range(places):
+        ranks = [to * places + place for to in range(nodes)]
+        want = [int(counts[node * places + source].view(4, 2)[to].sum()) for to in ranks]
+        assert hops.passed[source].tolist() == want
+    assert hops.within == RowSplits(hops.sent.sum(0).tolist(), hops.passed.sum(1).tolist())
+    assert hops.across.send == hops.passed.sum(0).tolist()
+
+
+@pytest.mark.parametrize("places", [1, 2, 4])
+def test_counts_in_two_hops_are_those_of_one(places):
+    run_ranks(_hops, 4, places)
+
+
 def _alone() -> None:
     group = dist.group.WORLD
     x = torch.randn(3, 2, requires_grad=True)
@@ -100,6 +132,10 @@ def _alone() -> None:
     assert reduce_scatter_rows(group, x, [3]) is x
     counts = torch.tensor([1, 2])
     assert torch.equal(exchange_counts(group, counts).received, counts.view(1, 2))
+    assert exchange_rows_and_pairs(group, counts[:1], counts[1:]) == (splits, None)
+    hops = exchange_counts_in_hops(group, group, counts)
+    assert (hops.within, hops.across) == (splits, splits)
+    assert torch.equal(hops.received, counts.view(1, 2))
     assert gather_sizes(group, 3, counts) == ([3], None)
     with pytest.raises(AttributeError):
         exchange_counts(group, counts).splits = splits  # type: ignore[misc]

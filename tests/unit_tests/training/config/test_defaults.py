@@ -169,3 +169,16 @@ def test_everything_is_resolved_after_parsing():
     }
     assert missing == set()
     assert set(config.sources.values()) == {"default", "derived", "cli"}
+
+
+def test_the_node_is_what_torchrun_started_unless_said():
+    values = SHAPE | {"num_moe_experts": 8, "moe_token_dispatcher_type": "alltoall_hierarchical"}
+
+    def node_size(**more):
+        config = RunConfig.from_flat(values | more, dict.fromkeys(values | more, "cli"))
+        run = derive(config, OPTIONS, 8, DataSource(), node_size=4)
+        return run.config.model.moe_dispatcher_node_size
+
+    assert node_size() == 4
+    assert node_size(moe_dispatcher_node_size=2) == 2
+    assert node_size(moe_token_dispatcher_type="alltoall") is None

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     RowSplits,
     all_gather_rows,
@@ -28,6 +28,7 @@ from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
     MoETokenDispatcher,
     local_expert_count,
+    rows_sent,
 )
 
 
@@ -45,12 +46,18 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
     """Gather tokens over ep -> pick those of local experts, and sum the ranks' parts back."""
 
     def __init__(
-        self, num_experts: int, *, ep_group: ProcessGroup, topk: int | None = None
+        self,
+        num_experts: int,
+        *,
+        pg_collection: ProcessGroupCollection,
+        topk: int | None = None,
+        exact: bool = True,
     ) -> None:
-        """See ``MoEAlltoAllTokenDispatcher``; ``topk`` here is an upper bound with ep > 1."""
-        self.num_local_experts = local_expert_count(num_experts, ep_group.size())
-        self.ep_group = ep_group
+        """See ``MoEAlltoAllTokenDispatcher``."""
+        self.num_local_experts = local_expert_count(num_experts, pg_collection.ep.size())
+        self.ep_group = pg_collection.ep
         self.topk = topk
+        self.exact = exact
 
     def token_permutation(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
@@ -58,8 +65,8 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
         """See ``MoETokenDispatcher.token_permutation``."""
         num_tokens = hidden_states.shape[0]
         sizes, wanted = gather_sizes(self.ep_group, num_tokens, routing_map.sum(dim=0))
-        if wanted is None and self.topk is not None:  # no other rank: every pair is ours
-            wanted = num_tokens * self.topk
+        if wanted is None:  # no other rank: every pair is ours
+            wanted = rows_sent([], num_tokens, self.topk, exact=self.exact)
         tokens = all_gather_rows(self.ep_group, hidden_states, sizes)
         columns = self._own_columns(probs, routing_map, sizes)  # [sum(sizes), num_local_experts]
         routed = ~(columns.detach() < 0.0)  # so written, a NaN stays routed

@@ -7,8 +7,8 @@ out and one back. Probs travel beside the rows in a small all-to-all of their ow
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all, exchange_counts
 from megatron.core.transformer.moe.permutation import (
     ChunkOrder,
@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
     MoETokenDispatcher,
     local_expert_count,
+    rows_sent,
 )
 
 
@@ -42,19 +43,26 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
     """Permute by expert -> all-to-all over ep -> sort by local expert, and the same backwards."""
 
     def __init__(
-        self, num_experts: int, *, ep_group: ProcessGroup, topk: int | None = None
+        self,
+        num_experts: int,
+        *,
+        pg_collection: ProcessGroupCollection,
+        topk: int | None = None,
+        exact: bool = True,
     ) -> None:
         """Remember group and sizes.
 
         Args:
             num_experts: Of the layer, over all ranks.
-            ep_group: Its rank r holds the r-th of equal blocks of experts.
-            topk: Experts of every token. Unknown when None: a CUDA device is then waited for
-                once more in each forward.
+            pg_collection: Rank r of its ``ep`` holds the r-th of equal blocks of experts.
+            topk: Experts of every token. Unknown when None: in a group of one a CUDA device is
+                then waited for in each forward.
+            exact: False when a token may have fewer than ``topk`` experts.
         """
-        local_expert_count(num_experts, ep_group.size())
-        self.ep_group = ep_group
+        local_expert_count(num_experts, pg_collection.ep.size())
+        self.ep_group = pg_collection.ep
         self.topk = topk
+        self.exact = exact
 
     def token_permutation(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
@@ -63,7 +71,7 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
         received, splits = exchange_counts(self.ep_group, routing_map.sum(dim=0))
         plan = plan_rows(
             routing_map,
-            num_rows=None if self.topk is None else hidden_states.shape[0] * self.topk,
+            num_rows=rows_sent(splits.send, hidden_states.shape[0], self.topk, exact=self.exact),
             max_rows_per_token=self.topk,
         )
         rows = all_to_all(self.ep_group, permute(hidden_states, plan), splits)

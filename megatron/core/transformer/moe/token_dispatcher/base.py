@@ -1,10 +1,11 @@
-"""What a token dispatcher promises; alltoall.py and allgather.py keep the promise.
+"""What a token dispatcher promises; its neighbours keep the promise.
 
 Shapes: h hidden size, num_tokens tokens of this rank, num_recv rows that this rank's experts
 receive, num_local_experts = num_experts / ep.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -60,3 +61,17 @@ def local_expert_count(num_experts: int, ranks: int) -> int:
     """Return the experts of each of ``ranks`` ranks, which must divide ``num_experts``."""
     assert num_experts % ranks == 0, f"{num_experts=} do not spread evenly over {ranks=}"
     return num_experts // ranks
+
+
+def rows_sent(send: Sequence[int], num_tokens: int, topk: int | None, *, exact: bool) -> int | None:
+    """Return the (token, expert) pairs of this rank if the host knows them, else None.
+
+    Args:
+        send: Rows for each rank; empty in a group of one, which exchanges no counts.
+        num_tokens: Tokens of this rank.
+        topk: Experts of a token, None when unknown.
+        exact: Whether every token has ``topk`` of them.
+    """
+    if send:
+        return sum(send)
+    return num_tokens * topk if exact and topk is not None else None

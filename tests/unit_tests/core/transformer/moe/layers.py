@@ -43,9 +43,10 @@ def moe_config(**options: Any) -> TransformerConfig:
     return TransformerConfig(**(values | options))
 
 
-def make_groups(ep: int = 1) -> ProcessGroupCollection:
-    """Create the groups of this world with ``ep`` expert-parallel ranks."""
-    return ProcessGroupCollection.create(ParallelLayout(world_size=dist.get_world_size(), ep=ep))
+def make_groups(ep: int = 1, node_size: int | None = None) -> ProcessGroupCollection:
+    """Create the groups of this world with ``ep`` expert-parallel ranks, in nodes if said."""
+    layout = ParallelLayout(world_size=dist.get_world_size(), ep=ep, node_size=node_size)
+    return ProcessGroupCollection.create(layout)
 
 
 def make_reference(config: TransformerConfig) -> ReferenceMoE:
@@ -63,6 +64,8 @@ def make_reference(config: TransformerConfig) -> ReferenceMoE:
         swiglu=config.swiglu,
         bias=config.add_bias_linear,
         pre_softmax=config.moe_router_pre_softmax,
+        capacity_factor=config.moe_expert_capacity_factor,
+        drop_policy=config.moe_token_drop_policy,
     ).to(getattr(torch, config.params_dtype_name))
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -17,7 +17,13 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEAlltoAllTokenDispatcher,
 )
 from tests.helpers.ranks import run_ranks
-from tests.unit_tests.core.transformer.moe.layers import NUM_EXPERTS, H, make_groups, make_tokens
+from tests.unit_tests.core.transformer.moe.layers import (
+    NUM_EXPERTS,
+    H,
+    count_collectives,
+    make_groups,
+    make_tokens,
+)
 
 TOPK = 3
 SIZES = [(7, 12, 5, 9), (0, 6, 0, 3), (0, 0, 0, 0)]
@@ -56,6 +62,11 @@ def _check(dispatcher, groups, sizes: tuple[int, ...]) -> None:
     assert own_scales.grad is not None
     dist.all_reduce(own_scales.grad, group=groups.expt_dp)
 
+    ep = groups.ep.size()
+    mates = range(rank // ep * ep, rank // ep * ep + ep)
+    counts = sum(_route(make_tokens(sizes[i], torch.float64, i)).routing_map.sum(0) for i in mates)
+    assert torch.equal(sent.tokens_per_expert, counts[first : first + n])
+
     all_scales = scales.clone().requires_grad_()
     for other, size in enumerate(sizes):
         inputs = make_tokens(size, torch.float64, other)
@@ -70,10 +81,10 @@ def _check(dispatcher, groups, sizes: tuple[int, ...]) -> None:
     torch.testing.assert_close(own_scales.grad, all_scales.grad[first : first + n])
 
 
-def _laws(name: str, ep: int) -> None:
-    groups = make_groups(ep)
+def _laws(name: str, ep: int, node_size: int | None = None) -> None:
+    groups = make_groups(ep, node_size)
     for sizes, topk in product(SIZES, (TOPK, None)):
-        dispatcher = TOKEN_DISPATCHERS[name](NUM_EXPERTS, ep_group=groups.ep, topk=topk)
+        dispatcher = TOKEN_DISPATCHERS[name](NUM_EXPERTS, pg_collection=groups, topk=topk)
         _check(dispatcher, groups, sizes[: dist.get_world_size()])
 
 
@@ -83,12 +94,48 @@ def test_dispatcher_obeys_the_law_and_agrees_with_one_rank(name, world_size, ep)
     run_ranks(_laws, world_size, name, ep)
 
 
+NODES = [(2, 2, 1), (4, 4, 2), (4, 4, 1), (4, 2, 4), (4, 2, 1)]
+
+
+@pytest.mark.parametrize(("world_size", "ep", "node_size"), NODES)
+def test_two_hops_obey_the_law_with_nodes_of_any_size(world_size, ep, node_size):
+    run_ranks(_laws, world_size, "alltoall_hierarchical", ep, node_size)
+
+
+def _hops(node_size: int, hops: int) -> None:
+    groups = make_groups(4, node_size)
+    size = (7, 0, 5, 9)[dist.get_rank()]
+    results = []
+    for name in ("alltoall", "alltoall_hierarchical"):
+        tokens = make_tokens(size, torch.float32, dist.get_rank())
+        probs, routing_map = _route(tokens)
+        dispatcher = TOKEN_DISPATCHERS[name](NUM_EXPERTS, pg_collection=groups, topk=TOPK)
+        with count_collectives() as forward:
+            sent = dispatcher.token_permutation(tokens, probs, routing_map)
+            scale = torch.arange(2).add(0.3).repeat_interleave(sent.tokens_per_expert)
+            rows = sent.hidden_states * (sent.probs * scale)[:, None]
+            output = dispatcher.token_unpermutation(rows, sent)
+        with count_collectives() as backward:
+            output.square().sum().backward()
+        assert tokens.grad is not None
+        results.append([sent.hidden_states, sent.probs, output, tokens.grad, probs.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    kinds = sorted(dim for _, dim in forward)
+    assert kinds == [1] * 2 * hops + [2] * 2 * hops  # counts and probs; rows out and back
+    assert sorted(dim for _, dim in backward) == [1] * hops + [2] * 2 * hops
+
+
+@pytest.mark.parametrize(("node_size", "hops"), [(2, 2), (1, 1), (4, 1)])
+def test_two_hops_give_the_bits_of_one_with_the_same_collectives_in_each(node_size, hops):
+    run_ranks(_hops, 4, node_size, hops)
+
+
 def _order(name: str) -> None:
     groups = make_groups(2)
     rank = dist.get_rank()
     numbers = torch.arange(6).double() + 100 * rank  # in the global token order
     logits = torch.randn(6, NUM_EXPERTS, generator=torch.Generator().manual_seed(rank)).double()
-    dispatcher = TOKEN_DISPATCHERS[name](NUM_EXPERTS, ep_group=groups.ep, topk=TOPK)
+    dispatcher = TOKEN_DISPATCHERS[name](NUM_EXPERTS, pg_collection=groups, topk=TOPK)
     sent = dispatcher.token_permutation(numbers.unsqueeze(1), *topk_routing(logits, TOPK))
     groups_of_rows = sent.hidden_states.flatten().split(sent.tokens_per_expert.tolist())
     assert sum(len(rows) > 1 for rows in groups_of_rows) > 2
@@ -153,7 +200,7 @@ def _is_caught(broken: Callable) -> None:
     groups = make_groups(2)
     # every bug is seen on every rank before its next collective, so none waits for another
     with pytest.raises((AssertionError, RuntimeError)):
-        _check(broken(NUM_EXPERTS, ep_group=groups.ep, topk=TOPK), groups, SIZES[0])
+        _check(broken(NUM_EXPERTS, pg_collection=groups, topk=TOPK), groups, SIZES[0])
     dist.barrier()
 
 
@@ -164,7 +211,7 @@ def test_a_planted_bug_is_caught(broken):
 
 def _state() -> None:
     for make in TOKEN_DISPATCHERS.values():
-        dispatcher = make(NUM_EXPERTS, ep_group=make_groups(1).ep, topk=TOPK)
+        dispatcher = make(NUM_EXPERTS, pg_collection=make_groups(1), topk=TOPK)
         before = dict(vars(dispatcher))
         tokens = make_tokens(4, torch.float64)
         sent = dispatcher.token_permutation(tokens, *_route(tokens))
@@ -183,7 +230,7 @@ def test_dispatchers_keep_nothing_and_survive_nan():
 
 def _identity() -> None:
     groups = make_groups(1)
-    dispatcher = MoEAlltoAllTokenDispatcher(NUM_EXPERTS, ep_group=groups.ep, topk=1)
+    dispatcher = MoEAlltoAllTokenDispatcher(NUM_EXPERTS, pg_collection=groups, topk=1)
     tokens = make_tokens(4, torch.float32)
     sent = dispatcher.token_permutation(tokens, *topk_routing(torch.eye(4, NUM_EXPERTS), 1))
     assert sent.state.order is None

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.models.gpt.moe_module_specs import TOKEN_DISPATCHERS
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
 from tests.helpers.ranks import run_ranks
@@ -25,7 +26,7 @@ from tests.unit_tests.core.transformer.moe.layers import (
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3e-2}
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
-DISPATCHERS = ("alltoall", "allgather")
+DISPATCHERS = tuple(TOKEN_DISPATCHERS)
 ROUTERS: list[dict[str, Any]] = [
     {"moe_router_topk": 1, "moe_router_pre_softmax": True},
     {"moe_router_topk": 2},
@@ -152,9 +153,10 @@ def _collectives(dispatcher: str, forward: list, backward: list) -> None:
     assert sorted(calls) == sorted(backward)
 
 
-def test_alltoall_makes_one_exchange_of_counts_one_dispatch_and_one_combine():
-    counts, rows, probs = (("all_to_all_single", dim) for dim in (1, 2, 1))
-    run_ranks(_collectives, 2, "alltoall", [counts, rows, probs, rows], [rows, rows, probs])
+@pytest.mark.parametrize(("dispatcher", "probs_dim"), [("alltoall", 1), ("alltoall_dedup", 2)])
+def test_alltoall_makes_one_exchange_of_counts_one_dispatch_and_one_combine(dispatcher, probs_dim):
+    counts, rows, probs = (("all_to_all_single", dim) for dim in (1, 2, probs_dim))
+    run_ranks(_collectives, 2, dispatcher, [counts, rows, probs, rows], [rows, rows, probs])
 
 
 def test_allgather_makes_one_exchange_of_sizes_one_gather_and_one_reduce_scatter():

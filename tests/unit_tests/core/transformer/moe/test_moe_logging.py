@@ -51,7 +51,7 @@ def test_report_sums_over_microbatches_steps_and_ranks_and_counts_recompute_once
     run_ranks(_two_steps, world_size, ep)
 
 
-def _report(counts: list[list[int]]) -> MoEReport:
+def _report(counts: list[list[int]], dropped: tuple[float, ...] | None = None) -> MoEReport:
     return MoEReport(
         moe_layers=tuple(range(len(counts))),
         tokens_per_expert=torch.tensor(counts),
@@ -61,6 +61,7 @@ def _report(counts: list[list[int]]) -> MoEReport:
         min_violation=tuple(min(c) / (sum(c) / len(c)) - 1 for c in counts),
         dead_experts=tuple(c.count(0) for c in counts),
         entropy=(0.5,) * len(counts),
+        dropped_fraction=dropped,
         ep_load_ratio=1.0,
     )
 
@@ -88,3 +89,29 @@ def test_scalars_leave_out_what_is_off_and_name_each_layer():
     assert scalars["moe/layer_0/dead_experts"] == 0.0
     assert "moe/z_loss" not in scalars
     assert all(isinstance(value, float) for value in scalars.values())
+    assert not any("dropped" in name for name in scalars)
+
+
+def test_the_dropped_share_is_in_the_lines_and_scalars():
+    report = _report([[3, 3, 2, 4], [12, 0, 0, 0]], dropped=(0.0, 0.25))
+    assert report.lines()[1].endswith("dropped 25.00%")
+    assert report.scalars()["moe/layer_1/dropped_fraction"] == 0.25
+    assert report.scalars()["moe/dropped_fraction_mean"] == 0.125
+
+
+def _dropped() -> None:
+    tracker = MoEMetricsTracker([1, 3], 4, 2, 2, "cpu")
+    for microbatch in range(2):
+        for _recompute in range(2):
+            _record(tracker, 1, microbatch, [4, 2, 2, 0])
+            _record(tracker, 3, microbatch, [4, 2, 2, 0])
+            share = torch.tensor(0.25 * microbatch + 0.5 * dist.get_rank())
+            tracker.record_dropped(3, microbatch, share)
+    tracker.end_step()
+    report = tracker.report(make_groups(1))
+    assert report.dropped_fraction == pytest.approx((0.0, 0.375))
+    assert report.entropy == pytest.approx((0.5, 0.5))
+
+
+def test_the_dropped_share_is_a_mean_over_microbatches_and_ranks():
+    run_ranks(_dropped, 2)

@@ -1,0 +1,99 @@
+"""Each token travels once to a rank, however many of its experts live there; sums come back.
+
+Collectives are those of alltoall.py. Beside a token travels a row of probs over the experts of its
+destination, -1 where it is not routed. Bytes are saved when topk is large against ep.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all, exchange_rows_and_pairs
+from megatron.core.transformer.moe.permutation import (
+    RowPlan,
+    permute,
+    permute_probs,
+    plan_rows,
+    unpermute,
+)
+from megatron.core.transformer.moe.token_dispatcher.base import (
+    DispatchedTokens,
+    MoETokenDispatcher,
+    local_expert_count,
+    rows_sent,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllToAllDedupState:
+    """How tokens were sent, and copied on arrival."""
+
+    sent: RowPlan
+    """Tokens of this rank -> rows by destination rank, one each."""
+    copies: RowPlan
+    """Tokens that arrived -> rows by local expert."""
+    splits: RowSplits
+
+
+class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
+    """Pick by rank -> all-to-all over ep -> copy by local expert; sum there, and sum here."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        pg_collection: ProcessGroupCollection,
+        topk: int | None = None,
+        exact: bool = True,
+    ) -> None:
+        """See ``MoEAlltoAllTokenDispatcher``."""
+        self.num_local_experts = local_expert_count(num_experts, pg_collection.ep.size())
+        self.num_experts = num_experts
+        self.ep_group = pg_collection.ep
+        self.topk = topk
+        self.exact = exact
+
+    def token_permutation(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> DispatchedTokens[AllToAllDedupState]:
+        """See ``MoETokenDispatcher.token_permutation``."""
+        num_tokens = hidden_states.shape[0]
+        blocks = self.num_experts // self.num_local_experts
+        by_rank = routing_map.view(num_tokens, blocks, self.num_local_experts)
+        wanted = by_rank.any(dim=2)  # [num_tokens, ranks]
+        splits, pairs = exchange_rows_and_pairs(
+            self.ep_group, wanted.sum(dim=0), by_rank.sum(dim=(0, 2))
+        )
+        if pairs is None:  # no other rank: every pair is ours
+            pairs = rows_sent([], num_tokens, self.topk, exact=self.exact)
+        most = self.topk or self.num_experts
+        alone = self.topk and 1  # rows of each token in a group of one
+        sent = plan_rows(
+            wanted,
+            num_rows=rows_sent(splits.send, num_tokens, alone, exact=self.exact),
+            max_rows_per_token=min(most, blocks),
+        )
+        tokens = all_to_all(self.ep_group, permute(hidden_states, sent), splits)
+        marked = probs.masked_fill(~routing_map, -1.0).view(-1, self.num_local_experts)
+        columns = marked.index_select(0, sent.pair_of_row)  # [rows sent, num_local_experts]
+        columns = all_to_all(self.ep_group, columns, splits)
+        routed = ~(columns.detach() < 0.0)  # so written, a NaN stays routed
+        copies = plan_rows(
+            routed, num_rows=pairs, max_rows_per_token=min(most, self.num_local_experts)
+        )
+        return DispatchedTokens(
+            hidden_states=permute(tokens, copies),
+            probs=permute_probs(columns, copies),
+            tokens_per_expert=routed.sum(dim=0),
+            state=AllToAllDedupState(sent=sent, copies=copies, splits=splits),
+        )
+
+    def token_unpermutation(
+        self, expert_output: Tensor, dispatched: DispatchedTokens[AllToAllDedupState]
+    ) -> Tensor:
+        """See ``MoETokenDispatcher.token_unpermutation``."""
+        state = dispatched.state
+        parts = unpermute(expert_output, state.copies)  # of each token that arrived, summed here
+        rows = all_to_all(self.ep_group, parts, state.splits.reversed())
+        return unpermute(rows, state.sent)

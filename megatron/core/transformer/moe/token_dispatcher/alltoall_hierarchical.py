@@ -1,0 +1,112 @@
+"""The all-to-all in two hops: within the node, then across nodes, each over its own group.
+
+A row goes to the rank of its own node that holds the place of its destination, and from there to
+the destination's node: a rank then sends one message to each node instead of one to each rank.
+Rows arrive in the order of alltoall.py, so outputs and gradients equal its, bit for bit.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    RowSplits,
+    all_to_all,
+    exchange_counts_in_hops,
+)
+from megatron.core.transformer.moe.permutation import (
+    ChunkOrder,
+    RowPlan,
+    permute,
+    permute_probs,
+    plan_rows,
+    rank_major_to_expert_major,
+    reorder,
+    unpermute,
+)
+from megatron.core.transformer.moe.token_dispatcher.base import (
+    DispatchedTokens,
+    MoETokenDispatcher,
+    local_expert_count,
+    rows_sent,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HierarchicalState:
+    """How the rows of one dispatch were reordered and sent; None where they lay right."""
+
+    plan: RowPlan
+    """Tokens of this rank -> rows it sent, by node, place in the node, expert."""
+    by_place: ChunkOrder | None
+    """Rows as planned -> rows by place, node, expert, as the first hop sends them."""
+    within: RowSplits
+    by_node: ChunkOrder | None
+    """Rows after the first hop, by source place and then node -> rows by node."""
+    across: RowSplits
+    by_expert: ChunkOrder | None
+    """Rows as they arrived, by source rank -> rows by local expert."""
+
+
+class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
+    """Permute -> all-to-all over ep_node -> all-to-all over ep_across -> sort by local expert."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        pg_collection: ProcessGroupCollection,
+        topk: int | None = None,
+        exact: bool = True,
+    ) -> None:
+        """See ``MoEAlltoAllTokenDispatcher``; rank r of ``ep`` is place r % n of node r // n.
+
+        n is the size of ``ep_node``.
+        """
+        local_expert_count(num_experts, pg_collection.ep.size())
+        self.node_group = pg_collection.ep_node
+        self.across_group = pg_collection.ep_across
+        self.topk = topk
+        self.exact = exact
+
+    def token_permutation(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> DispatchedTokens[HierarchicalState]:
+        """See ``MoETokenDispatcher.token_permutation``."""
+        hops = exchange_counts_in_hops(self.node_group, self.across_group, routing_map.sum(dim=0))
+        num_rows = rows_sent(hops.within.send, hidden_states.shape[0], self.topk, exact=self.exact)
+        plan = plan_rows(routing_map, num_rows=num_rows, max_rows_per_token=self.topk)
+        by_place = rank_major_to_expert_major(hops.sent, sum(hops.within.send))
+        by_node = rank_major_to_expert_major(hops.passed, sum(hops.across.send))
+        by_expert = rank_major_to_expert_major(hops.received, sum(hops.across.recv))
+
+        def send(rows: Tensor) -> Tensor:
+            halfway = all_to_all(self.node_group, reorder(rows, by_place), hops.within)
+            arrived = all_to_all(self.across_group, reorder(halfway, by_node), hops.across)
+            return reorder(arrived, by_expert)
+
+        return DispatchedTokens(
+            hidden_states=send(permute(hidden_states, plan)),
+            probs=send(permute_probs(probs, plan)),
+            tokens_per_expert=hops.received.sum(dim=0),
+            state=HierarchicalState(
+                plan=plan,
+                by_place=by_place,
+                within=hops.within,
+                by_node=by_node,
+                across=hops.across,
+                by_expert=by_expert,
+            ),
+        )
+
+    def token_unpermutation(
+        self, expert_output: Tensor, dispatched: DispatchedTokens[HierarchicalState]
+    ) -> Tensor:
+        """See ``MoETokenDispatcher.token_unpermutation``."""
+        state = dispatched.state
+        arrived = reorder(expert_output, state.by_expert, back=True)
+        halfway = all_to_all(self.across_group, arrived, state.across.reversed())
+        passed = reorder(halfway, state.by_node, back=True)
+        rows = all_to_all(self.node_group, passed, state.within.reversed())
+        return unpermute(reorder(rows, state.by_place, back=True), state.plan)
