@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.core.grad_sink import GradSink, grad_sink_of
 from megatron.core.transformer.moe.expert_activation import activate, differentiate
 
 ROW_MULTIPLE = 16
@@ -35,7 +36,8 @@ def looped_experts(
         rows: [num_rows, h], grouped by expert.
         tokens_per_expert: [num_experts], int64; sums to num_rows. Copied to the host.
         probs: [num_rows], fp32 or fp64.
-        weights: Of the experts; each gets a gradient, zeros where it had no rows.
+        weights: Of the experts; each gets a gradient, zeros where it had no rows. One that has
+            a ``grad_sink_of`` gets it there, which saves a pass over memory as large as it.
         gated: SwiGLU instead of GELU.
 
     Returns:
@@ -65,6 +67,7 @@ class _LoopedExperts(torch.autograd.Function):
                 y.add_(p.to(y.dtype).unsqueeze(1) * b2)
             inners.append(inner)
         ctx.sizes, ctx.gated = sizes, gated
+        ctx.sinks = [grad_sink_of(weight) for weight in weights]
         ctx.save_for_backward(rows, probs, *weights, *inners)
         return out
 
@@ -74,26 +77,66 @@ class _LoopedExperts(torch.autograd.Function):
         rows, probs, *rest = ctx.saved_tensors
         weights, inners = rest[:4], rest[4:]
         grad_rows, grad_probs = torch.empty_like(rows), torch.empty_like(probs)
-        grads = [None if weight is None else torch.empty_like(weight) for weight in weights]
-        for (x, p, g, dx, dp), (w1, w2, _, b2), (dw1, dw2, db1, db2), inner in zip(
-            _groups(ctx.sizes, rows, probs, grad, grad_rows, grad_probs),
-            _each(weights),
-            _each(grads),
-            inners,
-            strict=True,
+        grads = [
+            None if weight is None else _GradientStack(weight, sink)
+            for weight, sink in zip(weights, ctx.sinks, strict=True)
+        ]
+        dw1, dw2, db1, db2 = grads
+        assert dw1 is not None, "experts have a first matrix"
+        assert dw2 is not None, "experts have a second matrix"
+        for expert, ((x, p, g, dx, dp), (w1, w2, _, b2), inner) in enumerate(
+            zip(
+                _groups(ctx.sizes, rows, probs, grad, grad_rows, grad_probs),
+                _each(weights),
+                inners,
+                strict=True,
+            )
         ):
             out_grad = _pad(g)
             found = differentiate(inner, _pad(p), out_grad @ w2, gated=ctx.gated)
-            torch.mm(out_grad.t(), found.activated, out=dw2)
-            torch.mm(found.inner.t(), _pad(x), out=dw1)
+            dw2.put_product(expert, out_grad.t(), found.activated)
+            dw1.put_product(expert, found.inner.t(), _pad(x))
             dx.copy_((found.inner @ w1)[: len(x)])
             dp.copy_(found.probs[: len(p)])
-            if db1 is not None:
-                torch.sum(found.inner, dim=0, out=db1)
-            if b2 is not None and db2 is not None:
+            if db1 is not None and db2 is not None:
                 dp.add_((g @ b2).to(dp.dtype))
-                torch.mv(g.t(), p.to(g.dtype), out=db2)
-        return grad_rows, grad_probs, None, None, *grads
+                db1.put(expert, found.inner.sum(dim=0))
+                db2.put(expert, torch.mv(g.t(), p.to(g.dtype)))
+        return grad_rows, grad_probs, None, None, *map(_GradientStack.returned, grads)
+
+
+class _GradientStack:
+    """The gradient of one stacked parameter, made expert by expert.
+
+    Added to its sink, where there is one; else a fresh tensor, of which each expert is put once.
+    """
+
+    def __init__(self, weight: Tensor, sink: GradSink | None) -> None:
+        self._adds = sink is not None
+        self._stack = torch.empty_like(weight) if sink is None else sink()
+
+    @staticmethod
+    def returned(stack: "_GradientStack | None") -> Tensor | None:
+        """Return what autograd is to be given."""
+        return None if stack is None or stack._adds else stack._stack
+
+    def put_product(self, expert: int, left: Tensor, right: Tensor) -> None:
+        """Put ``left @ right``; one pass over memory where the dtypes allow it."""
+        place = self._stack[expert]
+        if not self._adds:
+            torch.mm(left, right, out=place)
+        elif place.dtype == left.dtype:
+            place.addmm_(left, right)
+        elif left.shape[1]:
+            place.add_(left @ right)
+
+    def put(self, expert: int, gradient: Tensor) -> None:
+        """Put ``gradient`` as it is."""
+        place = self._stack[expert]
+        if self._adds:
+            place.add_(gradient)
+        else:
+            place.copy_(gradient)
 
 
 def _groups(sizes: Sequence[int], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
