@@ -33,6 +33,8 @@ ARCHITECTURE = {
     "--num-experts": "num_moe_experts",
     "--moe-layer-freq": "moe_layer_pattern",
     "--moe-ffn-hidden-size": "moe_ffn_size",
+    "--moe-shared-expert-intermediate-size": "moe_shared_expert_intermediate_size",
+    "--moe-shared-expert-gate": "moe_shared_expert_gate",
     "--moe-router-topk": "moe_router_topk",
     "--moe-router-pre-softmax": "moe_router_pre_softmax",
     "number format (--bf16, --fp64)": "params_dtype_name",

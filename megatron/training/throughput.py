@@ -1,7 +1,8 @@
 """How much a step computes and how fast: floating-point operations by formula, nothing measured.
 
 The count is Megatron's, so that figures compare: matrix products only, causal half of attention,
-the top-k experts of each token whether or not they were dropped, no router, backward = 2 x forward.
+the top-k experts of each token whether or not they were dropped, the shared
+experts, no router, backward = 2 x forward.
 """
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,6 +29,6 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
     matrices = 3 if config.swiglu else 2
     products = float(vocab_size * hidden)
     for is_moe in config.moe_layer_pattern:
-        width = config.moe_router_topk * config.moe_ffn_size if is_moe else config.ffn_size
+        width = config.moe_width_per_token if is_moe else config.ffn_size
         products += projections + causal_core + matrices * hidden * width
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * products

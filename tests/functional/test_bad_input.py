@@ -101,6 +101,16 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["one of aux_loss, none"]),
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["no token is ever dropped"]),
+    "gate of no shared expert": (
+        1,
+        f"{MOE} --moe-shared-expert-gate",
+        ["needs shared experts: add --moe-shared-expert-intermediate-size"],
+    ),
+    "shared experts of width 0": (
+        1,
+        f"{MOE} --moe-shared-expert-intermediate-size 0",
+        ["must be at least 1"],
+    ),
     "groups of experts": (1, f"{MOE} --moe-router-num-groups 2", ["not offered here"]),
     "grouped and sequential": (
         1,

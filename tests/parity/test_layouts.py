@@ -20,6 +20,10 @@ CASES = {
     "allgather": {"moe_token_dispatcher_type": "allgather"},
     "sequential": {"moe_experts_type": "sequential"},
     "dense_first": {"moe_layer_freq": [0, 1], "untie_embeddings_and_output_weights": True},
+    "shared_experts": {
+        "moe_shared_expert_intermediate_size": 20,
+        "moe_shared_expert_gate": True,
+    },
     "top1_rope": {
         "moe_router_topk": 1,
         "moe_router_pre_softmax": True,

@@ -48,6 +48,8 @@ class ReferenceMoE(nn.Module):
         swiglu: bool = True,
         bias: bool = False,
         pre_softmax: bool = False,
+        shared_ffn: int | None = None,
+        shared_gate: bool = False,
     ) -> None:
         super().__init__()
         self.topk, self.pre_softmax = topk, pre_softmax
@@ -55,6 +57,11 @@ class ReferenceMoE(nn.Module):
         self.experts = nn.ModuleList(
             ReferenceExpert(hidden, ffn, swiglu=swiglu, bias=bias) for _ in range(num_experts)
         )
+        self.shared = self.shared_gate = None
+        if shared_ffn is not None:
+            self.shared = ReferenceExpert(hidden, shared_ffn, swiglu=swiglu, bias=bias)
+        if shared_gate:
+            self.shared_gate = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, tokens: Tensor) -> ReferenceOutput:
         """Apply to ``tokens`` [num_tokens, h]."""
@@ -71,6 +78,12 @@ class ReferenceMoE(nn.Module):
             token, place = mask.nonzero(as_tuple=True)
             weighted = expert(tokens[token]) * weights[token, place].unsqueeze(-1)
             canvas = canvas.index_add(0, token, weighted)
+
+        if self.shared is not None:
+            shared = self.shared(tokens)
+            if self.shared_gate is not None:
+                shared = shared * torch.sigmoid(self.shared_gate(tokens))
+            canvas = canvas + shared
 
         counts = torch.stack([(chosen == number).sum() for number in range(len(self.experts))])
         num_tokens = max(len(tokens), 1)
@@ -90,11 +103,17 @@ class ReferenceMoE(nn.Module):
         """
         of = {name: p.grad if gradients else p for name, p in self.named_parameters()}
         found = {"router.weight": of["gate.weight"]}
-        for number, expert in enumerate(self.experts):
+        stacks = {f"experts.{n}": expert for n, expert in enumerate(self.experts)}
+        if self.shared is not None:
+            stacks["shared"] = self.shared
+        if self.shared_gate is not None:
+            found["shared_experts.gate_weight"] = of["shared_gate.weight"]
+        for name, expert in stacks.items():
             for kind in ("weight", "bias") if expert.up.bias is not None else ("weight",):
-                up = of[f"experts.{number}.up.{kind}"]
-                parts = [up] if expert.gate is None else [of[f"experts.{number}.gate.{kind}"], up]
-                name = f"experts.local_experts.{number}."
-                found[name + f"linear_fc1.{kind}"] = torch.cat(parts)
-                found[name + f"linear_fc2.{kind}"] = of[f"experts.{number}.down.{kind}"]
+                up = of[f"{name}.up.{kind}"]
+                parts = [up] if expert.gate is None else [of[f"{name}.gate.{kind}"], up]
+                place = name.replace("experts.", "experts.local_experts.")
+                place = place.replace("shared", "shared_experts")
+                found[f"{place}.linear_fc1.{kind}"] = torch.cat(parts)
+                found[f"{place}.linear_fc2.{kind}"] = of[f"{name}.down.{kind}"]
         return found

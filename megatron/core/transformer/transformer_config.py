@@ -62,6 +62,12 @@ class TransformerConfig(
         return self.moe_ffn_hidden_size or self.ffn_size
 
     @property
+    def moe_width_per_token(self) -> int:
+        """Width of all experts together that one token goes through, shared experts included."""
+        routed = self.moe_router_topk * self.moe_ffn_size
+        return routed + (self.moe_shared_expert_intermediate_size or 0)
+
+    @property
     def moe_layer_pattern(self) -> tuple[bool, ...]:
         """For each layer, in order, whether it is a MoE layer."""
         if self.num_moe_experts is None:

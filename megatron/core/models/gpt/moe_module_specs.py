@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from megatron.core.models.gpt.mlp_module_specs import get_mlp_submodules
 from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
@@ -25,10 +27,13 @@ TOKEN_DISPATCHERS: dict[str, type[MoETokenDispatcher[Any]]] = {
 
 def get_moe_module_spec(config: TransformerConfig) -> ModuleSpec:
     """Describe the MoE layer that ``config`` asks for."""
+    has_shared = config.moe_shared_expert_intermediate_size is not None
+    shared = ModuleSpec(SharedExpertMLP, get_mlp_submodules(config)) if has_shared else None
     return ModuleSpec(
         MoELayer,
         MoESubmodules(
             experts=EXPERTS[config.moe_experts_type],
+            shared_experts=shared,
             router=TopKRouter,
             token_dispatcher=TOKEN_DISPATCHERS[config.moe_token_dispatcher_type],
         ),

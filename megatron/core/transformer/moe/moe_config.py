@@ -22,6 +22,14 @@ class MoEConfig:
     moe_ffn_hidden_size: int | None = None
     """Width of each expert; --ffn-hidden-size when not set."""
 
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of all shared experts together (their number x the width of one). Every token goes
+    through them, and their output is added. None are there when not set."""
+
+    moe_shared_expert_gate: bool = False
+    """Multiply the output of the shared experts by the sigmoid of a learned product with the
+    token."""
+
     moe_router_topk: int = 2
     """Number of experts that each token is sent to."""
 
@@ -60,6 +68,11 @@ class MoEConfig:
             yield (
                 f"--moe-router-topk {self.moe_router_topk} must lie between 1 and "
                 f"--num-experts {self.num_moe_experts}"
+            )
+        if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
+            yield (
+                "--moe-shared-expert-gate needs shared experts: add "
+                "--moe-shared-expert-intermediate-size, or leave it out"
             )
 
     @property

@@ -26,6 +26,8 @@ class MoESubmodules:
 
     experts: ModuleSpec | type
     """Bank of experts, such as ``GroupedMLP``."""
+    shared_experts: ModuleSpec | type | None = None
+    """Such as ``SharedExpertMLP``; None for a layer without."""
     router: ModuleSpec | type = TopKRouter
     """Returns a ``Routing``."""
     token_dispatcher: Callable[..., MoETokenDispatcher[Any]] = MoEAlltoAllTokenDispatcher
@@ -35,8 +37,8 @@ class MoESubmodules:
 class MoELayer(nn.Module):
     """A mixture of experts in place of an MLP.
 
-    ``output = sum over chosen experts e of probs[e] * expert_e(input)``, for each token; no token
-    is dropped.
+    ``output = sum over chosen experts e of probs[e] * expert_e(input)``, for each token, plus
+    ``shared_experts(input)`` where there are any; no token is dropped.
     """
 
     def __init__(
@@ -69,6 +71,14 @@ class MoELayer(nn.Module):
             config,
             pg_collection=pg_collection,
         )
+        self.shared_experts = None
+        if submodules.shared_experts is not None:
+            self.shared_experts = build_module(
+                submodules.shared_experts,
+                config,
+                layer_number=layer_number,
+                pg_collection=pg_collection,
+            )
 
     def forward(
         self, hidden_states: Tensor, context: ForwardContext = _PLAIN
@@ -83,4 +93,7 @@ class MoELayer(nn.Module):
         sent = self.token_dispatcher.token_permutation(tokens, probs, routing_map)
         output, _ = self.experts(sent.hidden_states, sent.tokens_per_expert, sent.probs)
         combined = self.token_dispatcher.token_unpermutation(output, sent)
+        if self.shared_experts is not None:
+            shared, _ = self.shared_experts(tokens, context)
+            combined = combined + shared
         return combined.view(hidden_states.shape), None

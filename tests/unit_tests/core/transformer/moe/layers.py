@@ -63,6 +63,8 @@ def make_reference(config: TransformerConfig) -> ReferenceMoE:
         swiglu=config.swiglu,
         bias=config.add_bias_linear,
         pre_softmax=config.moe_router_pre_softmax,
+        shared_ffn=config.moe_shared_expert_intermediate_size,
+        shared_gate=config.moe_shared_expert_gate,
     ).to(getattr(torch, config.params_dtype_name))
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -91,6 +91,8 @@ def _parity(ep: int, experts: str, shape: dict[str, Any]) -> None:
         ("grouped", {"swiglu": True}),
         ("grouped", {"swiglu": False, "add_bias_linear": True}),
         ("sequential", {"swiglu": True, "add_bias_linear": True}),
+        ("grouped", {"moe_shared_expert_intermediate_size": 10, "moe_shared_expert_gate": True}),
+        ("grouped", {"moe_shared_expert_intermediate_size": 32, "add_bias_linear": True}),
     ],
 )
 def test_layer_equals_the_textbook_layer(world_size, ep, experts, shape):
