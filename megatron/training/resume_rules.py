@@ -35,6 +35,7 @@ ARCHITECTURE = {
     "--moe-ffn-hidden-size": "moe_ffn_size",
     "--moe-shared-expert-intermediate-size": "moe_shared_expert_intermediate_size",
     "--moe-shared-expert-gate": "moe_shared_expert_gate",
+    "--moe-latent-size": "moe_latent_size",
     "--moe-router-topk": "moe_router_topk",
     "--moe-router-pre-softmax": "moe_router_pre_softmax",
     "number format (--bf16, --fp64)": "params_dtype_name",

@@ -24,6 +24,7 @@ CASES = {
         "moe_shared_expert_intermediate_size": 20,
         "moe_shared_expert_gate": True,
     },
+    "latent": {"moe_latent_size": 10, "moe_shared_expert_intermediate_size": 20},
     "top1_rope": {
         "moe_router_topk": 1,
         "moe_router_pre_softmax": True,

@@ -68,6 +68,7 @@ def _model(ep: int, kind: str) -> GPTModel:
         swiglu=True,
         moe_shared_expert_intermediate_size=6,
         moe_shared_expert_gate=True,
+        moe_latent_size=6,
     )
     layout = config.layout(dist.get_world_size())
     return GPTModel(

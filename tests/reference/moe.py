@@ -50,12 +50,18 @@ class ReferenceMoE(nn.Module):
         pre_softmax: bool = False,
         shared_ffn: int | None = None,
         shared_gate: bool = False,
+        latent: int | None = None,
     ) -> None:
         super().__init__()
         self.topk, self.pre_softmax = topk, pre_softmax
         self.gate = nn.Linear(hidden, num_experts, bias=False)
+        self.there = self.back = None
+        if latent is not None:
+            self.there = nn.Linear(hidden, latent, bias=bias)
+            self.back = nn.Linear(latent, hidden, bias=bias)
         self.experts = nn.ModuleList(
-            ReferenceExpert(hidden, ffn, swiglu=swiglu, bias=bias) for _ in range(num_experts)
+            ReferenceExpert(latent or hidden, ffn, swiglu=swiglu, bias=bias)
+            for _ in range(num_experts)
         )
         self.shared = self.shared_gate = None
         if shared_ffn is not None:
@@ -72,13 +78,16 @@ class ReferenceMoE(nn.Module):
             scores, chosen = logits.topk(self.topk, dim=-1)
             weights = scores.softmax(dim=-1)
 
-        canvas = torch.zeros_like(tokens)
+        inputs = tokens if self.there is None else self.there(tokens)
+        canvas = torch.zeros_like(inputs)
         for number, expert in enumerate(self.experts):
             mask = chosen == number  # [num_tokens, topk]
             token, place = mask.nonzero(as_tuple=True)
-            weighted = expert(tokens[token]) * weights[token, place].unsqueeze(-1)
+            weighted = expert(inputs[token]) * weights[token, place].unsqueeze(-1)
             canvas = canvas.index_add(0, token, weighted)
 
+        if self.back is not None:
+            canvas = self.back(canvas)
         if self.shared is not None:
             shared = self.shared(tokens)
             if self.shared_gate is not None:
@@ -106,6 +115,10 @@ class ReferenceMoE(nn.Module):
         stacks = {f"experts.{n}": expert for n, expert in enumerate(self.experts)}
         if self.shared is not None:
             stacks["shared"] = self.shared
+        for name, place in (("there", "fc1_latent_proj"), ("back", "fc2_latent_proj")):
+            for kind in ("weight", "bias"):
+                if f"{name}.{kind}" in of:
+                    found[f"{place}.{kind}"] = of[f"{name}.{kind}"]
         if self.shared_gate is not None:
             found["shared_experts.gate_weight"] = of["shared_gate.weight"]
         for name, expert in stacks.items():

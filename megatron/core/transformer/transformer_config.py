@@ -62,10 +62,9 @@ class TransformerConfig(
         return self.moe_ffn_hidden_size or self.ffn_size
 
     @property
-    def moe_width_per_token(self) -> int:
-        """Width of all experts together that one token goes through, shared experts included."""
-        routed = self.moe_router_topk * self.moe_ffn_size
-        return routed + (self.moe_shared_expert_intermediate_size or 0)
+    def moe_hidden_size(self) -> int:
+        """Width of a token as the routed experts read and write it."""
+        return self.moe_latent_size or self.hidden_size
 
     @property
     def moe_layer_pattern(self) -> tuple[bool, ...]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron.core.models.gpt.mlp_module_specs import get_mlp_submodules
+from megatron.core.tensor_parallel.layers import Linear
 from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
@@ -34,6 +35,7 @@ def get_moe_module_spec(config: TransformerConfig) -> ModuleSpec:
         MoESubmodules(
             experts=EXPERTS[config.moe_experts_type],
             shared_experts=shared,
+            latent_proj=None if config.moe_latent_size is None else Linear,
             router=TopKRouter,
             token_dispatcher=TOKEN_DISPATCHERS[config.moe_token_dispatcher_type],
         ),

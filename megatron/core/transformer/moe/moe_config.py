@@ -30,6 +30,11 @@ class MoEConfig:
     """Multiply the output of the shared experts by the sigmoid of a learned product with the
     token."""
 
+    moe_latent_size: int | None = None
+    """Width of the latent space of the routed experts: a matrix of --hidden-size rows takes each
+    token there before it is sent, another one brings the sum back. Router and shared experts stay
+    at --hidden-size, and so do the routed experts when not set."""
+
     moe_router_topk: int = 2
     """Number of experts that each token is sent to."""
 
