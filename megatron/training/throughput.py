@@ -1,7 +1,8 @@
 """How much a step computes and how fast: floating-point operations by formula, nothing measured.
 
 The count is Megatron's, so that figures compare: matrix products only, causal half of attention,
-the top-k experts of each token whether or not they were dropped, no router, backward = 2 x forward.
+the top-k experts of each token whether or not they were dropped, the shared
+experts, no router, backward = 2 x forward.
 """
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,9 +26,18 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
     keys_and_values = 2 * config.query_groups * config.head_dim
     projections = hidden * (queries + keys_and_values) + queries * hidden
     causal_core = 2 * queries * seq_length / 2  # scores and weighted values, half of the square
-    matrices = 3 if config.swiglu else 2
     products = float(vocab_size * hidden)
     for is_moe in config.moe_layer_pattern:
-        width = config.moe_router_topk * config.moe_ffn_size if is_moe else config.ffn_size
-        products += projections + causal_core + matrices * hidden * width
+        products += projections + causal_core + _mlp_products(config, is_moe)
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * products
+
+
+def _mlp_products(config: TransformerConfig, is_moe: bool) -> int:
+    """Return the multiplications of one token's MLP, forward."""
+    matrices = 3 if config.swiglu else 2
+    if not is_moe:
+        return matrices * config.hidden_size * config.ffn_size
+    routed = matrices * config.moe_hidden_size * config.moe_router_topk * config.moe_ffn_size
+    shared = matrices * config.hidden_size * (config.moe_shared_expert_intermediate_size or 0)
+    latent = 2 * config.hidden_size * (config.moe_latent_size or 0)  # there and back
+    return routed + shared + latent

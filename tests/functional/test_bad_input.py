@@ -131,6 +131,17 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --moe-pad-expert-input-to-capacity --moe-token-drop-policy position",
         ["have no effect without --moe-expert-capacity-factor"],
     ),
+    "gate of no shared expert": (
+        1,
+        f"{MOE} --moe-shared-expert-gate",
+        ["needs shared experts: add --moe-shared-expert-intermediate-size"],
+    ),
+    "shared experts of width 0": (
+        1,
+        f"{MOE} --moe-shared-expert-intermediate-size 0",
+        ["must be at least 1"],
+    ),
+    "latent space of width 0": (1, f"{MOE} --moe-latent-size 0", ["must be at least 1"]),
     "groups of experts": (1, f"{MOE} --moe-router-num-groups 2", ["not offered here"]),
     "grouped and sequential": (
         1,

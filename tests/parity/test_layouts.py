@@ -25,6 +25,11 @@ CASES = {
     },
     "sequential": {"moe_experts_type": "sequential"},
     "dense_first": {"moe_layer_freq": [0, 1], "untie_embeddings_and_output_weights": True},
+    "shared_experts": {
+        "moe_shared_expert_intermediate_size": 20,
+        "moe_shared_expert_gate": True,
+    },
+    "latent": {"moe_latent_size": 10, "moe_shared_expert_intermediate_size": 20},
     "top1_rope": {
         "moe_router_topk": 1,
         "moe_router_pre_softmax": True,

@@ -62,7 +62,13 @@ def test_every_layout_loads_what_every_layout_saved(tmp_path: Path, dtype: torch
 
 def _model(ep: int, kind: str) -> GPTModel:
     config = tiny_config(
-        num_moe_experts=4, moe_experts_type=kind, expert_model_parallel_size=ep, swiglu=True
+        num_moe_experts=4,
+        moe_experts_type=kind,
+        expert_model_parallel_size=ep,
+        swiglu=True,
+        moe_shared_expert_intermediate_size=6,
+        moe_shared_expert_gate=True,
+        moe_latent_size=6,
     )
     layout = config.layout(dist.get_world_size())
     return GPTModel(

@@ -51,14 +51,27 @@ class ReferenceMoE(nn.Module):
         pre_softmax: bool = False,
         capacity_factor: float | None = None,
         drop_policy: str = "probs",
+        shared_ffn: int | None = None,
+        shared_gate: bool = False,
+        latent: int | None = None,
     ) -> None:
         super().__init__()
         self.topk, self.pre_softmax = topk, pre_softmax
         self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
         self.gate = nn.Linear(hidden, num_experts, bias=False)
+        self.there = self.back = None
+        if latent is not None:
+            self.there = nn.Linear(hidden, latent, bias=bias)
+            self.back = nn.Linear(latent, hidden, bias=bias)
         self.experts = nn.ModuleList(
-            ReferenceExpert(hidden, ffn, swiglu=swiglu, bias=bias) for _ in range(num_experts)
+            ReferenceExpert(latent or hidden, ffn, swiglu=swiglu, bias=bias)
+            for _ in range(num_experts)
         )
+        self.shared = self.shared_gate = None
+        if shared_ffn is not None:
+            self.shared = ReferenceExpert(hidden, shared_ffn, swiglu=swiglu, bias=bias)
+        if shared_gate:
+            self.shared_gate = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, tokens: Tensor) -> ReferenceOutput:
         """Apply to ``tokens`` [num_tokens, h]."""
@@ -73,12 +86,21 @@ class ReferenceMoE(nn.Module):
             capacity = math.ceil(share * self.capacity_factor)
             weights = weights * kept_pairs(weights, chosen, capacity, self.drop_policy)
 
-        canvas = torch.zeros_like(tokens)
+        inputs = tokens if self.there is None else self.there(tokens)
+        canvas = torch.zeros_like(inputs)
         for number, expert in enumerate(self.experts):
             mask = chosen == number  # [num_tokens, topk]
             token, place = mask.nonzero(as_tuple=True)
-            weighted = expert(tokens[token]) * weights[token, place].unsqueeze(-1)
+            weighted = expert(inputs[token]) * weights[token, place].unsqueeze(-1)
             canvas = canvas.index_add(0, token, weighted)
+
+        if self.back is not None:
+            canvas = self.back(canvas)
+        if self.shared is not None:
+            shared = self.shared(tokens)
+            if self.shared_gate is not None:
+                shared = shared * torch.sigmoid(self.shared_gate(tokens))
+            canvas = canvas + shared
 
         counts = torch.stack([(chosen == number).sum() for number in range(len(self.experts))])
         num_tokens = max(len(tokens), 1)
@@ -98,13 +120,23 @@ class ReferenceMoE(nn.Module):
         """
         of = {name: p.grad if gradients else p for name, p in self.named_parameters()}
         found = {"router.weight": of["gate.weight"]}
-        for number, expert in enumerate(self.experts):
+        stacks = {f"experts.{n}": expert for n, expert in enumerate(self.experts)}
+        if self.shared is not None:
+            stacks["shared"] = self.shared
+        for name, place in (("there", "fc1_latent_proj"), ("back", "fc2_latent_proj")):
+            for kind in ("weight", "bias"):
+                if f"{name}.{kind}" in of:
+                    found[f"{place}.{kind}"] = of[f"{name}.{kind}"]
+        if self.shared_gate is not None:
+            found["shared_experts.gate_weight"] = of["shared_gate.weight"]
+        for name, expert in stacks.items():
             for kind in ("weight", "bias") if expert.up.bias is not None else ("weight",):
-                up = of[f"experts.{number}.up.{kind}"]
-                parts = [up] if expert.gate is None else [of[f"experts.{number}.gate.{kind}"], up]
-                name = f"experts.local_experts.{number}."
-                found[name + f"linear_fc1.{kind}"] = torch.cat(parts)
-                found[name + f"linear_fc2.{kind}"] = of[f"experts.{number}.down.{kind}"]
+                up = of[f"{name}.up.{kind}"]
+                parts = [up] if expert.gate is None else [of[f"{name}.gate.{kind}"], up]
+                place = name.replace("experts.", "experts.local_experts.")
+                place = place.replace("shared", "shared_experts")
+                found[f"{place}.linear_fc1.{kind}"] = torch.cat(parts)
+                found[f"{place}.linear_fc2.{kind}"] = of[f"{name}.down.{kind}"]
         return found
 
 

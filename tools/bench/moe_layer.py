@@ -1,7 +1,8 @@
 """Forward and backward of one MoE layer: grouped, sequential, the textbook loop, and the limit.
 
 The limit is the time its matrix products would take at the rate of one large product. Routing is
-new in each call, as in training.
+new in each call, as in training; "in training" is the grouped layer with the gradient buffers of
+DistributedDataParallel, zeroed in each call.
 """
 
 import argparse
@@ -14,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.weight_init import init_weights
@@ -55,6 +58,11 @@ class Bench:
             f"layer, {experts}": self._layer(moe_config(args, dtype, experts), groups)
             for experts in ("grouped", "sequential")
         }
+        self.trained = DistributedDataParallel(
+            DistributedDataParallelConfig(),
+            self._layer(moe_config(args, dtype, "grouped"), groups),
+            pg_collection=groups,
+        )
         self.reference = ReferenceMoE(
             args.hidden_size, args.moe_ffn_hidden_size, args.num_experts, args.moe_router_topk
         ).to(device, self.dtype)
@@ -66,6 +74,9 @@ class Bench:
             name: lambda layer=layer: self._step(layer, lambda x: layer(x, context)[0])
             for name, layer in self.layers.items()
         }
+        found["grouped, in training"] = lambda: self._step(
+            self.trained, lambda x: self.trained(x, context)[0]
+        )
         found["textbook loop"] = lambda: self._step(
             self.reference, lambda x: self.reference(x.flatten(0, 1)).output
         )
@@ -80,7 +91,10 @@ class Bench:
         return layer
 
     def _step(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-        module.zero_grad(set_to_none=True)
+        if isinstance(module, DistributedDataParallel):
+            module.zero_grad_buffer()
+        else:
+            module.zero_grad(set_to_none=True)
         tokens = torch.randn(self.shape, device=self.device, dtype=self.dtype, requires_grad=True)
         output = forward(tokens)
         output.backward(torch.ones_like(output))

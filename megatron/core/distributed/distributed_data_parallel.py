@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from megatron.core.distributed.bucket_layout import (
     Bucket,
@@ -22,6 +23,7 @@ from megatron.core.distributed.bucket_layout import (
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.grad_reducer import GradReducer, Pending
 from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer
+from megatron.core.grad_sink import offer_grad_sink
 from megatron.core.param_role import role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -30,7 +32,8 @@ class DistributedDataParallel(nn.Module):
     """A model whose parameters and gradients live in flat buffers, shared by data ranks.
 
     Every trainable parameter gets ``param.main_grad``, a view of fp32 (fp64) gradients that
-    accumulates over backwards; ``param.grad`` stays None. A tied parameter is one parameter.
+    accumulates over backwards; ``param.grad`` stays None. A tied parameter is one parameter. A
+    function may add to ``main_grad`` itself and return no gradient: see ``grad_sink_of``.
 
     One step: ``zero_grad_buffer()``; all microbatches but the last under ``no_sync()``; the last
     one outside; ``finish_grad_sync()``. Then ``main_grad`` is the same on all replicas.
@@ -66,8 +69,7 @@ class DistributedDataParallel(nn.Module):
         self._overlap = ddp_config.overlap_grad_reduce
         self._is_last_microbatch = True
         self._is_synced = False
-        for number, param in enumerate(self._params):
-            param.register_post_accumulate_grad_hook(self._make_hook(number))
+        self._accumulators = [self._watch(n, param) for n, param in enumerate(self._params)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
@@ -112,9 +114,10 @@ class DistributedDataParallel(nn.Module):
     def _start_reduce(self, bucket: Bucket) -> Pending | None:
         return self.grad_buffers[bucket.buffer].start_reduce(bucket.start, bucket.end)
 
-    def _make_hook(self, number: int) -> Any:
-        def accumulate(param: Tensor) -> None:
-            assert param.grad is not None, f"no gradient to accumulate: {self._names[number]}"
+    def _watch(self, number: int, param: nn.Parameter) -> Node:
+        """Gather what backward makes of ``param``; the result lives as long as its hooks."""
+
+        def sum_in_time() -> Tensor:
             assert not self._is_synced, (
                 f"a gradient of {self._names[number]} came after finish_grad_sync(); "
                 "call zero_grad_buffer() before the next backward"
@@ -123,12 +126,34 @@ class DistributedDataParallel(nn.Module):
                 f"a gradient of {self._names[number]} came after its bucket was reduced; "
                 "run all microbatches but the last under no_sync()"
             )
-            _main_grad(param).add_(param.grad)
-            param.grad = None
+            return _main_grad(param)
+
+        def accumulate(param: Tensor) -> None:
+            if param.grad is not None:  # else it went through the sink
+                sum_in_time().add_(param.grad)
+                param.grad = None
+
+        def note_filled(*_: object) -> None:
             if self._overlap and self._is_last_microbatch:
                 self._reducer.mark_filled(number)
 
-        return accumulate
+        offer_grad_sink(param, sum_in_time)
+        param.register_post_accumulate_grad_hook(accumulate)
+        # Called once in a backward, behind all uses of the parameter and behind the hook above,
+        # also when no use returned a gradient.
+        accumulator = _accumulator(param)
+        accumulator.register_hook(note_filled)
+        return accumulator
+
+
+def _accumulator(param: nn.Parameter) -> Node:
+    """Return the node at which all gradients of ``param`` arrive."""
+    with torch.enable_grad():
+        used = param.view_as(param).grad_fn
+    assert used is not None, "a trainable parameter is in the graph of its uses"
+    node = used.next_functions[0][0]
+    assert node is not None, "a use leads to the parameter"
+    return node
 
 
 def _trainable(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:

@@ -35,6 +35,7 @@ class MLP(nn.Module):
         *,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
+        ffn_size: int | None = None,
     ) -> None:
         """Build both matrices.
 
@@ -43,10 +44,12 @@ class MLP(nn.Module):
             submodules: What to build.
             layer_number: Taken because every MLP slot is given it; a dense MLP needs it not.
             pg_collection: As ``layer_number``.
+            ffn_size: Width between the matrices; ``config.ffn_size`` when None.
         """
         super().__init__()
         del layer_number, pg_collection
-        hidden, ffn, dtype = config.hidden_size, config.ffn_size, params_dtype(config)
+        hidden, dtype = config.hidden_size, params_dtype(config)
+        ffn = ffn_size or config.ffn_size
         self.activation = submodules.activation
         self.linear_fc1 = build_module(
             submodules.linear_fc1,

@@ -98,6 +98,11 @@ class TransformerConfig(
         return self.moe_ffn_hidden_size or self.ffn_size
 
     @property
+    def moe_hidden_size(self) -> int:
+        """Width of a token as the routed experts read and write it."""
+        return self.moe_latent_size or self.hidden_size
+
+    @property
     def moe_layer_pattern(self) -> tuple[bool, ...]:
         """For each layer, in order, whether it is a MoE layer."""
         if self.num_moe_experts is None:

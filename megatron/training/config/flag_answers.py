@@ -207,7 +207,10 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--no-overlap-p2p", _PIPELINE),
     ("--hierarchical-context", "only --context-parallel-size 1 is offered so far"),
     ("--hybrid-context", "only --context-parallel-size 1 is offered so far"),
-    ("--moe-shared-expert", "shared experts are not offered yet; all experts are routed"),
+    (
+        "--moe-shared-expert",
+        "see --moe-shared-expert-intermediate-size; this way of running them is not offered",
+    ),
     ("--moe-router-num-groups", "every expert may be chosen; groups are not offered yet"),
     ("--moe-router-group-topk", "every expert may be chosen; groups are not offered yet"),
     ("--moe-flex", "use --moe-token-dispatcher-type alltoall"),

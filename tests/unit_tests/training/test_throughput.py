@@ -22,6 +22,18 @@ def test_only_the_chosen_experts_count() -> None:
     assert moe - _flops() == 6 * 2 * 8 * 16
 
 
+def test_shared_experts_count_for_every_token() -> None:
+    experts = {"num_moe_experts": 8, "moe_layer_freq": [0, 1], "swiglu": True}
+    shared = _flops(**experts, moe_shared_expert_intermediate_size=5)
+    assert shared - _flops(**experts) == 6 * 3 * 8 * 5
+
+
+def test_latent_experts_are_narrower_and_cost_two_matrices() -> None:
+    experts = {"num_moe_experts": 8, "moe_layer_freq": [0, 1], "moe_router_topk": 3}
+    latent = _flops(**experts, moe_latent_size=2)
+    assert _flops(**experts) - latent == 6 * (3 * 2 * (8 - 2) * 16 - 2 * 8 * 2)
+
+
 def test_grouped_queries_save_projections_only() -> None:
     grouped = _flops(group_query_attention=True, num_query_groups=1)
     assert _flops() - grouped == 6 * 2 * 8 * 8

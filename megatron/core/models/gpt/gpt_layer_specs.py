@@ -1,11 +1,11 @@
 """From the config to the tree of classes a GPT is built of: every choice of a class is here."""
 
+from megatron.core.models.gpt.mlp_module_specs import get_mlp_submodules
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.activations import gelu, swiglu
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNorm, RMSNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -67,10 +67,5 @@ def get_mlp_spec(config: TransformerConfig) -> ModuleSpec:
     """Describe the dense MLP."""
     return ModuleSpec(
         MLP,
-        MLPSubmodules(
-            linear_fc1=ColumnParallelLinear,
-            linear_fc2=RowParallelLinear,
-            activation=swiglu if config.swiglu else gelu,
-            gated=config.swiglu,
-        ),
+        get_mlp_submodules(config),
     )

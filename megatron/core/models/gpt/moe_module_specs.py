@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from megatron.core.models.gpt.mlp_module_specs import get_mlp_submodules
+from megatron.core.tensor_parallel.layers import Linear
 from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllDedupTokenDispatcher,
@@ -34,10 +37,14 @@ def get_moe_module_spec(config: TransformerConfig) -> ModuleSpec:
         ConfigError: ``config`` contradicts itself; see ``TransformerConfig.check``.
     """
     config.check()
+    has_shared = config.moe_shared_expert_intermediate_size is not None
+    shared = ModuleSpec(SharedExpertMLP, get_mlp_submodules(config)) if has_shared else None
     return ModuleSpec(
         MoELayer,
         MoESubmodules(
             experts=EXPERTS[config.moe_experts_type],
+            shared_experts=shared,
+            latent_proj=None if config.moe_latent_size is None else Linear,
             router=TopKRouter,
             token_dispatcher=TOKEN_DISPATCHERS[config.moe_token_dispatcher_type],
         ),

@@ -68,14 +68,13 @@ def differentiate(inner: Tensor, probs: Tensor, grad: Tensor, *, gated: bool) ->
     gate, up = wide.chunk(2, dim=1)
     grad_inner = torch.empty_like(inner)
     grad_gate, grad_up = grad_inner.chunk(2, dim=1)
-    sigmoid = gate.sigmoid()  # the one costly function, taken once
-    silu = gate * sigmoid
-    product = grad * silu
-    grad_probs = torch.linalg.vecdot(product, up)
-    grad_up.copy_(product.mul_(weight))
-    slope = torch.lerp(silu, torch.ones_like(weight), sigmoid)  # silu' = silu + sigmoid (1 - silu)
-    grad_gate.copy_(slope.mul_(grad).mul_(up).mul_(weight))
-    return ActivationGradient(grad_inner, grad_probs, silu.mul_(up).mul_(weight).to(inner.dtype))
+    silu = nn.functional.silu(gate)
+    active = silu * up
+    grad_probs = torch.linalg.vecdot(active, grad)
+    weighted = grad * weight
+    torch.mul(weighted, silu, out=grad_up)
+    torch.ops.aten.silu_backward(weighted.mul_(up), gate, grad_input=grad_gate)
+    return ActivationGradient(grad_inner, grad_probs, active.mul_(weight).to(inner.dtype))
 
 
 class _WeightedActivation(torch.autograd.Function):

@@ -54,7 +54,7 @@ class GroupedMLP(nn.Module):
         self.gated = config.swiglu
         self.grouped_mm = resolve("grouped_mm")
         ids = local_expert_ids(num_local_experts, pg_collection)
-        hidden, ffn, dtype = config.hidden_size, config.moe_ffn_size, params_dtype(config)
+        hidden, ffn, dtype = config.moe_hidden_size, config.moe_ffn_size, params_dtype(config)
         inner = ffn * (2 if self.gated else 1)
         matrices = {
             "weight1": ("linear_fc1.weight", (inner, hidden), input_init(config)),
@@ -136,7 +136,7 @@ class ExpertMLP(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.gated = config.swiglu
-        hidden, ffn, dtype = config.hidden_size, config.moe_ffn_size, params_dtype(config)
+        hidden, ffn, dtype = config.moe_hidden_size, config.moe_ffn_size, params_dtype(config)
         bias = config.add_bias_linear
         self.linear_fc1 = Linear(
             hidden,

@@ -22,6 +22,19 @@ class MoEConfig:
     moe_ffn_hidden_size: int | None = None
     """Width of each expert; --ffn-hidden-size when not set."""
 
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of all shared experts together (their number x the width of one). Every token goes
+    through them, and their output is added. None are there when not set."""
+
+    moe_shared_expert_gate: bool = False
+    """Multiply the output of the shared experts by the sigmoid of a learned product with the
+    token."""
+
+    moe_latent_size: int | None = None
+    """Width of the latent space of the routed experts: a matrix of --hidden-size rows takes each
+    token there before it is sent, another one brings the sum back. Router and shared experts stay
+    at --hidden-size, and so do the routed experts when not set."""
+
     moe_router_topk: int = 2
     """Number of experts that each token is sent to."""
 
@@ -83,6 +96,11 @@ class MoEConfig:
             yield (
                 "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over the one chosen "
                 "expert is always 1 and would give the router no gradient"
+            )
+        if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
+            yield (
+                "--moe-shared-expert-gate needs shared experts: add "
+                "--moe-shared-expert-intermediate-size, or leave it out"
             )
         yield from self._balancing_problems()
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.moe.capacity import apply_router_token_dropping, dropped_fraction
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.routing import Routing
@@ -16,6 +17,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoETokenDispatcher,
 )
 from megatron.core.transformer.moe.token_dispatcher.base import local_expert_count
+from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -28,6 +30,11 @@ class MoESubmodules:
 
     experts: ModuleSpec | type
     """Bank of experts, such as ``GroupedMLP``."""
+    shared_experts: ModuleSpec | type | None = None
+    """Such as ``SharedExpertMLP``; None for a layer without."""
+    latent_proj: ModuleSpec | type | None = None
+    """Matrix to the latent space and matrix back, such as ``Linear``; None for experts that work
+    on tokens of full width."""
     router: ModuleSpec | type = TopKRouter
     """Returns a ``Routing``."""
     token_dispatcher: Callable[..., MoETokenDispatcher[Any]] = MoEAlltoAllTokenDispatcher
@@ -37,8 +44,10 @@ class MoESubmodules:
 class MoELayer(nn.Module):
     """A mixture of experts in place of an MLP.
 
-    ``output = sum over chosen experts e of probs[e] * expert_e(input)``, for each token. No token
-    is dropped unless there is a capacity, and never in generation.
+    ``output = sum over chosen experts e of probs[e] * expert_e(input)``, for each token, plus
+    ``shared_experts(input)`` where there are any. With latent projections,
+    ``output = back(sum of probs[e] * expert_e(there(input))) + shared_experts(input)``. No token is
+    dropped unless there is a capacity, and never in generation.
     """
 
     def __init__(
@@ -80,6 +89,19 @@ class MoELayer(nn.Module):
             config,
             pg_collection=pg_collection,
         )
+        self.fc1_latent_proj = self.fc2_latent_proj = None
+        if submodules.latent_proj is not None:
+            self.fc1_latent_proj, self.fc2_latent_proj = _latent_projections(
+                config, submodules.latent_proj
+            )
+        self.shared_experts = None
+        if submodules.shared_experts is not None:
+            self.shared_experts = build_module(
+                submodules.shared_experts,
+                config,
+                layer_number=layer_number,
+                pg_collection=pg_collection,
+            )
 
     def forward(
         self, hidden_states: Tensor, context: ForwardContext = _PLAIN
@@ -91,9 +113,14 @@ class MoELayer(nn.Module):
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [s*b, h]
         probs, routing_map = self._limit(self.router(tokens, context), context)
-        sent = self.token_dispatcher.token_permutation(tokens, probs, routing_map)
+        narrow = _project(self.fc1_latent_proj, tokens)
+        sent = self.token_dispatcher.token_permutation(narrow, probs, routing_map)
         output, _ = self.experts(sent.hidden_states, sent.tokens_per_expert, sent.probs)
         combined = self.token_dispatcher.token_unpermutation(output, sent)
+        combined = _project(self.fc2_latent_proj, combined)
+        if self.shared_experts is not None:
+            shared, _ = self.shared_experts(tokens, context)
+            combined = combined + shared
         return combined.view(hidden_states.shape), None
 
     def _limit(self, routing: Routing, context: ForwardContext) -> Routing:
@@ -112,3 +139,23 @@ class MoELayer(nn.Module):
             share = dropped_fraction(routing.routing_map, limited.routing_map)
             context.moe_metrics.record_dropped(self.layer_number, context.microbatch, share)
         return limited
+
+
+def _latent_projections(
+    config: TransformerConfig, spec: ModuleSpec | type
+) -> tuple[nn.Module, nn.Module]:
+    """Build the matrices from the width of a token to that of the experts, and back."""
+    full, latent = config.hidden_size, config.moe_hidden_size
+    options = {"dtype": params_dtype(config), "bias": config.add_bias_linear}
+    return (
+        build_module(spec, full, latent, init=input_init(config), **options),
+        build_module(spec, latent, full, init=output_init(config), **options),
+    )
+
+
+def _project(projection: nn.Module | None, tokens: Tensor) -> Tensor:
+    """Apply ``projection`` to ``tokens`` [num_tokens, ...]; None changes nothing."""
+    if projection is None:
+        return tokens
+    projected: Tensor = projection(tokens)[0]
+    return projected

@@ -4,6 +4,7 @@ import torch.distributed as dist
 
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
+from megatron.core.grad_sink import grad_sink_of
 from megatron.core.param_role import role_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import TOLERANCES
@@ -177,3 +178,72 @@ def _frozen():
     ddp = DistributedDataParallel(DistributedDataParallelConfig(), model, pg_collection=run.pg)
     assert "side" not in [name for name, _ in ddp.trainable_parameters()]
     assert not hasattr(model.side, "main_grad")
+
+
+class _IntoSink(torch.autograd.Function):
+    """x * weight, whose gradient goes where the parameter asks for it."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.x, ctx.sink = x, grad_sink_of(weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.sink().add_(ctx.x * grad)
+        return None, None
+
+
+def _sink_fills_buckets(uses):
+    run = start(1)
+    wrapped = DistributedDataParallel(
+        DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=1),
+        StandInWithTwoNames(),
+        pg_collection=run.pg,
+    )
+    weight, launched = wrapped.module.first, []
+    original = wrapped._reducer._launch
+    wrapped._reducer._launch = lambda bucket: launched.append(bucket) or original(bucket)
+
+    def loss():
+        return sum(_IntoSink.apply(2.0, weight) for _ in range(uses)).sum() + 3.0 * weight.sum()
+
+    sunk = 2.0 * uses
+    for _ in range(2):
+        wrapped.zero_grad_buffer()
+        launched.clear()
+        with wrapped.no_sync():
+            loss().backward()
+        assert not launched
+        loss().backward()
+        assert launched, "the last backward launches its bucket, without finish_grad_sync()"
+        wrapped.finish_grad_sync()
+        assert (weight.main_grad == 2 * (sunk + 3.0)).all()
+        assert weight.grad is None
+    with pytest.raises(AssertionError, match="after finish_grad_sync"):
+        _IntoSink.apply(2.0, weight).sum().backward()
+
+
+@pytest.mark.parametrize("uses", [1, 3])
+def test_gradients_that_went_into_the_sink_fill_buckets_once_all_uses_are_in(uses):
+    run_ranks(_sink_fills_buckets, 1, uses)
+
+
+def _sink_alone():
+    run = start(1)
+    wrapped = DistributedDataParallel(
+        DistributedDataParallelConfig(overlap_grad_reduce=True),
+        StandInWithTwoNames(),
+        pg_collection=run.pg,
+    )
+    wrapped.zero_grad_buffer()
+    weight = wrapped.module.first
+    _IntoSink.apply(2.0, weight).sum().backward()
+    assert wrapped._reducer._next == len(wrapped.bucket_layout.buckets) == 1
+    assert (weight.main_grad == 2.0).all()
+    with pytest.raises(AssertionError, match="after its bucket was reduced"):
+        _IntoSink.apply(2.0, weight).sum().backward()
+
+
+def test_a_parameter_that_returns_no_gradient_at_all_fills_its_bucket():
+    run_ranks(_sink_alone, 1)

@@ -66,6 +66,9 @@ def make_reference(config: TransformerConfig) -> ReferenceMoE:
         pre_softmax=config.moe_router_pre_softmax,
         capacity_factor=config.moe_expert_capacity_factor,
         drop_policy=config.moe_token_drop_policy,
+        shared_ffn=config.moe_shared_expert_intermediate_size,
+        shared_gate=config.moe_shared_expert_gate,
+        latent=config.moe_latent_size,
     ).to(getattr(torch, config.params_dtype_name))
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():

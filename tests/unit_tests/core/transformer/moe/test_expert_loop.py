@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron.core.grad_sink import offer_grad_sink
 from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.transformer.moe.expert_loop import ROW_MULTIPLE
 from megatron.core.transformer.moe.experts import GroupedMLP
@@ -59,3 +60,37 @@ def _company() -> None:
 
 def test_rows_do_not_depend_on_their_company():
     run_ranks(_company, 1)
+
+
+def _into_sums(shape: dict[str, Any], dtype: dict[str, bool]) -> None:
+    config = moe_config(**dtype, **({"swiglu": False} | shape))
+    bank, twin = _bank(config), _bank(config)
+    wide = torch.float64 if config.fp64 else torch.float32
+    sums = [torch.zeros_like(p, dtype=wide) for p in bank.parameters()]
+    for p, total in zip(bank.parameters(), sums, strict=True):
+        offer_grad_sink(p, lambda total=total: total)
+    tolerance = {"fp64": 1e-14, "bf16": 1e-6}.get(next(iter(dtype), ""), 1e-6)
+    want = [torch.zeros_like(total) for total in sums]
+    for step, sizes in enumerate(SIZES):
+        rng = torch.Generator().manual_seed(step)
+        rows = torch.randn(sum(sizes), H, generator=rng).to(bank.weight1.dtype)
+        probs = torch.rand(sum(sizes), generator=rng).to(wide)
+        inputs = []
+        for one in (bank, twin):
+            inputs.append((rows.clone().requires_grad_(), probs.clone().requires_grad_()))
+            one(inputs[-1][0], torch.tensor(sizes), inputs[-1][1])[0].square().sum().backward()
+        for got, expected in zip(*inputs, strict=True):
+            assert torch.equal(got.grad, expected.grad)
+        for p, other, total in zip(bank.parameters(), twin.parameters(), want, strict=True):
+            assert p.grad is None, "the sink has it"
+            total.add_(other.grad)
+            other.grad = None
+    for got, total in zip(sums, want, strict=True):
+        assert total.any()
+        torch.testing.assert_close(got, total, rtol=tolerance, atol=tolerance * total.abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [{"fp64": True}, {}, {"bf16": True}])
+def test_gradients_added_to_sinks_are_those_that_would_be_returned(shape, dtype):
+    run_ranks(_into_sums, 1, shape, dtype)

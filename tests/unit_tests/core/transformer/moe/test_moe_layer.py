@@ -92,6 +92,10 @@ def _parity(ep: int, experts: str, shape: dict[str, Any]) -> None:
         ("grouped", {"swiglu": True}),
         ("grouped", {"swiglu": False, "add_bias_linear": True}),
         ("sequential", {"swiglu": True, "add_bias_linear": True}),
+        ("grouped", {"moe_shared_expert_intermediate_size": 10, "moe_shared_expert_gate": True}),
+        ("grouped", {"moe_latent_size": 12, "moe_shared_expert_intermediate_size": 10}),
+        ("sequential", {"moe_latent_size": 12, "add_bias_linear": True}),
+        ("grouped", {"moe_shared_expert_intermediate_size": 32, "add_bias_linear": True}),
     ],
 )
 def test_layer_equals_the_textbook_layer(world_size, ep, experts, shape):
@@ -181,3 +185,20 @@ def _twice() -> None:
 
 def test_two_microbatches_in_flight_do_not_disturb_each_other():
     run_ranks(_twice, 2)
+
+
+def _latent() -> None:
+    config = moe_config(bf16=True, moe_latent_size=8, moe_shared_expert_intermediate_size=10)
+    layer = make_layer(config, make_groups(2), make_reference(config))
+    dispatcher, sent = layer.token_dispatcher, []
+    original = dispatcher.token_permutation
+    dispatcher.token_permutation = lambda x, *rest: sent.append(x) or original(x, *rest)
+    output, _ = layer(make_tokens(6, torch.bfloat16).view(3, 2, H), ForwardContext())
+    assert [x.shape for x in sent] == [(6, 8)]
+    assert output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_latent_rows_are_what_is_sent():
+    run_ranks(_latent, 2)

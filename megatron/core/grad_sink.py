@@ -1,0 +1,29 @@
+"""Where the gradient of a parameter may go straight away: the sum over the backwards of a step.
+
+Who owns the sums (DistributedDataParallel) offers a sink; an autograd function that makes weight
+gradients itself may take it, add to the sum and return None. Easy to break: either all of a
+backward's gradient goes into the sink or all of it is returned; never the same part twice.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+_ATTRIBUTE = "megatron_grad_sink"
+
+GradSink = Callable[[], Tensor]
+"""Returns the sum to add to, shaped like the parameter and perhaps wider than it. To be called
+once for each backward, in it: only then is it known whether a gradient may still come."""
+
+
+def offer_grad_sink(param: Tensor, sink: GradSink) -> None:
+    """Let functions add gradients of ``param`` to what ``sink`` returns, and return None."""
+    setattr(param, _ATTRIBUTE, sink)
+
+
+def grad_sink_of(param: Tensor | None) -> GradSink | None:
+    """Return the sink of ``param``; None where its gradient is to be returned as usual.
+
+    To be asked in the forward: in backward a saved tensor may be a copy without attributes.
+    """
+    return getattr(param, _ATTRIBUTE, None)
