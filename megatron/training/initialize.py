@@ -165,8 +165,8 @@ def connect(launch: Launch, backend: str, device: torch.device, timeout: timedel
         if missing:
             raise ConfigError(
                 f"WORLD_SIZE is {launch.world_size}, but {' and '.join(missing)} are not set "
-                "in the environment: start the ranks with torchrun, or unset WORLD_SIZE and RANK for "
-                "a run of one process"
+                "in the environment: start the ranks with torchrun, or unset WORLD_SIZE and RANK "
+                "for a run of one process"
             )
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
 
