@@ -37,7 +37,12 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
     "flex dispatcher": (1, f"{MOE} --moe-token-dispatcher-type flex", ["allgather, alltoall"]),
-    "sigmoid": (1, f"{MOE} --moe-router-score-function sigmoid", ["not offered, only softmax"]),
+    "pre-softmax of sigmoid": (
+        1,
+        f"{MOE} --moe-router-score-function sigmoid --moe-router-pre-softmax",
+        ["no effect with --moe-router-score-function sigmoid"],
+    ),
+    "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
     "tensor parallel": (4, f"{MOE} --tensor-model-parallel-size 2", ["not offered yet, only 1"]),
     "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
     "ep of experts": (

@@ -27,6 +27,7 @@ CASES = {
         "normalization": "RMSNorm",
         "add_bias_linear": False,
     },
+    "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
     "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},
 }

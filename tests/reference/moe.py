@@ -24,6 +24,47 @@ class ReferenceExpert(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+class ReferenceRule(NamedTuple):
+    """How the gate's logits become weights."""
+
+    topk: int
+    score_function: str = "softmax"
+    pre_softmax: bool = False
+    scaling_factor: float = 1.0
+
+
+def raw_scores(logits: Tensor, rule: ReferenceRule) -> Tensor:
+    """Scores of all experts, as their definition says; softmax over all of them."""
+    if rule.score_function == "sigmoid":
+        return 1 / (1 + (-logits).exp())
+    if rule.score_function == "sqrtsoftplus":
+        return logits.exp().log1p().sqrt()
+    return logits.softmax(dim=-1)
+
+
+def full_scores(logits: Tensor, rule: ReferenceRule) -> Tensor:
+    """Scores of all experts, made to sum to 1."""
+    scores = raw_scores(logits, rule)
+    return scores / scores.sum(dim=-1, keepdim=True)
+
+
+def reference_routing(logits: Tensor, rule: ReferenceRule) -> tuple[Tensor, Tensor]:
+    """Return weights and chosen experts [num_tokens, topk], one token after another."""
+    weights, chosen = [], []
+    scores = raw_scores(logits, rule)
+    for token in range(len(logits)):
+        order = sorted(range(logits.shape[1]), key=lambda e, row=logits[token]: -row[e].item())
+        experts = torch.tensor(order[: rule.topk])
+        weight = scores[token, experts]
+        is_own = rule.pre_softmax or (rule.topk == 1 and rule.score_function != "softmax")
+        weights.append((weight if is_own else weight / weight.sum()) * rule.scaling_factor)
+        chosen.append(experts)
+    if not chosen:
+        none = logits.new_zeros(0, rule.topk)
+        return none, none.long()
+    return torch.stack(weights), torch.stack(chosen)
+
+
 class ReferenceOutput(NamedTuple):
     output: Tensor
     """[num_tokens, h]."""
@@ -36,21 +77,20 @@ class ReferenceOutput(NamedTuple):
 
 
 class ReferenceMoE(nn.Module):
-    """Gate, top-k, softmax over the chosen scores, experts one after another."""
+    """Gate, top-k, weights of the chosen, experts one after another."""
 
     def __init__(
         self,
         hidden: int,
         ffn: int,
         num_experts: int,
-        topk: int,
         *,
         swiglu: bool = True,
         bias: bool = False,
-        pre_softmax: bool = False,
+        rule: ReferenceRule,
     ) -> None:
         super().__init__()
-        self.topk, self.pre_softmax = topk, pre_softmax
+        self.rule = rule
         self.gate = nn.Linear(hidden, num_experts, bias=False)
         self.experts = nn.ModuleList(
             ReferenceExpert(hidden, ffn, swiglu=swiglu, bias=bias) for _ in range(num_experts)
@@ -59,11 +99,7 @@ class ReferenceMoE(nn.Module):
     def forward(self, tokens: Tensor) -> ReferenceOutput:
         """Apply to ``tokens`` [num_tokens, h]."""
         logits = self.gate(tokens)
-        if self.pre_softmax:
-            weights, chosen = logits.softmax(dim=-1).topk(self.topk, dim=-1)
-        else:
-            scores, chosen = logits.topk(self.topk, dim=-1)
-            weights = scores.softmax(dim=-1)
+        weights, chosen = reference_routing(logits, self.rule)
 
         canvas = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
@@ -74,8 +110,8 @@ class ReferenceMoE(nn.Module):
 
         counts = torch.stack([(chosen == number).sum() for number in range(len(self.experts))])
         num_tokens = max(len(tokens), 1)
-        share = counts.to(logits.dtype) / (num_tokens * self.topk)
-        mean_prob = logits.softmax(dim=-1).sum(dim=0) / num_tokens
+        share = counts.to(logits.dtype) / (num_tokens * self.rule.topk)
+        mean_prob = full_scores(logits, self.rule).sum(dim=0) / num_tokens
         return ReferenceOutput(
             output=canvas,
             balance_loss=len(self.experts) * (share * mean_prob).sum(),

@@ -61,9 +61,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--moe-per-layer-logging": NoEffect("expert load is always logged for each layer"),
     "--moe-permute-fusion": NoEffect(_FUSED),
     "--moe-router-fusion": NoEffect(_FUSED),
-    "--moe-router-score-function": NoEffect(
-        "scores are a softmax", ("softmax",), "sigmoid and sqrtsoftplus are not offered yet"
-    ),
     "--moe-token-drop-policy": NoEffect("no token is ever dropped"),
     "--no-align-grad-reduce": NoEffect("it concerns pipeline stages, and there is one"),
     "--no-barrier-with-level-1-timing": NoEffect("there are no such timers"),

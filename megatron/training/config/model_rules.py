@@ -96,7 +96,12 @@ def routing(check: Check) -> Iterator[str]:
     if model.num_moe_experts is None:
         return
     yield from model.moe_problems()
-    if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
+    kind = model.moe_router_score_function
+    if kind != "softmax":
+        yield from check.useless(
+            "moe_router_pre_softmax", f"with --moe-router-score-function {kind}"
+        )
+    elif model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
         yield (
             "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over the one chosen "
             "expert is always 1 and would give the router no gradient"

@@ -46,7 +46,8 @@ _NAMES_BY_RANGE = {
         lr_warmup_iters lr_warmup_init start_weight_decay end_weight_decay num_workers eval_iters
         tiktoken_num_special_tokens
     """,
-    Range(0, open_low=True): "init_method_std layernorm_epsilon adam_eps rotary_base",
+    Range(0, open_low=True): "init_method_std layernorm_epsilon adam_eps rotary_base "
+    "moe_router_topk_scaling_factor",
     Range(0, 1, open_high=True): """
         attention_dropout hidden_dropout adam_beta1 adam_beta2 sgd_momentum lr_warmup_fraction
     """,

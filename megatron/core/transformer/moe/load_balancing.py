@@ -17,10 +17,11 @@ def switch_load_balancing_loss(logits: Tensor, tokens_per_expert: Tensor, topk: 
     """Return E * sum_i(f_i * P_i): 1.0 when experts are used evenly, up to E / topk when not.
 
     f_i is the share of all (token, expert) pairs that went to expert i, P_i the mean over tokens
-    of the softmax over all experts. Only P has a gradient.
+    of the scores over all experts, made to sum to 1. Only P has a gradient.
 
     Args:
-        logits: [num_tokens, num_experts], fp32 or fp64.
+        logits: [num_tokens, num_experts], fp32 or fp64; of scores that are no softmax, their
+            ``log_scores``.
         tokens_per_expert: [num_experts], pairs routed to each expert; sums to num_tokens * topk.
         topk: Experts per token.
 
@@ -53,6 +54,8 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
 def router_entropy(logits: Tensor) -> Tensor:
     """Return the mean over tokens of the entropy of softmax(logits), in nats; no gradient.
+
+    Of scores that are no softmax, give their ``log_scores``.
 
     ln(num_experts) for a router that knows no preference, 0 for one that is certain. ``logits``
     is [num_tokens, num_experts]; 0 for no tokens.

@@ -28,6 +28,13 @@ class MoEConfig:
     moe_router_pre_softmax: bool = False
     """Apply the softmax over all experts before top-k instead of over the selected ones."""
 
+    moe_router_score_function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
+    """What makes scores of the router's logits: a softmax, or of each logit alone its sigmoid or
+    the root of its softplus; the last two are divided by their sum over the chosen experts."""
+
+    moe_router_topk_scaling_factor: float | None = None
+    """Number that the weights of the chosen experts are multiplied by; 1 when not set."""
+
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Number format of the router's product, scores, losses and combine weights."""
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.load_balancing import (
     router_z_loss,
     switch_load_balancing_loss,
 )
-from megatron.core.transformer.moe.routing import Routing, topk_routing
+from megatron.core.transformer.moe.routing import Routing, log_scores, topk_routing
 from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -54,7 +54,9 @@ class TopKRouter(nn.Module):
         assert config.num_moe_experts is not None, "a router needs num_moe_experts"
         self.layer_number = layer_number
         self.topk = config.moe_router_topk
+        self.score_function = config.moe_router_score_function
         self.pre_softmax = config.moe_router_pre_softmax
+        self.scaling_factor = config.moe_router_topk_scaling_factor
         self.aux_loss_coeff = config.aux_loss_coeff
         self.z_loss_coeff = config.moe_z_loss_coeff or 0.0
         self.dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
@@ -68,14 +70,21 @@ class TopKRouter(nn.Module):
         to ``context.moe_metrics`` if there is one, without waiting for the device.
         """
         logits = self.gating(hidden_states)
-        probs, routing_map = topk_routing(logits, self.topk, pre_softmax=self.pre_softmax)
+        probs, routing_map = topk_routing(
+            logits,
+            self.topk,
+            score_function=self.score_function,
+            pre_softmax=self.pre_softmax,
+            scaling_factor=self.scaling_factor,
+        )
+        scores = log_scores(logits, self.score_function)
         tokens_per_expert = routing_map.sum(dim=0)
         if self.aux_loss_coeff:
-            aux_loss = switch_load_balancing_loss(logits, tokens_per_expert, self.topk)
+            aux_loss = switch_load_balancing_loss(scores, tokens_per_expert, self.topk)
             probs = self._attach(probs, aux_loss * self.aux_loss_coeff, context)
         if self.z_loss_coeff:
             probs = self._attach(probs, router_z_loss(logits) * self.z_loss_coeff, context)
-        self._record(logits.detach(), tokens_per_expert, context)
+        self._record(logits.detach(), scores.detach(), tokens_per_expert, context)
         return Routing(probs, routing_map)
 
     def gating(self, hidden_states: Tensor) -> Tensor:
@@ -84,16 +93,18 @@ class TopKRouter(nn.Module):
         logits: Tensor = _WideLinear.apply(hidden_states, self.weight, dtype)
         return logits
 
-    def _record(self, logits: Tensor, tokens_per_expert: Tensor, context: ForwardContext) -> None:
+    def _record(
+        self, logits: Tensor, scores: Tensor, tokens_per_expert: Tensor, context: ForwardContext
+    ) -> None:
         if context.moe_metrics is None:
             return
         context.moe_metrics.record(
             self.layer_number,
             context.microbatch,
             tokens_per_expert=tokens_per_expert,
-            load_balancing_loss=switch_load_balancing_loss(logits, tokens_per_expert, self.topk),
+            load_balancing_loss=switch_load_balancing_loss(scores, tokens_per_expert, self.topk),
             z_loss=router_z_loss(logits) if self.z_loss_coeff else None,
-            entropy=router_entropy(logits),
+            entropy=router_entropy(scores),
         )
 
     @staticmethod

@@ -4,10 +4,13 @@ Equal logits are broken by the lower expert index, on every device, so that a re
 or re-partitioned run routes alike.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+_SMALL = -20.0
 
 
 class Routing(NamedTuple):
@@ -19,27 +22,67 @@ class Routing(NamedTuple):
     """[num_tokens, num_experts], bool; each row holds topk True."""
 
 
-def topk_routing(logits: Tensor, topk: int, *, pre_softmax: bool = False) -> Routing:
+def topk_routing(
+    logits: Tensor,
+    topk: int,
+    *,
+    score_function: ScoreFunction = "softmax",
+    pre_softmax: bool = False,
+    scaling_factor: float | None = None,
+) -> Routing:
     """Send each token to its ``topk`` best experts.
 
     Args:
         logits: [num_tokens, num_experts]; scored in fp32, or fp64 when they are.
         topk: Experts per token.
+        score_function: How logits become scores, see ``log_scores``. The weights of a token are
+            its scores over their sum over the chosen experts; under sigmoid and sqrtsoftplus the
+            score itself with topk 1.
         pre_softmax: Take the softmax over all experts, not over the selected ones; the probs of
             a token then sum to at most 1.
+        scaling_factor: What probs are multiplied by at the end; None for 1.
 
     Returns:
         The routing; gradients reach ``logits`` through its probs.
 
-    Source: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3-5.
+    Source: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3-5; sigmoid: DeepSeek-V3
+    (arXiv:2412.19437), eq. 13-15.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     indices = topk_indices(logits, topk)
     routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, indices, True)
+    scores = log_scores(logits, score_function)
     if pre_softmax:
-        return Routing(softmax_over_experts(logits).masked_fill(~routing_map, 0.0), routing_map)
-    selected = logits.masked_fill(~routing_map, float("-inf"))
-    return Routing(softmax_over_experts(selected), routing_map)
+        probs = softmax_over_experts(scores).masked_fill(~routing_map, 0.0)
+    elif topk == 1 and score_function != "softmax":
+        probs = scores.exp().masked_fill(~routing_map, 0.0)
+    else:
+        probs = softmax_over_experts(scores.masked_fill(~routing_map, float("-inf")))
+    return Routing(probs if scaling_factor is None else probs * scaling_factor, routing_map)
+
+
+def log_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:
+    """Return the logarithm of the scores, up to a constant of the row under softmax.
+
+    So scores over their sum are a softmax of this, which sums to 1 also where the scores
+    themselves underflow.
+
+    Args:
+        logits: [num_tokens, num_experts], fp32 or fp64.
+        score_function: softmax; sigmoid; or sqrtsoftplus, sqrt(log(1 + exp(logit))).
+
+    Returns:
+        Of the shape and dtype of ``logits``; under softmax the logits themselves.
+    """
+    if score_function == "softmax":
+        return logits
+    if score_function == "sigmoid":
+        return torch.nn.functional.logsigmoid(logits)
+    # log(log(1 + e^x)) = x - e^x / 2 + O(e^2x) for small x, where the inner log underflows
+    floor = logits.clamp(min=_SMALL)
+    exact = torch.logaddexp(floor, torch.zeros_like(floor)).log()
+    small = logits.clamp(max=_SMALL)
+    return 0.5 * torch.where(logits > _SMALL, exact, small - 0.5 * small.exp())
 
 
 def topk_indices(logits: Tensor, topk: int) -> Tensor:

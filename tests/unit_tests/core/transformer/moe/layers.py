@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tests.reference.moe import ReferenceMoE
+from tests.reference.moe import ReferenceMoE, ReferenceRule
 
 H, FFN, NUM_EXPERTS = 16, 24, 8
 EMPTY_EXPERT, HOT_EXPERT = 5, 2
@@ -48,6 +48,16 @@ def make_groups(ep: int = 1) -> ProcessGroupCollection:
     return ProcessGroupCollection.create(ParallelLayout(world_size=dist.get_world_size(), ep=ep))
 
 
+def make_rule(config: TransformerConfig) -> ReferenceRule:
+    """Return the routing options as the reference takes them."""
+    return ReferenceRule(
+        topk=config.moe_router_topk,
+        score_function=config.moe_router_score_function,
+        pre_softmax=config.moe_router_pre_softmax,
+        scaling_factor=config.moe_router_topk_scaling_factor or 1.0,
+    )
+
+
 def make_reference(config: TransformerConfig) -> ReferenceMoE:
     """Build the textbook layer with weights that are the same on every rank.
 
@@ -59,10 +69,9 @@ def make_reference(config: TransformerConfig) -> ReferenceMoE:
         config.hidden_size,
         config.moe_ffn_size,
         config.num_moe_experts,
-        config.moe_router_topk,
         swiglu=config.swiglu,
         bias=config.add_bias_linear,
-        pre_softmax=config.moe_router_pre_softmax,
+        rule=make_rule(config),
     ).to(getattr(torch, config.params_dtype_name))
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():

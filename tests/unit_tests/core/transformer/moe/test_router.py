@@ -22,12 +22,21 @@ def _router(**options: Any) -> TopKRouter:
 def _gradient(router: TopKRouter, main: float, context: ForwardContext) -> torch.Tensor:
     dtype = router.weight.dtype
     probs, _ = router(make_tokens(200, dtype), context)
-    weight = torch.linspace(0, main, NUM_EXPERTS, dtype=probs.dtype)
+    weight = torch.linspace(main / 2, main, NUM_EXPERTS, dtype=probs.dtype)
     (gradient,) = torch.autograd.grad((probs * weight).sum(), router.weight)
     return gradient
 
 
-@pytest.mark.parametrize("options", [{}, {"moe_router_topk": 1, "moe_router_pre_softmax": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"moe_router_topk": 1, "moe_router_pre_softmax": True},
+        {"moe_router_topk": 1, "moe_router_score_function": "sigmoid"},
+        {"moe_router_topk": 1, "moe_router_score_function": "sqrtsoftplus"},
+        {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
+    ],
+)
 def test_router_learns_from_the_main_loss_alone(options):
     assert _gradient(_router(**options), 1.0, ForwardContext()).abs().amin() > 0
 
