@@ -106,7 +106,28 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["one of aux_loss, none"]),
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["no token is ever dropped"]),
-    "groups of experts": (1, f"{MOE} --moe-router-num-groups 2", ["not offered here"]),
+    "groups without top-k": (1, f"{MOE} --moe-router-num-groups 2", ["need each other"]),
+    "top-k of no groups": (1, f"{MOE} --moe-router-group-topk 2", ["need each other"]),
+    "groups of 8 experts": (
+        1,
+        f"{MOE} --moe-router-num-groups 3 --moe-router-group-topk 2",
+        ["--moe-router-num-groups 3 must divide --num-experts 8"],
+    ),
+    "more groups than top-k": (
+        1,
+        f"{MOE} --moe-router-num-groups 4 --moe-router-group-topk 4",
+        ["--moe-router-topk 2 must be a multiple of --moe-router-group-topk 4"],
+    ),
+    "more groups than groups": (
+        1,
+        f"{MOE} --moe-router-num-groups 2 --moe-router-group-topk 4 --moe-router-topk 4",
+        ["must not be larger than --moe-router-num-groups 2"],
+    ),
+    "groups too small": (
+        1,
+        f"{MOE} --moe-router-num-groups 4 --moe-router-group-topk 1 --moe-router-topk 4",
+        ["does not fit in --moe-router-group-topk 1 groups of 2 experts"],
+    ),
     "grouped and sequential": (
         1,
         f"{MOE} --moe-grouped-gemm --moe-experts-type sequential",

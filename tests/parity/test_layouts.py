@@ -28,6 +28,7 @@ CASES = {
         "add_bias_linear": False,
     },
     "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
+    "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 1},
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
     "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},
 }

@@ -31,6 +31,8 @@ class ReferenceRule(NamedTuple):
     score_function: str = "softmax"
     pre_softmax: bool = False
     scaling_factor: float = 1.0
+    num_groups: int = 1
+    group_topk: int = 1
 
 
 def raw_scores(logits: Tensor, rule: ReferenceRule) -> Tensor:
@@ -53,7 +55,9 @@ def reference_routing(logits: Tensor, rule: ReferenceRule) -> tuple[Tensor, Tens
     weights, chosen = [], []
     scores = raw_scores(logits, rule)
     for token in range(len(logits)):
-        order = sorted(range(logits.shape[1]), key=lambda e, row=logits[token]: -row[e].item())
+        is_late = rule.score_function == "softmax" and not rule.pre_softmax
+        worth = (logits if is_late else scores)[token].tolist()
+        order = sorted(_experts_of_best_groups(worth, rule), key=lambda e: (-worth[e], e))
         experts = torch.tensor(order[: rule.topk])
         weight = scores[token, experts]
         is_own = rule.pre_softmax or (rule.topk == 1 and rule.score_function != "softmax")
@@ -63,6 +67,14 @@ def reference_routing(logits: Tensor, rule: ReferenceRule) -> tuple[Tensor, Tens
         none = logits.new_zeros(0, rule.topk)
         return none, none.long()
     return torch.stack(weights), torch.stack(chosen)
+
+
+def _experts_of_best_groups(worth: list[float], rule: ReferenceRule) -> list[int]:
+    size, each = len(worth) // rule.num_groups, rule.topk // rule.group_topk
+    groups = [list(range(g * size, (g + 1) * size)) for g in range(rule.num_groups)]
+    sums = [sum(sorted((worth[e] for e in group), reverse=True)[:each]) for group in groups]
+    best = sorted(range(rule.num_groups), key=lambda g: (-sums[g], g))[: rule.group_topk]
+    return [e for g in best for e in groups[g]]
 
 
 class ReferenceOutput(NamedTuple):
@@ -108,9 +120,12 @@ class ReferenceMoE(nn.Module):
             weighted = expert(tokens[token]) * weights[token, place].unsqueeze(-1)
             canvas = canvas.index_add(0, token, weighted)
 
-        counts = torch.stack([(chosen == number).sum() for number in range(len(self.experts))])
+        numbers = range(len(self.experts))
+        counts = torch.stack([(chosen == number).sum() for number in numbers])
+        _, best = reference_routing(logits, self.rule._replace(num_groups=1, group_topk=1))
+        wanted = torch.stack([(best == number).sum() for number in numbers])
         num_tokens = max(len(tokens), 1)
-        share = counts.to(logits.dtype) / (num_tokens * self.rule.topk)
+        share = wanted.to(logits.dtype) / (num_tokens * self.rule.topk)
         mean_prob = full_scores(logits, self.rule).sum(dim=0) / num_tokens
         return ReferenceOutput(
             output=canvas,

@@ -208,8 +208,6 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--hierarchical-context", "only --context-parallel-size 1 is offered so far"),
     ("--hybrid-context", "only --context-parallel-size 1 is offered so far"),
     ("--moe-shared-expert", "shared experts are not offered yet; all experts are routed"),
-    ("--moe-router-num-groups", "every expert may be chosen; groups are not offered yet"),
-    ("--moe-router-group-topk", "every expert may be chosen; groups are not offered yet"),
     ("--moe-flex", "use --moe-token-dispatcher-type alltoall"),
     ("--moe-deepep", "use --moe-token-dispatcher-type alltoall"),
     ("--moe-hybridep", "use --moe-token-dispatcher-type alltoall"),

@@ -35,7 +35,8 @@ _NAMES_BY_RANGE = {
         tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
         expert_model_parallel_size expert_tensor_parallel_size num_layers hidden_size
         ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings
-        moe_ffn_hidden_size moe_router_topk micro_batch_size global_batch_size train_iters
+        moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk
+        micro_batch_size global_batch_size train_iters
         exit_interval exit_duration_in_mins lr_decay_iters lr_wsd_decay_iters seq_length
         vocab_size make_vocab_size_divisible_by padded_vocab_size save_interval keep_last
         ckpt_step eval_interval log_interval tensorboard_log_interval tensorboard_queue_size

@@ -35,6 +35,14 @@ class MoEConfig:
     moe_router_topk_scaling_factor: float | None = None
     """Number that the weights of the chosen experts are multiplied by; 1 when not set."""
 
+    moe_router_num_groups: int | None = None
+    """Number of equal groups of neighbouring experts, of which each token may use
+    --moe-router-group-topk; as many as expert-parallel ranks bound a token's messages."""
+
+    moe_router_group_topk: int | None = None
+    """Number of groups that each token may use; a group is as good as the sum of its best
+    (--moe-router-topk / --moe-router-group-topk) experts."""
+
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Number format of the router's product, scores, losses and combine weights."""
 
@@ -67,6 +75,32 @@ class MoEConfig:
             yield (
                 f"--moe-router-topk {self.moe_router_topk} must lie between 1 and "
                 f"--num-experts {self.num_moe_experts}"
+            )
+        else:
+            yield from self._group_problems(self.num_moe_experts)
+
+    def _group_problems(self, num_experts: int) -> Iterator[str]:
+        groups, group_topk = self.moe_router_num_groups, self.moe_router_group_topk
+        if groups is None and group_topk is None:
+            return
+        if groups is None or group_topk is None:
+            yield "--moe-router-num-groups and --moe-router-group-topk need each other; give both"
+            return
+        shown = f"--moe-router-group-topk {group_topk}"
+        if num_experts % groups:
+            yield f"--moe-router-num-groups {groups} must divide --num-experts {num_experts}"
+        elif group_topk > groups:
+            yield f"{shown} must not be larger than --moe-router-num-groups {groups}"
+        elif self.moe_router_topk % group_topk:
+            yield (
+                f"--moe-router-topk {self.moe_router_topk} must be a multiple of {shown}: a group "
+                "is judged by its best topk / group-topk experts"
+            )
+        elif self.moe_router_topk // group_topk > num_experts // groups:
+            yield (
+                f"--moe-router-topk {self.moe_router_topk} does not fit in {shown} groups of "
+                f"{num_experts // groups} experts (--num-experts {num_experts} / "
+                f"--moe-router-num-groups {groups})"
             )
 
     @property

@@ -20,7 +20,12 @@ from megatron.core.transformer.moe.load_balancing import (
     router_z_loss,
     switch_load_balancing_loss,
 )
-from megatron.core.transformer.moe.routing import Routing, log_scores, topk_routing
+from megatron.core.transformer.moe.routing import (
+    Routing,
+    log_scores,
+    map_of_largest,
+    topk_routing,
+)
 from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -57,6 +62,8 @@ class TopKRouter(nn.Module):
         self.score_function = config.moe_router_score_function
         self.pre_softmax = config.moe_router_pre_softmax
         self.scaling_factor = config.moe_router_topk_scaling_factor
+        self.num_groups = config.moe_router_num_groups
+        self.group_topk = config.moe_router_group_topk
         self.aux_loss_coeff = config.aux_loss_coeff
         self.z_loss_coeff = config.moe_z_loss_coeff or 0.0
         self.dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
@@ -76,15 +83,26 @@ class TopKRouter(nn.Module):
             score_function=self.score_function,
             pre_softmax=self.pre_softmax,
             scaling_factor=self.scaling_factor,
+            num_groups=self.num_groups,
+            group_topk=self.group_topk,
         )
         scores = log_scores(logits, self.score_function)
         tokens_per_expert = routing_map.sum(dim=0)
+        wanted = self._wanted(logits, tokens_per_expert)
         if self.aux_loss_coeff:
-            aux_loss = switch_load_balancing_loss(scores, tokens_per_expert, self.topk)
+            aux_loss = switch_load_balancing_loss(scores, wanted, self.topk)
             probs = self._attach(probs, aux_loss * self.aux_loss_coeff, context)
         if self.z_loss_coeff:
             probs = self._attach(probs, router_z_loss(logits) * self.z_loss_coeff, context)
-        self._record(logits.detach(), scores.detach(), tokens_per_expert, context)
+        if context.moe_metrics is not None:
+            context.moe_metrics.record(
+                self.layer_number,
+                context.microbatch,
+                tokens_per_expert=tokens_per_expert,
+                load_balancing_loss=switch_load_balancing_loss(scores.detach(), wanted, self.topk),
+                z_loss=router_z_loss(logits.detach()) if self.z_loss_coeff else None,
+                entropy=router_entropy(scores),
+            )
         return Routing(probs, routing_map)
 
     def gating(self, hidden_states: Tensor) -> Tensor:
@@ -93,19 +111,11 @@ class TopKRouter(nn.Module):
         logits: Tensor = _WideLinear.apply(hidden_states, self.weight, dtype)
         return logits
 
-    def _record(
-        self, logits: Tensor, scores: Tensor, tokens_per_expert: Tensor, context: ForwardContext
-    ) -> None:
-        if context.moe_metrics is None:
-            return
-        context.moe_metrics.record(
-            self.layer_number,
-            context.microbatch,
-            tokens_per_expert=tokens_per_expert,
-            load_balancing_loss=switch_load_balancing_loss(scores, tokens_per_expert, self.topk),
-            z_loss=router_z_loss(logits) if self.z_loss_coeff else None,
-            entropy=router_entropy(scores),
-        )
+    def _wanted(self, logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """Return the counts that balance losses see: of the best experts, without groups."""
+        if self.num_groups is None:
+            return tokens_per_expert
+        return map_of_largest(logits, self.topk).sum(dim=0)
 
     @staticmethod
     def _attach(probs: Tensor, loss: Tensor, context: ForwardContext) -> Tensor:

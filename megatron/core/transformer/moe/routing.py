@@ -29,6 +29,8 @@ def topk_routing(
     score_function: ScoreFunction = "softmax",
     pre_softmax: bool = False,
     scaling_factor: float | None = None,
+    num_groups: int | None = None,
+    group_topk: int | None = None,
 ) -> Routing:
     """Send each token to its ``topk`` best experts.
 
@@ -41,17 +43,24 @@ def topk_routing(
         pre_softmax: Take the softmax over all experts, not over the selected ones; the probs of
             a token then sum to at most 1.
         scaling_factor: What probs are multiplied by at the end; None for 1.
+        num_groups: Equal groups of neighbouring experts; None for no groups.
+        group_topk: Groups that a token may use; divides ``topk``.
 
     Returns:
         The routing; gradients reach ``logits`` through its probs.
 
-    Source: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3-5; sigmoid: DeepSeek-V3
-    (arXiv:2412.19437), eq. 13-15.
+    Source: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3-5; sigmoid and groups: DeepSeek-V3
+    (arXiv:2412.19437), eq. 13-15 and section 2.1.2.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    indices = topk_indices(logits, topk)
-    routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, indices, True)
     scores = log_scores(logits, score_function)
+    ranking = logits.detach()
+    if num_groups is not None:
+        assert group_topk is not None, f"{num_groups=} without group_topk"
+        ranking = scores.detach().exp() if score_function != "softmax" else ranking
+        ranking = softmax_over_experts(ranking) if pre_softmax else ranking
+        ranking = group_limited(ranking, topk, num_groups, group_topk)
+    routing_map = map_of_largest(ranking, topk)
     if pre_softmax:
         probs = softmax_over_experts(scores).masked_fill(~routing_map, 0.0)
     elif topk == 1 and score_function != "softmax":
@@ -83,6 +92,28 @@ def log_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:
     exact = torch.logaddexp(floor, torch.zeros_like(floor)).log()
     small = logits.clamp(max=_SMALL)
     return 0.5 * torch.where(logits > _SMALL, exact, small - 0.5 * small.exp())
+
+
+def group_limited(ranking: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
+    """Return ``ranking`` with -inf for all experts outside the best groups of each token.
+
+    Args:
+        ranking: [num_tokens, num_experts]; the higher, the sooner chosen.
+        topk: Experts per token, a multiple of ``group_topk``.
+        num_groups: Of equal size; a group's worth is the sum of its topk / group_topk largest.
+        group_topk: Groups that stay.
+    """
+    assert topk % group_topk == 0, f"{topk=} is no multiple of {group_topk=}"
+    groups = ranking.unflatten(1, (num_groups, -1))  # [num_tokens, num_groups, group size]
+    worth = groups.topk(topk // group_topk, dim=2).values.sum(dim=2)
+    stays = map_of_largest(worth, group_topk)
+    return groups.masked_fill(~stays.unsqueeze(2), float("-inf")).flatten(1)
+
+
+def map_of_largest(ranking: Tensor, topk: int) -> Tensor:
+    """Return a bool map, True at the ``topk`` largest of each row; see ``topk_indices``."""
+    indices = topk_indices(ranking, topk)
+    return torch.zeros_like(ranking, dtype=torch.bool).scatter_(1, indices, True)
 
 
 def topk_indices(logits: Tensor, topk: int) -> Tensor:

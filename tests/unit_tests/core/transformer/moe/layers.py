@@ -55,6 +55,8 @@ def make_rule(config: TransformerConfig) -> ReferenceRule:
         score_function=config.moe_router_score_function,
         pre_softmax=config.moe_router_pre_softmax,
         scaling_factor=config.moe_router_topk_scaling_factor or 1.0,
+        num_groups=config.moe_router_num_groups or 1,
+        group_topk=config.moe_router_group_topk or 1,
     )
 
 

@@ -91,6 +91,11 @@ RULES = [
     for score in ("softmax", "sigmoid", "sqrtsoftplus")
     for topk, pre, scaling in ((1, score == "softmax", 1.0), (3, False, 1.0), (3, False, 2.5))
 ]
+RULES += [
+    ReferenceRule(topk, score, pre, 1.0, num_groups, group_topk)
+    for score, pre in (("softmax", False), ("softmax", True), ("sigmoid", False))
+    for topk, num_groups, group_topk in ((2, 4, 1), (2, 4, 2), (4, 4, 2), (4, 2, 1), (4, 2, 2))
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -132,3 +137,21 @@ def test_the_logarithm_of_sqrtsoftplus_is_exact_where_the_score_is_tiny(logit):
     got = log_scores(torch.tensor([[logit]], dtype=torch.float64), "sqrtsoftplus").item()
     softplus = logit if logit > 100 else math.log1p(math.exp(logit))
     assert got == pytest.approx(0.5 * math.log(softplus), rel=1e-13)
+
+
+@given(st.sampled_from([(1, 2), (1, 4), (2, 4), (2, 2)]), st.integers(1, 2), st.integers(0, 20))
+@settings(max_examples=40, deadline=None)
+def test_a_token_uses_no_more_groups_than_allowed(groups, each, num_tokens):
+    group_topk, num_groups = groups
+    logits = _logits(num_tokens, 8, torch.float32).round()  # with ties
+    topk = group_topk * each
+    _, routing_map = topk_routing(logits, topk, num_groups=num_groups, group_topk=group_topk)
+    assert (routing_map.sum(dim=1) == topk).all()
+    used = routing_map.view(num_tokens, num_groups, 8 // num_groups).any(dim=2).sum(dim=1)
+    assert (used <= group_topk).all()
+
+
+def test_all_groups_allowed_is_no_groups():
+    logits = _logits(30, 8)
+    plain, grouped = topk_routing(logits, 4), topk_routing(logits, 4, num_groups=4, group_topk=4)
+    assert torch.equal(plain.probs, grouped.probs)
