@@ -38,6 +38,7 @@ ARCHITECTURE = {
     "--moe-router-score-function": "moe_router_score_function",
     "--moe-router-num-groups": "moe_router_num_groups",
     "--moe-router-group-topk": "moe_router_group_topk",
+    "--moe-router-enable-expert-bias": "moe_router_enable_expert_bias",
     "--moe-router-topk-scaling-factor": "moe_router_topk_scaling_factor",
     "number format (--bf16, --fp64)": "params_dtype_name",
 }

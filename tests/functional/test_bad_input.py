@@ -106,6 +106,16 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["one of aux_loss, none"]),
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["no token is ever dropped"]),
+    "bias of softmax": (
+        1,
+        f"{MOE} --moe-router-enable-expert-bias",
+        ["needs --moe-router-score-function sigmoid or sqrtsoftplus"],
+    ),
+    "rate of no bias": (
+        1,
+        f"{MOE} --moe-router-bias-update-rate 0.1",
+        ["no effect without --moe-router-enable-expert-bias"],
+    ),
     "groups without top-k": (1, f"{MOE} --moe-router-num-groups 2", ["need each other"]),
     "top-k of no groups": (1, f"{MOE} --moe-router-group-topk 2", ["need each other"]),
     "groups of 8 experts": (

@@ -29,6 +29,13 @@ CASES = {
     },
     "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
     "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 1},
+    "expert_bias": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.05,
+        "moe_router_load_balancing_type": ["none"],
+        "moe_aux_loss_coeff": None,
+    },
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
     "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},
 }

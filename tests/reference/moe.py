@@ -50,13 +50,16 @@ def full_scores(logits: Tensor, rule: ReferenceRule) -> Tensor:
     return scores / scores.sum(dim=-1, keepdim=True)
 
 
-def reference_routing(logits: Tensor, rule: ReferenceRule) -> tuple[Tensor, Tensor]:
+def reference_routing(
+    logits: Tensor, rule: ReferenceRule, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return weights and chosen experts [num_tokens, topk], one token after another."""
     weights, chosen = [], []
     scores = raw_scores(logits, rule)
     for token in range(len(logits)):
         is_late = rule.score_function == "softmax" and not rule.pre_softmax
-        worth = (logits if is_late else scores)[token].tolist()
+        worth = (logits if is_late else scores)[token]
+        worth = (worth if bias is None else worth + bias).tolist()
         order = sorted(_experts_of_best_groups(worth, rule), key=lambda e: (-worth[e], e))
         experts = torch.tensor(order[: rule.topk])
         weight = scores[token, experts]

@@ -207,7 +207,7 @@ def _balancing(run: Derivation) -> None:
             "load balancing: aux_loss with coefficient 0.01 (Megatron-LM's default 0.0 would turn "
             "balancing off; set --moe-aux-loss-coeff)"
         )
-    elif model.aux_loss_coeff == 0:
+    elif model.aux_loss_coeff == 0 and not model.moe_router_enable_expert_bias:
         run.notices.append(
             "load balancing: OFF, by request; watch tokens per expert in the log, experts may die"
         )

@@ -97,6 +97,15 @@ def routing(check: Check) -> Iterator[str]:
         return
     yield from model.moe_problems()
     kind = model.moe_router_score_function
+    if not model.moe_router_enable_expert_bias:
+        yield from check.useless(
+            "moe_router_bias_update_rate", "without --moe-router-enable-expert-bias"
+        )
+    elif kind == "softmax":
+        yield (
+            "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid or "
+            "sqrtsoftplus: a bias is added to the score of each expert alone"
+        )
     if kind != "softmax":
         yield from check.useless(
             "moe_router_pre_softmax", f"with --moe-router-score-function {kind}"

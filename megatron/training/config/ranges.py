@@ -43,7 +43,8 @@ _NAMES_BY_RANGE = {
         distributed_timeout_minutes bucket_size
     """,
     Range(0): """
-        num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff seed lr min_lr weight_decay clip_grad
+        num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate
+        seed lr min_lr weight_decay clip_grad
         lr_warmup_iters lr_warmup_init start_weight_decay end_weight_decay num_workers eval_iters
         tiktoken_num_special_tokens
     """,

@@ -32,6 +32,7 @@ MAY_DIFFER = {
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
     "moe_token_dispatcher_type",
     "moe_experts_type",
     "max_position_embeddings",  # its table is compared by shape

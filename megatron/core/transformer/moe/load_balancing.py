@@ -66,6 +66,21 @@ def router_entropy(logits: Tensor) -> Tensor:
     return entropy.sum() / max(logits.shape[0], 1)
 
 
+def updated_expert_bias(expert_bias: Tensor, tokens_per_expert: Tensor, rate: float) -> Tensor:
+    """Return the bias moved by ``rate``: up where tokens are fewer than the mean, down where more.
+
+    Args:
+        expert_bias: [..., num_experts], fp32.
+        tokens_per_expert: The same shape, int64, over all tokens of a step.
+        rate: Of one step.
+
+    Source: Wang et al. 2024 (arXiv:2408.15664), algorithm 1.
+    """
+    total = tokens_per_expert.sum(dim=-1, keepdim=True)
+    missing = total - tokens_per_expert * tokens_per_expert.shape[-1]  # exact, in integers
+    return expert_bias + rate * missing.sign()
+
+
 class MoEAuxLossAutoScaler(torch.autograd.Function):
     """Tie a scalar loss to a tensor: whoever differentiates the tensor differentiates the loss."""
 

@@ -43,6 +43,15 @@ class MoEConfig:
     """Number of groups that each token may use; a group is as good as the sum of its best
     (--moe-router-topk / --moe-router-group-topk) experts."""
 
+    moe_router_enable_expert_bias: bool = False
+    """Keep experts evenly used by a bias for each, added to the scores that choose experts but not
+    to their weights, and moved after every step. By bias alone, without a balancing loss:
+    --moe-router-load-balancing-type none."""
+
+    moe_router_bias_update_rate: float = 1e-3
+    """How far one step moves the bias of an expert: up if it had fewer tokens than the mean, down
+    if more."""
+
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Number format of the router's product, scores, losses and combine weights."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
@@ -161,6 +162,14 @@ class MoEMetricsTracker:
             if value is not None:
                 self._losses[row, microbatch, column] = value
                 self._has.add(name)
+
+    def step_counts(self, group: ProcessGroup) -> dict[int, Tensor]:
+        """Return layer -> tokens per expert of the step so far, [num_experts] int64.
+
+        Over all its microbatches and the ranks of ``group``, which must all call this.
+        """
+        counts = all_reduce_sum(group, self._counts.sum(dim=1))
+        return {layer: counts[row] for layer, row in self._row_of_layer.items()}
 
     def end_step(self) -> None:
         """Add the slots to the interval and empty them; no communication."""

@@ -4,11 +4,13 @@ Product, scores, losses and probs are fp32 (or fp64) whatever the model's dtype:
 percent of tokens would go to other experts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from megatron.core.param_role import ParamRole, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,7 +21,9 @@ from megatron.core.transformer.moe.load_balancing import (
     router_entropy,
     router_z_loss,
     switch_load_balancing_loss,
+    updated_expert_bias,
 )
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.moe.routing import (
     Routing,
     log_scores,
@@ -39,6 +43,8 @@ class TopKRouter(nn.Module):
 
     weight: nn.Parameter
     """[num_experts, h]."""
+    expert_bias: Tensor | None
+    """[num_experts], fp32 whatever the model's dtype; chooses experts, never weights them."""
 
     def __init__(
         self,
@@ -67,6 +73,9 @@ class TopKRouter(nn.Module):
         self.aux_loss_coeff = config.aux_loss_coeff
         self.z_loss_coeff = config.moe_z_loss_coeff or 0.0
         self.dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
+        self.bias_update_rate = config.moe_router_bias_update_rate
+        bias = torch.zeros(config.num_moe_experts) if config.moe_router_enable_expert_bias else None
+        self.register_buffer("expert_bias", bias)
         weight = torch.empty(config.num_moe_experts, config.hidden_size, dtype=params_dtype(config))
         self.weight = set_role(nn.Parameter(weight), ParamRole(init=input_init(config)))
 
@@ -85,6 +94,7 @@ class TopKRouter(nn.Module):
             scaling_factor=self.scaling_factor,
             num_groups=self.num_groups,
             group_topk=self.group_topk,
+            expert_bias=self.expert_bias,
         )
         scores = log_scores(logits, self.score_function)
         tokens_per_expert = routing_map.sum(dim=0)
@@ -112,15 +122,44 @@ class TopKRouter(nn.Module):
         return logits
 
     def _wanted(self, logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Return the counts that balance losses see: of the best experts, without groups."""
-        if self.num_groups is None:
+        """Return the counts that balance losses see: without groups and bias."""
+        if self.num_groups is None and self.expert_bias is None:
             return tokens_per_expert
         return map_of_largest(logits, self.topk).sum(dim=0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
+        """Move the bias where the weight goes, but never to its dtype."""
+        kept = self.expert_bias
+        super()._apply(fn, recurse)
+        if kept is not None:
+            self.expert_bias = kept.to(self.weight.device)
+        return self
 
     @staticmethod
     def _attach(probs: Tensor, loss: Tensor, context: ForwardContext) -> Tensor:
         attached: Tensor = MoEAuxLossAutoScaler.apply(probs, loss, context.aux_loss_scale)
         return attached
+
+
+@torch.no_grad()
+def update_expert_biases(model: nn.Module, metrics: MoEMetricsTracker, group: ProcessGroup) -> None:
+    """Move every expert bias by what the step counted; once after each step that was made.
+
+    Args:
+        model: Its routers recorded into ``metrics``.
+        metrics: With the slots of the step, before ``end_step``.
+        group: The ranks whose tokens make the step; all of them call this.
+    """
+    routers = [
+        m for m in model.modules() if isinstance(m, TopKRouter) and m.expert_bias is not None
+    ]
+    if not routers:
+        return
+    counts = metrics.step_counts(group)
+    for router in routers:
+        bias = router.expert_bias
+        assert bias is not None, "chosen because it has one"
+        bias.copy_(updated_expert_bias(bias, counts[router.layer_number], router.bias_update_rate))
 
 
 class _WideLinear(torch.autograd.Function):

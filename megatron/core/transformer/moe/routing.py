@@ -31,6 +31,7 @@ def topk_routing(
     scaling_factor: float | None = None,
     num_groups: int | None = None,
     group_topk: int | None = None,
+    expert_bias: Tensor | None = None,
 ) -> Routing:
     """Send each token to its ``topk`` best experts.
 
@@ -45,6 +46,8 @@ def topk_routing(
         scaling_factor: What probs are multiplied by at the end; None for 1.
         num_groups: Equal groups of neighbouring experts; None for no groups.
         group_topk: Groups that a token may use; divides ``topk``.
+        expert_bias: [num_experts], added to scores to choose experts, never to their weights; not
+            with softmax.
 
     Returns:
         The routing; gradients reach ``logits`` through its probs.
@@ -55,9 +58,13 @@ def topk_routing(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     scores = log_scores(logits, score_function)
     ranking = logits.detach()
+    if (num_groups or expert_bias is not None) and score_function != "softmax":
+        ranking = scores.detach().exp()  # else logits choose: they order alike, and never tie
+    if expert_bias is not None:
+        assert score_function != "softmax", "an expert bias needs scores of each expert alone"
+        ranking = ranking + expert_bias
     if num_groups is not None:
         assert group_topk is not None, f"{num_groups=} without group_topk"
-        ranking = scores.detach().exp() if score_function != "softmax" else ranking
         ranking = softmax_over_experts(ranking) if pre_softmax else ranking
         ranking = group_limited(ranking, topk, num_groups, group_topk)
     routing_map = map_of_largest(ranking, topk)

@@ -141,6 +141,10 @@ def test_balancing_in_force_is_said_loudly():
     run = _derive(num_moe_experts=8)
     assert run.config.model.aux_loss_coeff == 0.01
     assert "load balancing: aux_loss with coefficient 0.01" in run.notices[-1]
+    by_bias = _derive(
+        num_moe_experts=8, moe_aux_loss_coeff=[0.0], moe_router_enable_expert_bias=True
+    )
+    assert not any("balancing" in notice for notice in by_bias.notices)
     off = _derive(num_moe_experts=8, moe_aux_loss_coeff=[0.0])
     assert "load balancing: OFF" in off.notices[-1]
     assert not any("balancing" in notice for notice in _derive().notices)

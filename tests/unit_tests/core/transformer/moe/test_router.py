@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router import TopKRouter, update_expert_biases
 from tests.unit_tests.core.transformer.moe.layers import NUM_EXPERTS, H, make_tokens, moe_config
 
 
@@ -102,3 +103,51 @@ def test_counts_and_balance_are_recorded_with_and_without_balancing(balancing):
     tracker.end_step()
     assert int(tracker._count_sums.sum()) == 24
     assert tracker._loss_sums[0, 0] > 0.9  # about 1 when balanced
+
+
+BIASED: dict[str, Any] = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.1,
+}
+
+
+def test_the_expert_bias_stays_fp32_to_the_bit_when_the_model_is_cast():
+    router = _router(**BIASED)
+    router.expert_bias.copy_(torch.linspace(0.1, 0.3, NUM_EXPERTS))
+    before = router.expert_bias.clone()
+    for cast in (router.bfloat16, router.half, router.double):
+        cast()
+        assert router.expert_bias.dtype == torch.float32
+        assert torch.equal(router.expert_bias, before)
+    assert "expert_bias" in router.state_dict()
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+    assert _router().expert_bias is None
+
+
+def test_the_expert_bias_moves_to_experts_that_were_used_less():
+    router = _router(**BIASED)
+    tracker = MoEMetricsTracker([1], NUM_EXPERTS, 2, 2, "cpu")
+    for microbatch in range(2):
+        tokens = make_tokens(9, torch.float32, microbatch)
+        for _recompute in range(2):
+            router(tokens, ForwardContext(moe_metrics=tracker, microbatch=microbatch))
+    counts = tracker._counts.sum(dim=(0, 1))
+    update_expert_biases(router, tracker, dist.ProcessGroup(0, 1))
+    want = [0.1 * ((count < 36 / 8) - (count > 36 / 8)) for count in counts.tolist()]
+    assert router.expert_bias.tolist() == pytest.approx(want)
+    assert 0 < sum(w > 0 for w in want) < NUM_EXPERTS
+
+
+def test_an_expert_bias_evens_out_a_skewed_router():
+    router = _router(**BIASED)
+    tracker = MoEMetricsTracker([1], NUM_EXPERTS, 2, 1, "cpu")
+    loads = []
+    for step in range(60):
+        router(make_tokens(400, torch.float32, step), ForwardContext(moe_metrics=tracker))
+        loads.append(tracker._counts.amax().item() / 100)
+        update_expert_biases(router, tracker, dist.ProcessGroup(0, 1))
+        tracker.end_step()
+        router.bias_update_rate *= 0.95
+    assert loads[0] > 1.4
+    assert loads[-1] < 1.2

@@ -155,3 +155,16 @@ def test_all_groups_allowed_is_no_groups():
     logits = _logits(30, 8)
     plain, grouped = topk_routing(logits, 4), topk_routing(logits, 4, num_groups=4, group_topk=4)
     assert torch.equal(plain.probs, grouped.probs)
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r.score_function != "softmax"], ids=str)
+def test_an_expert_bias_chooses_experts_and_never_weights_them(rule):
+    logits = _logits(40, 8)
+    bias = torch.linspace(-0.4, 0.4, 8).roll(3)
+    probs, routing_map = topk_routing(logits, **rule._asdict(), expert_bias=bias)
+    weights, chosen = reference_routing(logits, rule, bias)
+    want = torch.zeros_like(logits).scatter(1, chosen, weights)
+    torch.testing.assert_close(probs, want, rtol=1e-12, atol=1e-14)
+    assert not torch.equal(routing_map, topk_routing(logits, **rule._asdict()).routing_map)
+    got = torch.autograd.grad((probs * bias).sum(), logits)
+    torch.testing.assert_close(got, torch.autograd.grad((want * bias).sum(), logits))
