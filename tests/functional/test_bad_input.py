@@ -116,6 +116,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --moe-router-bias-update-rate 0.1",
         ["no effect without --moe-router-enable-expert-bias"],
     ),
+    "jitter of 1": (1, f"{MOE} --moe-input-jitter-eps 1", ["must be above 0 and below 1"]),
     "groups without top-k": (1, f"{MOE} --moe-router-num-groups 2", ["need each other"]),
     "top-k of no groups": (1, f"{MOE} --moe-router-group-topk 2", ["need each other"]),
     "groups of 8 experts": (

@@ -36,6 +36,7 @@ CASES = {
         "moe_router_load_balancing_type": ["none"],
         "moe_aux_loss_coeff": None,
     },
+    "jitter": {"moe_input_jitter_eps": 0.2, "hidden_dropout": 0.0},
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
     "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},
 }

@@ -141,7 +141,6 @@ SUBSTITUTES: dict[str, str] = {
     "--model-parallel-size": "use --tensor-model-parallel-size",
     "--moe-enable-deepep": "use --moe-token-dispatcher-type alltoall",
     "--moe-expert-capacity-factor": "no token is ever dropped and no expert padded; leave it out",
-    "--moe-input-jitter-eps": "use --moe-z-loss-coeff 1e-3 to keep routing stable",
     "--moe-pad-expert-input-to-capacity": "experts take any number of tokens; leave it out",
     "--no-ckpt-fully-parallel-save": "every rank always writes its own part; leave it out",
     "--no-mmap-bin-files": "data files are always memory-mapped; leave it out",

@@ -54,6 +54,7 @@ _NAMES_BY_RANGE = {
         attention_dropout hidden_dropout adam_beta1 adam_beta2 sgd_momentum lr_warmup_fraction
     """,
     Range(0, 1, open_low=True): "rotary_percent",
+    Range(0, 1, open_low=True, open_high=True): "moe_input_jitter_eps",
 }
 RANGES: dict[str, Range] = {
     name: limits for limits, names in _NAMES_BY_RANGE.items() for name in names.split()

@@ -33,6 +33,7 @@ MAY_DIFFER = {
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
     "moe_router_bias_update_rate",
+    "moe_input_jitter_eps",
     "moe_token_dispatcher_type",
     "moe_experts_type",
     "max_position_embeddings",  # its table is compared by shape

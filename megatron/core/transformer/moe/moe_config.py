@@ -52,6 +52,10 @@ class MoEConfig:
     """How far one step moves the bias of an expert: up if it had fewer tokens than the mean, down
     if more."""
 
+    moe_input_jitter_eps: float | None = None
+    """Multiply the router's input, in training, by numbers drawn evenly between 1 - eps and 1 +
+    eps, so that tokens near a border try several experts. Off when not set."""
+
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Number format of the router's product, scores, losses and combine weights."""
 

@@ -79,7 +79,7 @@ class MoELayer(nn.Module):
             The output [s, b, h]; and None, for no bias is left to add.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [s*b, h]
-        probs, routing_map = self.router(tokens, context)
+        probs, routing_map = self.router(hidden_states, context)
         sent = self.token_dispatcher.token_permutation(tokens, probs, routing_map)
         output, _ = self.experts(sent.hidden_states, sent.tokens_per_expert, sent.probs)
         combined = self.token_dispatcher.token_unpermutation(output, sent)

@@ -73,6 +73,7 @@ class TopKRouter(nn.Module):
         self.aux_loss_coeff = config.aux_loss_coeff
         self.z_loss_coeff = config.moe_z_loss_coeff or 0.0
         self.dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
+        self.jitter_eps = config.moe_input_jitter_eps
         self.bias_update_rate = config.moe_router_bias_update_rate
         bias = torch.zeros(config.num_moe_experts) if config.moe_router_enable_expert_bias else None
         self.register_buffer("expert_bias", bias)
@@ -80,12 +81,13 @@ class TopKRouter(nn.Module):
         self.weight = set_role(nn.Parameter(weight), ParamRole(init=input_init(config)))
 
     def forward(self, hidden_states: Tensor, context: ForwardContext) -> Routing:
-        """Route ``hidden_states`` [num_tokens, h].
+        """Route ``hidden_states`` [s, b, h], or the [num_tokens, h] of one sample.
 
+        The routing's rows are the tokens in order: sample by sample for each position.
         The routing's probs carry the balance losses into backward. Counts, losses and entropy go
         to ``context.moe_metrics`` if there is one, without waiting for the device.
         """
-        logits = self.gating(hidden_states)
+        logits = self.gating(self._input(hidden_states, context))
         probs, routing_map = topk_routing(
             logits,
             self.topk,
@@ -120,6 +122,16 @@ class TopKRouter(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, self.dtype)
         logits: Tensor = _WideLinear.apply(hidden_states, self.weight, dtype)
         return logits
+
+    def _input(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
+        """Return what is multiplied by the gate, [num_tokens, h]."""
+        if self.jitter_eps and context.rng is not None:
+            wide = hidden_states.to(torch.promote_types(hidden_states.dtype, self.dtype))
+            wide = wide if wide.dim() == 3 else wide.unsqueeze(1)  # [s, b, h]
+            hidden_states = context.rng.jitter(
+                wide, self.jitter_eps, layer=self.layer_number, site="router", batch_dim=1
+            )
+        return hidden_states.reshape(-1, hidden_states.shape[-1])
 
     def _wanted(self, logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Return the counts that balance losses see: without groups and bias."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.moe.router import TopKRouter, update_expert_biases
@@ -151,3 +152,20 @@ def test_an_expert_bias_evens_out_a_skewed_router():
         router.bias_update_rate *= 0.95
     assert loads[0] > 1.4
     assert loads[-1] < 1.2
+
+
+def test_jitter_changes_what_the_router_sees_in_training_and_nothing_else():
+    router, plain = _router(moe_input_jitter_eps=0.3), _router()
+    tokens = make_tokens(12, torch.float32).detach().view(6, 2, H).requires_grad_()
+    rng = SampleRng(1, (5, 9))
+    got, _ = router(tokens, ForwardContext(rng=rng))
+    seen = rng.jitter(tokens, 0.3, layer=1, site="router", batch_dim=1)
+    want, _ = plain(seen, ForwardContext())
+    assert torch.equal(got, want)
+    weight = torch.arange(float(NUM_EXPERTS))
+    inputs = torch.autograd.grad((got * weight).sum(), (tokens, router.weight))
+    expected = torch.autograd.grad((want * weight).sum(), (tokens, plain.weight))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, expected, strict=True))
+    without = plain(tokens, ForwardContext()).probs
+    assert not torch.equal(got, without)
+    assert torch.equal(router(tokens, ForwardContext()).probs, without), "no jitter in evaluation"
