@@ -104,7 +104,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1",
         ["no effect with --moe-router-load-balancing-type none"],
     ),
-    "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["one of aux_loss, none"]),
+    "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["global_aux_loss, none"]),
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["no token is ever dropped"]),
     "bias of softmax": (
         1,

@@ -37,6 +37,10 @@ CASES = {
         "moe_aux_loss_coeff": None,
     },
     "jitter": {"moe_input_jitter_eps": 0.2, "hidden_dropout": 0.0},
+    "balance_in_sequences": {
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.02, 0.05],
+    },
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
     "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},
 }

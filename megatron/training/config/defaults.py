@@ -201,13 +201,13 @@ def _balancing(run: Derivation) -> None:
     if model.num_moe_experts is None:
         return
     kinds = model.moe_router_load_balancing_type
-    if "aux_loss" in kinds and model.moe_aux_loss_coeff is None:
+    if kinds != ["none"] and model.moe_aux_loss_coeff is None:
         run.use("moe_aux_loss_coeff", [0.01] * len(kinds))
         run.notices.append(
-            "load balancing: aux_loss with coefficient 0.01 (Megatron-LM's default 0.0 would turn "
-            "balancing off; set --moe-aux-loss-coeff)"
+            f"load balancing: {', '.join(kinds)} with coefficient 0.01 (Megatron-LM's default 0.0 "
+            "would turn balancing off; set --moe-aux-loss-coeff)"
         )
-    elif model.aux_loss_coeff == 0 and not model.moe_router_enable_expert_bias:
+    elif not model.aux_loss_coeffs and not model.moe_router_enable_expert_bias:
         run.notices.append(
             "load balancing: OFF, by request; watch tokens per expert in the log, experts may die"
         )

@@ -59,14 +59,16 @@ class MoEConfig:
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Number format of the router's product, scores, losses and combine weights."""
 
-    moe_router_load_balancing_type: list[Literal["aux_loss", "none"]] = field(
-        default_factory=lambda: ["aux_loss"]
-    )
-    """How tokens are kept spread over experts: an auxiliary loss, or none."""
+    moe_router_load_balancing_type: list[
+        Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
+    ] = field(default_factory=lambda: ["aux_loss"])
+    """How tokens are kept spread over experts: by losses that ask for balance within a microbatch
+    of one rank (aux_loss), within each sequence (seq_aux_loss) or within the microbatches of all
+    ranks so far in the step (global_aux_loss), one or several; or none."""
 
     moe_aux_loss_coeff: list[float] | None = None
     """Weight of the load-balancing loss, one value for each balancing type; 0 turns it off. When
-    not set: 0.01 under aux_loss, announced at the start."""
+    not set: 0.01 for each loss, announced at the start."""
 
     moe_z_loss_coeff: float | None = None
     """Weight of the router z-loss, which keeps logits small; 1e-3 is a usual start. Off when not
@@ -117,10 +119,9 @@ class MoEConfig:
             )
 
     @property
-    def aux_loss_coeff(self) -> float:
-        """Coefficient of the auxiliary loss in force: 0 when balancing is ``none``."""
-        if "aux_loss" not in self.moe_router_load_balancing_type:
-            return 0.0
-        if self.moe_aux_loss_coeff is None:
-            return 0.01
-        return self.moe_aux_loss_coeff[self.moe_router_load_balancing_type.index("aux_loss")]
+    def aux_loss_coeffs(self) -> dict[str, float]:
+        """Balancing type -> coefficient of the losses in force, those of 0 left out."""
+        kinds = [kind for kind in self.moe_router_load_balancing_type if kind != "none"]
+        coeffs = self.moe_aux_loss_coeff
+        coeffs = [0.01] * len(kinds) if coeffs is None else coeffs
+        return {kind: coeff for kind, coeff in zip(kinds, coeffs, strict=False) if coeff}

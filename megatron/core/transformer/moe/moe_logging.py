@@ -14,7 +14,13 @@ from torch.distributed import ProcessGroup
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
 
-_LOSSES = ("load_balancing_loss", "z_loss", "entropy")
+_LOSSES = (
+    "load_balancing_loss",
+    "z_loss",
+    "entropy",
+    "seq_load_balancing_loss",
+    "global_load_balancing_loss",
+)
 WARN_MAX_VIOLATION = 2.0
 """Busiest expert at three times the mean: ``MoEReport.lines`` warns from here on."""
 _COUNTS_SHOWN = 16
@@ -42,6 +48,10 @@ class MoEReport:
     """Mean over tokens of the entropy of the router's softmax, in nats."""
     ep_load_ratio: float
     """Tokens of the busiest expert-parallel rank / mean, in the worst layer."""
+    seq_load_balancing_loss: float | None = None
+    """As ``load_balancing_loss``, within each sequence; None when it is off."""
+    global_load_balancing_loss: float | None = None
+    """As ``load_balancing_loss``, within the batches of all ranks; None when it is off."""
 
     def lines(self) -> list[str]:
         """Return one line a layer for people, and a warning for layers in trouble."""
@@ -97,6 +107,10 @@ class MoEReport:
             found["moe/load_balancing_loss"] = self.load_balancing_loss
         if self.z_loss is not None:
             found["moe/z_loss"] = self.z_loss
+        if self.seq_load_balancing_loss is not None:
+            found["moe/seq_load_balancing_loss"] = self.seq_load_balancing_loss
+        if self.global_load_balancing_loss is not None:
+            found["moe/global_load_balancing_loss"] = self.global_load_balancing_loss
         for i, layer in enumerate(self.moe_layers):
             found[f"moe/layer_{layer}/max_violation"] = self.max_violation[i]
             found[f"moe/layer_{layer}/min_violation"] = self.min_violation[i]
@@ -129,6 +143,7 @@ class MoEMetricsTracker:
         self.topk = topk
         slots = (len(moe_layers), num_microbatches)
         self._counts = torch.zeros(*slots, num_experts, dtype=torch.int64, device=device)
+        self._best_counts = torch.zeros_like(self._counts)
         self._losses = torch.zeros(*slots, len(_LOSSES), dtype=torch.float64, device=device)
         self._has: set[str] = set()
         self._count_sums = torch.zeros_like(self._counts[:, 0])
@@ -144,6 +159,8 @@ class MoEMetricsTracker:
         load_balancing_loss: Tensor | None,
         z_loss: Tensor | None,
         entropy: Tensor,
+        seq_load_balancing_loss: Tensor | None = None,
+        global_load_balancing_loss: Tensor | None = None,
     ) -> None:
         """Assign the values of one router in one microbatch; a second time changes nothing.
 
@@ -154,14 +171,34 @@ class MoEMetricsTracker:
             load_balancing_loss: Scalar without its coefficient, or None.
             z_loss: Scalar without its coefficient, or None.
             entropy: Scalar, nats.
+            seq_load_balancing_loss: As ``load_balancing_loss``.
+            global_load_balancing_loss: As ``load_balancing_loss``.
         """
         row = self._row_of_layer[layer]
         self._counts[row, microbatch] = tokens_per_expert
-        values = (load_balancing_loss, z_loss, entropy)
+        values = (
+            load_balancing_loss,
+            z_loss,
+            entropy,
+            seq_load_balancing_loss,
+            global_load_balancing_loss,
+        )
         for column, (name, value) in enumerate(zip(_LOSSES, values, strict=True)):
             if value is not None:
                 self._losses[row, microbatch, column] = value
                 self._has.add(name)
+
+    def counts_so_far(self, layer: int, microbatch: int, best_counts: Tensor) -> Tensor:
+        """Keep the counts of a microbatch and return their sum over it and those before it.
+
+        Args:
+            layer: Global index of the layer.
+            microbatch: Slot within the step; assigned, so that a recomputed forward counts once.
+            best_counts: [num_experts], of this rank's tokens, as balance losses count them.
+        """
+        row = self._row_of_layer[layer]
+        self._best_counts[row, microbatch] = best_counts
+        return self._best_counts[row, : microbatch + 1].sum(dim=0)
 
     def step_counts(self, group: ProcessGroup) -> dict[int, Tensor]:
         """Return layer -> tokens per expert of the step so far, [num_experts] int64.
@@ -177,6 +214,7 @@ class MoEMetricsTracker:
         self._loss_sums += self._losses.sum(dim=1)
         self._microbatches += self._counts.shape[1]
         self._counts.zero_()
+        self._best_counts.zero_()
         self._losses.zero_()
 
     def report(self, pg_collection: ProcessGroupCollection) -> MoEReport:
@@ -197,6 +235,8 @@ class MoEMetricsTracker:
             tokens_per_expert=counts,
             load_balancing_loss=self._mean_loss(means, "load_balancing_loss"),
             z_loss=self._mean_loss(means, "z_loss"),
+            seq_load_balancing_loss=self._mean_loss(means, "seq_load_balancing_loss"),
+            global_load_balancing_loss=self._mean_loss(means, "global_load_balancing_loss"),
             max_violation=tuple(_over_mean(counts.amax(dim=1), counts)),
             min_violation=tuple(_over_mean(counts.amin(dim=1), counts)),
             dead_experts=tuple((counts == 0).sum(dim=1).tolist()),

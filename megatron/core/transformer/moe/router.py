@@ -14,12 +14,15 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.param_role import ParamRole, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import all_reduce_sum
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init
 from megatron.core.transformer.moe.load_balancing import (
     MoEAuxLossAutoScaler,
+    balance_loss_of_shares,
     router_entropy,
     router_z_loss,
+    sequence_balance_loss,
     switch_load_balancing_loss,
     updated_expert_bias,
 )
@@ -37,8 +40,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class TopKRouter(nn.Module):
     """Route each token to its top-k experts; keeps nothing of a forward.
 
-    The balance losses ride on ``probs`` (``MoEAuxLossAutoScaler``): their scope is the tokens of
-    one microbatch on this rank, and ``context.aux_loss_scale`` makes the mean over those.
+    In training the balance losses ride on ``probs`` (``MoEAuxLossAutoScaler``); each is a mean over
+    the tokens of one microbatch on this rank, and ``context.aux_loss_scale`` makes the mean over
+    those. How far balance is looked for (microbatch, sequence, all ranks) is in the counts.
     """
 
     weight: nn.Parameter
@@ -58,10 +62,10 @@ class TopKRouter(nn.Module):
         Args:
             config: Number of experts, topk, order of softmax and top-k, losses, dtype.
             layer_number: Global index of the layer, under which metrics are recorded.
-            pg_collection: Taken because every router slot is given it; this one needs no group.
+            pg_collection: Its ``dp_cp`` sums the counts of the global balance loss.
         """
         super().__init__()
-        del pg_collection
+        self.data_group = pg_collection.dp_cp
         assert config.num_moe_experts is not None, "a router needs num_moe_experts"
         self.layer_number = layer_number
         self.topk = config.moe_router_topk
@@ -70,8 +74,9 @@ class TopKRouter(nn.Module):
         self.scaling_factor = config.moe_router_topk_scaling_factor
         self.num_groups = config.moe_router_num_groups
         self.group_topk = config.moe_router_group_topk
-        self.aux_loss_coeff = config.aux_loss_coeff
-        self.z_loss_coeff = config.moe_z_loss_coeff or 0.0
+        self.coeffs = dict(config.aux_loss_coeffs)
+        if config.moe_z_loss_coeff:
+            self.coeffs["z_loss"] = config.moe_z_loss_coeff
         self.dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
         self.jitter_eps = config.moe_input_jitter_eps
         self.bias_update_rate = config.moe_router_bias_update_rate
@@ -99,21 +104,23 @@ class TopKRouter(nn.Module):
             expert_bias=self.expert_bias,
         )
         scores = log_scores(logits, self.score_function)
-        tokens_per_expert = routing_map.sum(dim=0)
-        wanted = self._wanted(logits, tokens_per_expert)
-        if self.aux_loss_coeff:
-            aux_loss = switch_load_balancing_loss(scores, wanted, self.topk)
-            probs = self._attach(probs, aux_loss * self.aux_loss_coeff, context)
-        if self.z_loss_coeff:
-            probs = self._attach(probs, router_z_loss(logits) * self.z_loss_coeff, context)
+        num_samples = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
+        losses: dict[str, Tensor] = {}
+        if self.training or context.moe_metrics is not None:
+            losses = self._losses(logits, scores, routing_map, num_samples, context)
+        if self.training:
+            for kind, coeff in self.coeffs.items():
+                probs = self._attach(probs, losses[kind] * coeff, context)
         if context.moe_metrics is not None:
             context.moe_metrics.record(
                 self.layer_number,
                 context.microbatch,
-                tokens_per_expert=tokens_per_expert,
-                load_balancing_loss=switch_load_balancing_loss(scores.detach(), wanted, self.topk),
-                z_loss=router_z_loss(logits.detach()) if self.z_loss_coeff else None,
+                tokens_per_expert=routing_map.sum(dim=0),
+                load_balancing_loss=losses["aux_loss"].detach(),
+                z_loss=_detached(losses.get("z_loss")),
                 entropy=router_entropy(scores),
+                seq_load_balancing_loss=_detached(losses.get("seq_aux_loss")),
+                global_load_balancing_loss=_detached(losses.get("global_aux_loss")),
             )
         return Routing(probs, routing_map)
 
@@ -133,11 +140,34 @@ class TopKRouter(nn.Module):
             )
         return hidden_states.reshape(-1, hidden_states.shape[-1])
 
-    def _wanted(self, logits: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """Return the counts that balance losses see: without groups and bias."""
-        if self.num_groups is None and self.expert_bias is None:
-            return tokens_per_expert
-        return map_of_largest(logits, self.topk).sum(dim=0)
+    def _losses(
+        self,
+        logits: Tensor,
+        scores: Tensor,
+        routing_map: Tensor,
+        num_samples: int,
+        context: ForwardContext,
+    ) -> dict[str, Tensor]:
+        """Return name -> loss, without coefficients, of those in force and of aux_loss."""
+        best = routing_map
+        if self.num_groups is not None or self.expert_bias is not None:
+            best = map_of_largest(logits, self.topk)  # balance losses know no groups and no bias
+        counts = best.sum(dim=0)
+        own = scores if "aux_loss" in self.coeffs else scores.detach()
+        losses = {"aux_loss": switch_load_balancing_loss(own, counts, self.topk)}
+        if "z_loss" in self.coeffs:
+            losses["z_loss"] = router_z_loss(logits)
+        if "seq_aux_loss" in self.coeffs:
+            losses["seq_aux_loss"] = sequence_balance_loss(scores, best, self.topk, num_samples)
+        if "global_aux_loss" in self.coeffs and self.training:
+            if context.moe_metrics is not None:
+                counts = context.moe_metrics.counts_so_far(
+                    self.layer_number, context.microbatch, counts
+                )
+            counts = all_reduce_sum(self.data_group, counts).to(scores.dtype)
+            shares = counts / counts.sum().clamp(min=1.0)
+            losses["global_aux_loss"] = balance_loss_of_shares(scores, shares)
+        return losses
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
         """Move the bias where the weight goes, but never to its dtype."""
@@ -172,6 +202,10 @@ def update_expert_biases(model: nn.Module, metrics: MoEMetricsTracker, group: Pr
         bias = router.expert_bias
         assert bias is not None, "chosen because it has one"
         bias.copy_(updated_expert_bias(bias, counts[router.layer_number], router.bias_update_rate))
+
+
+def _detached(loss: Tensor | None) -> Tensor | None:
+    return None if loss is None else loss.detach()
 
 
 class _WideLinear(torch.autograd.Function):

@@ -10,11 +10,12 @@ from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.moe.router import TopKRouter, update_expert_biases
+from tests.helpers.models import world_of_one
 from tests.unit_tests.core.transformer.moe.layers import NUM_EXPERTS, H, make_tokens, moe_config
 
 
 def _router(**options: Any) -> TopKRouter:
-    router = TopKRouter(moe_config(**options), layer_number=1, pg_collection=None)
+    router = TopKRouter(moe_config(**options), layer_number=1, pg_collection=world_of_one())
     rng = torch.Generator().manual_seed(2)
     with torch.no_grad():
         router.weight.copy_(torch.randn(NUM_EXPERTS, H, generator=rng) * 0.3)
@@ -43,11 +44,14 @@ def test_router_learns_from_the_main_loss_alone(options):
     assert _gradient(_router(**options), 1.0, ForwardContext()).abs().amin() > 0
 
 
-@pytest.mark.parametrize("name", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
+@pytest.mark.parametrize("name", ["aux_loss", "seq_aux_loss", "global_aux_loss", "z_loss"])
 def test_balance_gradient_is_linear_in_coefficient_and_scale_and_ignores_the_main_one(name):
     def balance(coefficient: float, scale: float, main: float) -> torch.Tensor:
-        value = [coefficient] if name == "moe_aux_loss_coeff" else coefficient
-        router, plain = _router(fp64=True, **{name: value}), _router(fp64=True)
+        options: dict[str, Any] = {"moe_z_loss_coeff": coefficient}
+        if name != "z_loss":
+            options = {"moe_router_load_balancing_type": [name]}
+            options["moe_aux_loss_coeff"] = [coefficient]
+        router, plain = _router(fp64=True, **options), _router(fp64=True)
         context = ForwardContext(aux_loss_scale=scale)
         return _gradient(router, main, context) - _gradient(plain, main, context)
 
@@ -169,3 +173,48 @@ def test_jitter_changes_what_the_router_sees_in_training_and_nothing_else():
     without = plain(tokens, ForwardContext()).probs
     assert not torch.equal(got, without)
     assert torch.equal(router(tokens, ForwardContext()).probs, without), "no jitter in evaluation"
+
+
+SCOPES = ["aux_loss", "seq_aux_loss", "global_aux_loss"]
+
+
+def _plain_balance(logits: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+    """E * sum_i f_i P_i: f of the experts in ``routed`` [any, topk], P of ``logits``."""
+    total = logits.new_zeros(())
+    for expert in range(NUM_EXPERTS):
+        share = (routed == expert).sum() / routed.numel()
+        total = total + share * logits.softmax(dim=1)[:, expert].mean()
+    return NUM_EXPERTS * total
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_several_balance_losses_each_keep_their_scope_and_coefficient(forwards):
+    coeffs = [0.5, 0.25, 0.125]
+    router = _router(fp64=True, moe_router_load_balancing_type=SCOPES, moe_aux_loss_coeff=coeffs)
+    tracker = MoEMetricsTracker([1], NUM_EXPERTS, 2, 3, "cpu")
+    routed = []
+    for microbatch in range(3):
+        tokens = make_tokens(15, torch.float64, microbatch).detach()
+        for _ in range(forwards):  # a recomputed forward counts once
+            context = ForwardContext(microbatch=microbatch, moe_metrics=tracker)
+            probs, _ = router(tokens.view(5, 3, H), context)
+        (got,) = torch.autograd.grad(probs.sum() * 0.0, router.weight)
+        logits = tokens @ router.weight.t()
+        routed.append(logits.topk(2).indices)
+        sequences = [
+            _plain_balance(logits[sample::3], routed[-1][sample::3]) for sample in range(3)
+        ]
+        losses = (
+            _plain_balance(logits, routed[-1]),
+            torch.stack(sequences).mean(),
+            _plain_balance(logits, torch.cat(routed)),
+        )
+        total = sum(c * loss for c, loss in zip(coeffs, losses, strict=True))
+        torch.testing.assert_close(got, torch.autograd.grad(total, router.weight)[0])
+        columns = tracker._losses[0, microbatch, [0, 3, 4]]
+        torch.testing.assert_close(columns, torch.stack(losses).detach())
+
+
+def test_a_router_in_evaluation_attaches_nothing():
+    router = _router(moe_router_load_balancing_type=SCOPES, moe_aux_loss_coeff=[1.0] * 3).eval()
+    assert not _gradient(router, 0.0, ForwardContext()).any()
