@@ -41,6 +41,7 @@ CASES = {
         "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
         "moe_aux_loss_coeff": [0.02, 0.05],
     },
+    "forced": {"moe_router_force_load_balancing": True},
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
     "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},
 }

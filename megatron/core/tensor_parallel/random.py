@@ -74,6 +74,16 @@ class SampleRng:
             one.copy_(_random_int16(one.shape, generator))
         return x * factor.add_(0.5).mul_(2 * eps / _LEVELS).add_(1.0)
 
+    def normal_like(self, x: Tensor, *, layer: int, site: str, batch_dim: int) -> Tensor:
+        """Return standard normal numbers shaped like ``x``; see ``dropout``."""
+        assert x.shape[batch_dim] == len(self.sample_ids), f"{x.shape=} {self.sample_ids=}"
+        drawn = torch.empty_like(x)
+        for i, generator in enumerate(self._generators(layer, site, x.device)):
+            one = drawn.select(batch_dim, i)
+            # drawn apart: into a strided view, numbers would come in another order
+            one.copy_(torch.randn(one.shape, generator=generator, device=x.device, dtype=x.dtype))
+        return drawn
+
     def _generators(self, layer: int, site: str, device: torch.device) -> Iterator[torch.Generator]:
         """Yield for each sample one generator, seeded anew."""
         generator = torch.Generator(device=device)

@@ -200,6 +200,11 @@ def _balancing(run: Derivation) -> None:
     model = run.config.model
     if model.num_moe_experts is None:
         return
+    if model.moe_router_force_load_balancing:
+        run.notices.append(
+            "routing is RANDOM (--moe-router-force-load-balancing): for benchmarks only, the model "
+            "learns no routing"
+        )
     kinds = model.moe_router_load_balancing_type
     if kinds != ["none"] and model.moe_aux_loss_coeff is None:
         run.use("moe_aux_loss_coeff", [0.01] * len(kinds))

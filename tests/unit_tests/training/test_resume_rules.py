@@ -34,6 +34,7 @@ MAY_DIFFER = {
     "moe_z_loss_coeff",
     "moe_router_bias_update_rate",
     "moe_input_jitter_eps",
+    "moe_router_force_load_balancing",
     "moe_token_dispatcher_type",
     "moe_experts_type",
     "max_position_embeddings",  # its table is compared by shape

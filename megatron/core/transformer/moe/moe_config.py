@@ -56,6 +56,10 @@ class MoEConfig:
     """Multiply the router's input, in training, by numbers drawn evenly between 1 - eps and 1 +
     eps, so that tokens near a border try several experts. Off when not set."""
 
+    moe_router_force_load_balancing: bool = False
+    """For benchmarks only: in training, route by random logits instead of the router's, so that
+    experts are evenly used."""
+
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Number format of the router's product, scores, losses and combine weights."""
 

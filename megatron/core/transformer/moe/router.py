@@ -78,6 +78,7 @@ class TopKRouter(nn.Module):
         if config.moe_z_loss_coeff:
             self.coeffs["z_loss"] = config.moe_z_loss_coeff
         self.dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
+        self.is_forced = config.moe_router_force_load_balancing
         self.jitter_eps = config.moe_input_jitter_eps
         self.bias_update_rate = config.moe_router_bias_update_rate
         bias = torch.zeros(config.num_moe_experts) if config.moe_router_enable_expert_bias else None
@@ -92,7 +93,10 @@ class TopKRouter(nn.Module):
         The routing's probs carry the balance losses into backward. Counts, losses and entropy go
         to ``context.moe_metrics`` if there is one, without waiting for the device.
         """
+        num_samples = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
         logits = self.gating(self._input(hidden_states, context))
+        if self.is_forced and self.training:
+            logits = self._random(logits, num_samples, context)
         probs, routing_map = topk_routing(
             logits,
             self.topk,
@@ -104,7 +108,6 @@ class TopKRouter(nn.Module):
             expert_bias=self.expert_bias,
         )
         scores = log_scores(logits, self.score_function)
-        num_samples = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
         losses: dict[str, Tensor] = {}
         if self.training or context.moe_metrics is not None:
             losses = self._losses(logits, scores, routing_map, num_samples, context)
@@ -139,6 +142,15 @@ class TopKRouter(nn.Module):
                 wide, self.jitter_eps, layer=self.layer_number, site="router", batch_dim=1
             )
         return hidden_states.reshape(-1, hidden_states.shape[-1])
+
+    def _random(self, logits: Tensor, num_samples: int, context: ForwardContext) -> Tensor:
+        """Return random logits whose gradient goes to ``logits`` as it comes."""
+        assert context.rng is not None, "--moe-router-force-load-balancing needs a context with rng"
+        shape = (logits.shape[0] // num_samples, num_samples, logits.shape[1])  # [s, b, E]
+        drawn = context.rng.normal_like(
+            logits.detach().view(shape), layer=self.layer_number, site="router", batch_dim=1
+        )
+        return drawn.view_as(logits) + (logits - logits.detach())
 
     def _losses(
         self,

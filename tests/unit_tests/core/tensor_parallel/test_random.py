@@ -79,3 +79,16 @@ def test_jitter_is_even_between_its_bounds_and_belongs_to_the_sample():
     assert not torch.equal(y, jittered((3, 8, 4), layer=2))
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, y.detach() / 2)
+
+
+def test_normal_numbers_belong_to_the_sample() -> None:
+    like = torch.zeros(50, 3, 40, dtype=torch.float64)
+
+    def drawn(ids: tuple[int, ...]) -> torch.Tensor:
+        return SampleRng(5, ids).normal_like(like[:, : len(ids)], **HERE)
+
+    x = drawn((3, 8, 4))
+    assert torch.equal(x[:, 2:], drawn((4,)))
+    assert x.mean().item() == pytest.approx(0.0, abs=0.05)
+    assert x.std().item() == pytest.approx(1.0, abs=0.05)
+    assert not torch.equal(x[:, 0], x[:, 1])

@@ -143,6 +143,8 @@ def test_balancing_in_force_is_said_loudly():
     two = _derive(num_moe_experts=8, moe_router_load_balancing_type=["seq_aux_loss", "aux_loss"])
     assert two.config.model.aux_loss_coeffs == {"seq_aux_loss": 0.01, "aux_loss": 0.01}
     assert "load balancing: aux_loss with coefficient 0.01" in run.notices[-1]
+    forced = _derive(num_moe_experts=8, moe_router_force_load_balancing=True)
+    assert any("routing is RANDOM" in notice for notice in forced.notices)
     by_bias = _derive(
         num_moe_experts=8, moe_aux_loss_coeff=[0.0], moe_router_enable_expert_bias=True
     )

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.moe.router import TopKRouter, update_expert_biases
+from megatron.core.transformer.moe.routing import topk_routing
 from tests.helpers.models import world_of_one
 from tests.unit_tests.core.transformer.moe.layers import NUM_EXPERTS, H, make_tokens, moe_config
 
@@ -218,3 +219,26 @@ def test_several_balance_losses_each_keep_their_scope_and_coefficient(forwards):
 def test_a_router_in_evaluation_attaches_nothing():
     router = _router(moe_router_load_balancing_type=SCOPES, moe_aux_loss_coeff=[1.0] * 3).eval()
     assert not _gradient(router, 0.0, ForwardContext()).any()
+
+
+def test_forced_balance_routes_at_random_in_training_and_passes_gradients_through():
+    router = _router(fp64=True, moe_router_force_load_balancing=True)
+    with torch.no_grad():
+        router.weight[:, 0] = torch.linspace(0.0, 20.0, NUM_EXPERTS)  # all to the last experts
+    tokens = make_tokens(600, torch.float64).detach().view(300, 2, H)
+    rng = SampleRng(1, (5, 9))
+    probs, routing_map = router(tokens, ForwardContext(rng=rng))
+    counts = routing_map.sum(dim=0)
+    assert counts.max() < 1.3 * 150
+    drawn = rng.normal_like(
+        torch.zeros(300, 2, NUM_EXPERTS, dtype=torch.float64), layer=1, site="router", batch_dim=1
+    ).view(600, NUM_EXPERTS)
+    leaf = drawn.requires_grad_()
+    want = topk_routing(leaf, 2).probs
+    torch.testing.assert_close(probs, want)
+    weight = torch.arange(float(NUM_EXPERTS), dtype=torch.float64)
+    (slope,) = torch.autograd.grad((want * weight).sum(), leaf)
+    (got,) = torch.autograd.grad((probs * weight).sum(), router.weight)
+    torch.testing.assert_close(got, slope.t() @ tokens.view(600, H))
+    real = router.eval()(tokens, ForwardContext()).routing_map.sum(dim=0)
+    assert real[: NUM_EXPERTS // 2].sum() == 0
