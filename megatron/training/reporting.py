@@ -205,7 +205,12 @@ class Reporter:
 def _moe_losses(report: MoEReport | None) -> dict[str, float]:
     if report is None:
         return {}
-    values = {"load_balancing_loss": report.load_balancing_loss, "z_loss": report.z_loss}
+    values = {
+        "load_balancing_loss": report.load_balancing_loss,
+        "seq_load_balancing_loss": report.seq_load_balancing_loss,
+        "global_load_balancing_loss": report.global_load_balancing_loss,
+        "z_loss": report.z_loss,
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -39,13 +39,18 @@ ARCHITECTURE = {
     "--moe-latent-size": "moe_latent_size",
     "--moe-router-topk": "moe_router_topk",
     "--moe-router-pre-softmax": "moe_router_pre_softmax",
+    "--moe-router-score-function": "moe_router_score_function",
+    "--moe-router-num-groups": "moe_router_num_groups",
+    "--moe-router-group-topk": "moe_router_group_topk",
+    "--moe-router-enable-expert-bias": "moe_router_enable_expert_bias",
+    "--moe-router-topk-scaling-factor": "moe_router_topk_scaling_factor",
     "number format (--bf16, --fp64)": "params_dtype_name",
 }
 _ONLY_WITH = {
     "--rotary-base": ("position_embedding_type", "rope"),
     "--rotary-percent": ("position_embedding_type", "rope"),
 }
-_ONLY_MOE = ("--moe-layer-freq", "--moe-ffn-hidden-size", "--moe-router-topk")
+_ONLY_MOE = tuple(flag for flag in ARCHITECTURE if flag.startswith("--moe-"))
 
 # these may change from start to start without a word
 _FREE_SECTIONS = ("checkpoint", "logging", "distributed", "ddp", "validation", "tokenizer")
@@ -71,7 +76,7 @@ def architecture(config: TransformerConfig) -> dict[str, Any]:
         if getattr(config, name) != value:
             facts[flag] = None
     if config.num_moe_experts is None:
-        facts.update(dict.fromkeys((*_ONLY_MOE, "--moe-router-pre-softmax")))
+        facts.update(dict.fromkeys(_ONLY_MOE))
     pattern = facts["--moe-layer-freq"]
     facts["--moe-layer-freq"] = pattern and [int(is_moe) for is_moe in pattern]
     return facts

@@ -21,6 +21,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.errors import ConfigError
 from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.moe.router import update_expert_biases
 from megatron.training.datasets.batch import Batch
 from megatron.training.initialize import World
 from megatron.training.loss import MaskedLoss
@@ -83,6 +84,8 @@ def train_step(
     else:
         _tell_samples(run.world, state, losses, batches)
     if run.moe_metrics is not None:
+        if updated:
+            update_expert_biases(run.model, run.moe_metrics, run.world.pg_collection.dp_cp)
         run.moe_metrics.end_step()
     if not updated:
         log.warning(

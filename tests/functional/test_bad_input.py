@@ -41,7 +41,12 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --moe-token-dispatcher-type flex",
         ["alltoall_dedup"],
     ),
-    "sigmoid": (1, f"{MOE} --moe-router-score-function sigmoid", ["not offered, only softmax"]),
+    "pre-softmax of sigmoid": (
+        1,
+        f"{MOE} --moe-router-score-function sigmoid --moe-router-pre-softmax",
+        ["no effect with --moe-router-score-function sigmoid"],
+    ),
+    "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
     "tensor parallel": (4, f"{MOE} --tensor-model-parallel-size 2", ["not offered yet, only 1"]),
     "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
     "ep of experts": (
@@ -113,7 +118,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1",
         ["no effect with --moe-router-load-balancing-type none"],
     ),
-    "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["one of aux_loss, none"]),
+    "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["global_aux_loss, none"]),
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["must be above 0"]),
     "nodes that cut groups": (
         4,
@@ -142,7 +147,39 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["must be at least 1"],
     ),
     "latent space of width 0": (1, f"{MOE} --moe-latent-size 0", ["must be at least 1"]),
-    "groups of experts": (1, f"{MOE} --moe-router-num-groups 2", ["not offered here"]),
+    "bias of softmax": (
+        1,
+        f"{MOE} --moe-router-enable-expert-bias",
+        ["needs --moe-router-score-function sigmoid or sqrtsoftplus"],
+    ),
+    "rate of no bias": (
+        1,
+        f"{MOE} --moe-router-bias-update-rate 0.1",
+        ["no effect without --moe-router-enable-expert-bias"],
+    ),
+    "jitter of 1": (1, f"{MOE} --moe-input-jitter-eps 1", ["must be above 0 and below 1"]),
+    "groups without top-k": (1, f"{MOE} --moe-router-num-groups 2", ["need each other"]),
+    "top-k of no groups": (1, f"{MOE} --moe-router-group-topk 2", ["need each other"]),
+    "groups of 8 experts": (
+        1,
+        f"{MOE} --moe-router-num-groups 3 --moe-router-group-topk 2",
+        ["--moe-router-num-groups 3 must divide --num-experts 8"],
+    ),
+    "more groups than top-k": (
+        1,
+        f"{MOE} --moe-router-num-groups 4 --moe-router-group-topk 4",
+        ["--moe-router-topk 2 must be a multiple of --moe-router-group-topk 4"],
+    ),
+    "more groups than groups": (
+        1,
+        f"{MOE} --moe-router-num-groups 2 --moe-router-group-topk 4 --moe-router-topk 4",
+        ["must not be larger than --moe-router-num-groups 2"],
+    ),
+    "groups too small": (
+        1,
+        f"{MOE} --moe-router-num-groups 4 --moe-router-group-topk 1 --moe-router-topk 4",
+        ["does not fit in --moe-router-group-topk 1 groups of 2 experts"],
+    ),
     "grouped and sequential": (
         1,
         f"{MOE} --moe-grouped-gemm --moe-experts-type sequential",

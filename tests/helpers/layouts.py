@@ -163,6 +163,11 @@ def global_tensors(run: Run, of: str = "") -> dict[str, Tensor]:
     return found
 
 
+def _biases(run: Run) -> dict[str, Tensor]:
+    found = run.model.module.named_buffers()
+    return {name: bias.clone() for name, bias in found if name.endswith("expert_bias")}
+
+
 def _train(folder: Path, steps: int, options: dict[str, Any]) -> None:
     config = make_config(**options)
     run = make_run(config)
@@ -176,7 +181,7 @@ def _train(folder: Path, steps: int, options: dict[str, Any]) -> None:
         kept["losses"].append(outcome.lm_loss)
         kept["norms"].append(outcome.grad_norm)
         kept["gradients"].append(global_tensors(run, "main_grad"))
-        kept["weights"].append(global_tensors(run))
+        kept["weights"].append(global_tensors(run) | _biases(run))
     kept["counts"] = torch.zeros(0)
     if run.moe_metrics is not None:
         kept["counts"] = run.moe_metrics.report(run.world.pg_collection).tokens_per_expert

@@ -43,6 +43,21 @@ CASES = {
         "moe_token_drop_policy": "position",
         "moe_pad_expert_input_to_capacity": True,
     },
+    "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
+    "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 1},
+    "expert_bias": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.05,
+        "moe_router_load_balancing_type": ["none"],
+        "moe_aux_loss_coeff": None,
+    },
+    "jitter": {"moe_input_jitter_eps": 0.2, "hidden_dropout": 0.0},
+    "balance_in_sequences": {
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.02, 0.05],
+    },
+    "forced": {"moe_router_force_load_balancing": True},
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
     "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},
 }

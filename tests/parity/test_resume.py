@@ -34,6 +34,8 @@ FLAGS = {
     "--num-experts": 4,
     "--moe-router-topk": 2,
     "--moe-z-loss-coeff": 1e-3,
+    "--moe-router-score-function": "sigmoid",
+    "--moe-router-bias-update-rate": 0.02,
     "--expert-model-parallel-size": 2,
     "--micro-batch-size": 2,
     "--global-batch-size": 8,
@@ -49,6 +51,7 @@ FLAGS = {
     "--log-interval": 1,
     "--device": "cpu",
 }
+BIAS = "--moe-router-enable-expert-bias"
 TIMES = ("step_ms", "tokens_per_second")
 
 
@@ -75,7 +78,7 @@ def start(save: Path, *flags: object) -> list[Rank]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, ROOT / "pretrain_gpt.py", *chain(*FLAGS.items()), "--save", save]
+    words = [sys.executable, ROOT / "pretrain_gpt.py", *chain(*FLAGS.items()), BIAS, "--save", save]
     return [_start_rank(rank, port, [*words, *flags], save) for rank in range(2)]
 
 
@@ -187,6 +190,9 @@ def test_what_is_compared_is_there(runs: dict[str, Steps]) -> None:
         if any(line.get("split") == "validation" for line in lines)
     ]
     assert evaluated == [2, 4, 6, 8, 10]
+    biases = [value for key, value in unbroken.tensors.items() if key.endswith("expert_bias")]
+    assert len(biases) == 2
+    assert all(bias.any() for bias in biases)
     experts = [key for key in unbroken.tensors if ".local_experts." in key]
     assert {key.partition(".local_experts.")[2].partition(".")[0] for key in experts} == set("0123")
     assert {key.split(".")[1] for key in unbroken.tensors if key.startswith("optimizer.")} == {

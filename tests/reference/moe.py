@@ -25,6 +25,62 @@ class ReferenceExpert(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+class ReferenceRule(NamedTuple):
+    """How the gate's logits become weights."""
+
+    topk: int
+    score_function: str = "softmax"
+    pre_softmax: bool = False
+    scaling_factor: float = 1.0
+    num_groups: int = 1
+    group_topk: int = 1
+
+
+def raw_scores(logits: Tensor, rule: ReferenceRule) -> Tensor:
+    """Scores of all experts, as their definition says; softmax over all of them."""
+    if rule.score_function == "sigmoid":
+        return 1 / (1 + (-logits).exp())
+    if rule.score_function == "sqrtsoftplus":
+        return logits.exp().log1p().sqrt()
+    return logits.softmax(dim=-1)
+
+
+def full_scores(logits: Tensor, rule: ReferenceRule) -> Tensor:
+    """Scores of all experts, made to sum to 1."""
+    scores = raw_scores(logits, rule)
+    return scores / scores.sum(dim=-1, keepdim=True)
+
+
+def reference_routing(
+    logits: Tensor, rule: ReferenceRule, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return weights and chosen experts [num_tokens, topk], one token after another."""
+    weights, chosen = [], []
+    scores = raw_scores(logits, rule)
+    for token in range(len(logits)):
+        is_late = rule.score_function == "softmax" and not rule.pre_softmax
+        worth = (logits if is_late else scores)[token]
+        worth = (worth if bias is None else worth + bias).tolist()
+        order = sorted(_experts_of_best_groups(worth, rule), key=lambda e: (-worth[e], e))
+        experts = torch.tensor(order[: rule.topk])
+        weight = scores[token, experts]
+        is_own = rule.pre_softmax or (rule.topk == 1 and rule.score_function != "softmax")
+        weights.append((weight if is_own else weight / weight.sum()) * rule.scaling_factor)
+        chosen.append(experts)
+    if not chosen:
+        none = logits.new_zeros(0, rule.topk)
+        return none, none.long()
+    return torch.stack(weights), torch.stack(chosen)
+
+
+def _experts_of_best_groups(worth: list[float], rule: ReferenceRule) -> list[int]:
+    size, each = len(worth) // rule.num_groups, rule.topk // rule.group_topk
+    groups = [list(range(g * size, (g + 1) * size)) for g in range(rule.num_groups)]
+    sums = [sum(sorted((worth[e] for e in group), reverse=True)[:each]) for group in groups]
+    best = sorted(range(rule.num_groups), key=lambda g: (-sums[g], g))[: rule.group_topk]
+    return [e for g in best for e in groups[g]]
+
+
 class ReferenceOutput(NamedTuple):
     output: Tensor
     """[num_tokens, h]."""
@@ -37,18 +93,17 @@ class ReferenceOutput(NamedTuple):
 
 
 class ReferenceMoE(nn.Module):
-    """Gate, top-k, softmax over the chosen scores, experts one after another."""
+    """Gate, top-k, weights of the chosen, experts one after another."""
 
     def __init__(
         self,
         hidden: int,
         ffn: int,
         num_experts: int,
-        topk: int,
         *,
         swiglu: bool = True,
         bias: bool = False,
-        pre_softmax: bool = False,
+        rule: ReferenceRule,
         capacity_factor: float | None = None,
         drop_policy: str = "probs",
         shared_ffn: int | None = None,
@@ -56,7 +111,7 @@ class ReferenceMoE(nn.Module):
         latent: int | None = None,
     ) -> None:
         super().__init__()
-        self.topk, self.pre_softmax = topk, pre_softmax
+        self.rule = rule
         self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
         self.gate = nn.Linear(hidden, num_experts, bias=False)
         self.there = self.back = None
@@ -76,13 +131,9 @@ class ReferenceMoE(nn.Module):
     def forward(self, tokens: Tensor) -> ReferenceOutput:
         """Apply to ``tokens`` [num_tokens, h]."""
         logits = self.gate(tokens)
-        if self.pre_softmax:
-            weights, chosen = logits.softmax(dim=-1).topk(self.topk, dim=-1)
-        else:
-            scores, chosen = logits.topk(self.topk, dim=-1)
-            weights = scores.softmax(dim=-1)
+        weights, chosen = reference_routing(logits, self.rule)
         if self.capacity_factor is not None:
-            share = len(tokens) * self.topk / len(self.experts)
+            share = len(tokens) * self.rule.topk / len(self.experts)
             capacity = math.ceil(share * self.capacity_factor)
             weights = weights * kept_pairs(weights, chosen, capacity, self.drop_policy)
 
@@ -102,10 +153,13 @@ class ReferenceMoE(nn.Module):
                 shared = shared * torch.sigmoid(self.shared_gate(tokens))
             canvas = canvas + shared
 
-        counts = torch.stack([(chosen == number).sum() for number in range(len(self.experts))])
+        numbers = range(len(self.experts))
+        counts = torch.stack([(chosen == number).sum() for number in numbers])
+        _, best = reference_routing(logits, self.rule._replace(num_groups=1, group_topk=1))
+        wanted = torch.stack([(best == number).sum() for number in numbers])
         num_tokens = max(len(tokens), 1)
-        share = counts.to(logits.dtype) / (num_tokens * self.topk)
-        mean_prob = logits.softmax(dim=-1).sum(dim=0) / num_tokens
+        share = wanted.to(logits.dtype) / (num_tokens * self.rule.topk)
+        mean_prob = full_scores(logits, self.rule).sum(dim=0) / num_tokens
         return ReferenceOutput(
             output=canvas,
             balance_loss=len(self.experts) * (share * mean_prob).sum(),

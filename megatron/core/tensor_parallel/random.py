@@ -1,10 +1,11 @@
-"""Dropout masks that depend on the sample, never on the rank or on a global generator.
+"""Dropout masks and noise that depend on the sample, never on the rank or a global generator.
 
-A mask is a function of (seed, sample number in the global order, layer, site). So a sample gets
-the same mask in any layout, microbatch, accumulation or recompute, and nothing has to be saved.
+They are a function of (seed, sample number in the global order, layer, site). So a sample gets
+the same in any layout, microbatch, accumulation or recompute, and nothing has to be saved.
 """
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ _LEVELS = 1 << 16  # one 16-bit number decides about one element
 
 
 class SampleRng:
-    """Draws the dropout masks of one microbatch."""
+    """Draws the dropout masks and the noise of one microbatch."""
 
     def __init__(self, seed: int, sample_ids: tuple[int, ...]) -> None:
         """Remember what the masks depend on.
@@ -55,13 +56,40 @@ class SampleRng:
         """Return a bool mask of ``shape``, False where an element is dropped; see ``dropout``."""
         assert shape[batch_dim] == len(self.sample_ids), f"{shape=} {self.sample_ids=}"
         mask = torch.empty(shape, dtype=torch.bool, device=device)
-        generator = torch.Generator(device=device)
         threshold = _threshold(p) - _LEVELS // 2  # of signed 16-bit numbers
-        for i, sample in enumerate(self.sample_ids):
-            generator.manual_seed(_hash(f"{self.seed}/{sample}/{layer}/{site}"))
+        for i, generator in enumerate(self._generators(layer, site, device)):
             one = mask.select(batch_dim, i)
             torch.ge(_random_int16(one.shape, generator), threshold, out=one)
         return mask
+
+    def jitter(self, x: Tensor, eps: float, *, layer: int, site: str, batch_dim: int) -> Tensor:
+        """Multiply each element of ``x`` by a number drawn evenly between 1 - eps and 1 + eps.
+
+        The numbers have 65536 levels; the other arguments are those of ``dropout``.
+        """
+        assert x.shape[batch_dim] == len(self.sample_ids), f"{x.shape=} {self.sample_ids=}"
+        factor = torch.empty_like(x)
+        for i, generator in enumerate(self._generators(layer, site, x.device)):
+            one = factor.select(batch_dim, i)
+            one.copy_(_random_int16(one.shape, generator))
+        return x * factor.add_(0.5).mul_(2 * eps / _LEVELS).add_(1.0)
+
+    def normal_like(self, x: Tensor, *, layer: int, site: str, batch_dim: int) -> Tensor:
+        """Return standard normal numbers shaped like ``x``; see ``dropout``."""
+        assert x.shape[batch_dim] == len(self.sample_ids), f"{x.shape=} {self.sample_ids=}"
+        drawn = torch.empty_like(x)
+        for i, generator in enumerate(self._generators(layer, site, x.device)):
+            one = drawn.select(batch_dim, i)
+            # drawn apart: into a strided view, numbers would come in another order
+            one.copy_(torch.randn(one.shape, generator=generator, device=x.device, dtype=x.dtype))
+        return drawn
+
+    def _generators(self, layer: int, site: str, device: torch.device) -> Iterator[torch.Generator]:
+        """Yield for each sample one generator, seeded anew."""
+        generator = torch.Generator(device=device)
+        for sample in self.sample_ids:
+            generator.manual_seed(_hash(f"{self.seed}/{sample}/{layer}/{site}"))
+            yield generator
 
 
 def as_factor(kept: Tensor, dtype: torch.dtype) -> Tensor:

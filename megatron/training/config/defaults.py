@@ -220,14 +220,19 @@ def _balancing(run: Derivation) -> None:
     model = run.config.model
     if model.num_moe_experts is None:
         return
+    if model.moe_router_force_load_balancing:
+        run.notices.append(
+            "routing is RANDOM (--moe-router-force-load-balancing): for benchmarks only, the model "
+            "learns no routing"
+        )
     kinds = model.moe_router_load_balancing_type
-    if "aux_loss" in kinds and model.moe_aux_loss_coeff is None:
+    if kinds != ["none"] and model.moe_aux_loss_coeff is None:
         run.use("moe_aux_loss_coeff", [0.01] * len(kinds))
         run.notices.append(
-            "load balancing: aux_loss with coefficient 0.01 (Megatron-LM's default 0.0 would turn "
-            "balancing off; set --moe-aux-loss-coeff)"
+            f"load balancing: {', '.join(kinds)} with coefficient 0.01 (Megatron-LM's default 0.0 "
+            "would turn balancing off; set --moe-aux-loss-coeff)"
         )
-    elif model.aux_loss_coeff == 0:
+    elif not model.aux_loss_coeffs and not model.moe_router_enable_expert_bias:
         run.notices.append(
             "load balancing: OFF, by request; watch tokens per expert in the log, experts may die"
         )

@@ -102,7 +102,21 @@ def routing(check: Check) -> Iterator[str]:
     if model.num_moe_experts is None:
         return
     yield from model.moe_problems()
-    if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
+    kind = model.moe_router_score_function
+    if not model.moe_router_enable_expert_bias:
+        yield from check.useless(
+            "moe_router_bias_update_rate", "without --moe-router-enable-expert-bias"
+        )
+    elif kind == "softmax":
+        yield (
+            "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid or "
+            "sqrtsoftplus: a bias is added to the score of each expert alone"
+        )
+    if kind != "softmax":
+        yield from check.useless(
+            "moe_router_pre_softmax", f"with --moe-router-score-function {kind}"
+        )
+    elif model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
         yield (
             "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over the one chosen "
             "expert is always 1 and would give the router no gradient"

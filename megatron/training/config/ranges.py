@@ -35,7 +35,8 @@ _NAMES_BY_RANGE = {
         tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
         expert_model_parallel_size expert_tensor_parallel_size num_layers hidden_size
         ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings
-        moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size
+        moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk
+        moe_shared_expert_intermediate_size
         moe_latent_size
         micro_batch_size global_batch_size train_iters exit_interval exit_duration_in_mins
         lr_decay_iters lr_wsd_decay_iters seq_length
@@ -44,16 +45,19 @@ _NAMES_BY_RANGE = {
         distributed_timeout_minutes bucket_size moe_dispatcher_node_size
     """,
     Range(0): """
-        num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff seed lr min_lr weight_decay clip_grad
+        num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate
+        seed lr min_lr weight_decay clip_grad
         lr_warmup_iters lr_warmup_init start_weight_decay end_weight_decay num_workers eval_iters
         tiktoken_num_special_tokens
     """,
     Range(0, 1e6, open_low=True): "moe_expert_capacity_factor",
-    Range(0, open_low=True): "init_method_std layernorm_epsilon adam_eps rotary_base",
+    Range(0, open_low=True): "init_method_std layernorm_epsilon adam_eps rotary_base "
+    "moe_router_topk_scaling_factor",
     Range(0, 1, open_high=True): """
         attention_dropout hidden_dropout adam_beta1 adam_beta2 sgd_momentum lr_warmup_fraction
     """,
     Range(0, 1, open_low=True): "rotary_percent",
+    Range(0, 1, open_low=True, open_high=True): "moe_input_jitter_eps",
 }
 RANGES: dict[str, Range] = {
     name: limits for limits, names in _NAMES_BY_RANGE.items() for name in names.split()

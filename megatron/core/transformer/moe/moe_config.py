@@ -41,17 +41,51 @@ class MoEConfig:
     moe_router_pre_softmax: bool = False
     """Apply the softmax over all experts before top-k instead of over the selected ones."""
 
+    moe_router_score_function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
+    """What makes scores of the router's logits: a softmax, or of each logit alone its sigmoid or
+    the root of its softplus; the last two are divided by their sum over the chosen experts."""
+
+    moe_router_topk_scaling_factor: float | None = None
+    """Number that the weights of the chosen experts are multiplied by; 1 when not set."""
+
+    moe_router_num_groups: int | None = None
+    """Number of equal groups of neighbouring experts, of which each token may use
+    --moe-router-group-topk; as many as expert-parallel ranks bound a token's messages."""
+
+    moe_router_group_topk: int | None = None
+    """Number of groups that each token may use; a group is as good as the sum of its best
+    (--moe-router-topk / --moe-router-group-topk) experts."""
+
+    moe_router_enable_expert_bias: bool = False
+    """Keep experts evenly used by a bias for each, added to the scores that choose experts but not
+    to their weights, and moved after every step. By bias alone, without a balancing loss:
+    --moe-router-load-balancing-type none."""
+
+    moe_router_bias_update_rate: float = 1e-3
+    """How far one step moves the bias of an expert: up if it had fewer tokens than the mean, down
+    if more."""
+
+    moe_input_jitter_eps: float | None = None
+    """Multiply the router's input, in training, by numbers drawn evenly between 1 - eps and 1 +
+    eps, so that tokens near a border try several experts. Off when not set."""
+
+    moe_router_force_load_balancing: bool = False
+    """For benchmarks only: in training, route by random logits instead of the router's, so that
+    experts are evenly used."""
+
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Number format of the router's product, scores, losses and combine weights."""
 
-    moe_router_load_balancing_type: list[Literal["aux_loss", "none"]] = field(
-        default_factory=lambda: ["aux_loss"]
-    )
-    """How tokens are kept spread over experts: an auxiliary loss, or none."""
+    moe_router_load_balancing_type: list[
+        Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
+    ] = field(default_factory=lambda: ["aux_loss"])
+    """How tokens are kept spread over experts: by losses that ask for balance within a microbatch
+    of one rank (aux_loss), within each sequence (seq_aux_loss) or within the microbatches of all
+    ranks so far in the step (global_aux_loss), one or several; or none."""
 
     moe_aux_loss_coeff: list[float] | None = None
     """Weight of the load-balancing loss, one value for each balancing type; 0 turns it off. When
-    not set: 0.01 under aux_loss, announced at the start."""
+    not set: 0.01 for each loss, announced at the start."""
 
     moe_z_loss_coeff: float | None = None
     """Weight of the router z-loss, which keeps logits small; 1e-3 is a usual start. Off when not
@@ -92,7 +126,10 @@ class MoEConfig:
                 f"--moe-router-topk {self.moe_router_topk} must lie between 1 and "
                 f"--num-experts {self.num_moe_experts}"
             )
-        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+        else:
+            yield from self._group_problems(self.num_moe_experts)
+        is_softmax = self.moe_router_score_function == "softmax"
+        if self.moe_router_topk == 1 and is_softmax and not self.moe_router_pre_softmax:
             yield (
                 "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over the one chosen "
                 "expert is always 1 and would give the router no gradient"
@@ -103,6 +140,30 @@ class MoEConfig:
                 "--moe-shared-expert-intermediate-size, or leave it out"
             )
         yield from self._balancing_problems()
+
+    def _group_problems(self, num_experts: int) -> Iterator[str]:
+        groups, group_topk = self.moe_router_num_groups, self.moe_router_group_topk
+        if groups is None and group_topk is None:
+            return
+        if groups is None or group_topk is None:
+            yield "--moe-router-num-groups and --moe-router-group-topk need each other; give both"
+            return
+        shown = f"--moe-router-group-topk {group_topk}"
+        if num_experts % groups:
+            yield f"--moe-router-num-groups {groups} must divide --num-experts {num_experts}"
+        elif group_topk > groups:
+            yield f"{shown} must not be larger than --moe-router-num-groups {groups}"
+        elif self.moe_router_topk % group_topk:
+            yield (
+                f"--moe-router-topk {self.moe_router_topk} must be a multiple of {shown}: a group "
+                "is judged by its best topk / group-topk experts"
+            )
+        elif self.moe_router_topk // group_topk > num_experts // groups:
+            yield (
+                f"--moe-router-topk {self.moe_router_topk} does not fit in {shown} groups of "
+                f"{num_experts // groups} experts (--num-experts {num_experts} / "
+                f"--moe-router-num-groups {groups})"
+            )
 
     def _balancing_problems(self) -> Iterator[str]:
         kinds, coeffs = self.moe_router_load_balancing_type, self.moe_aux_loss_coeff
@@ -125,13 +186,12 @@ class MoEConfig:
         return self.num_moe_experts if padded else self.moe_router_topk
 
     @property
-    def aux_loss_coeff(self) -> float:
-        """Coefficient of the auxiliary loss in force: 0 when balancing is ``none``."""
-        if "aux_loss" not in self.moe_router_load_balancing_type:
-            return 0.0
-        if self.moe_aux_loss_coeff is None:
-            return 0.01
-        return self.moe_aux_loss_coeff[self.moe_router_load_balancing_type.index("aux_loss")]
+    def aux_loss_coeffs(self) -> dict[str, float]:
+        """Balancing type -> coefficient of the losses in force, those of 0 left out."""
+        kinds = [kind for kind in self.moe_router_load_balancing_type if kind != "none"]
+        coeffs = self.moe_aux_loss_coeff
+        coeffs = [0.01] * len(kinds) if coeffs is None else coeffs
+        return {kind: coeff for kind, coeff in zip(kinds, coeffs, strict=False) if coeff}
 
 
 def _listed(value: Any) -> Any:

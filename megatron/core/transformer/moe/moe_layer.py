@@ -112,7 +112,7 @@ class MoELayer(nn.Module):
             The output [s, b, h]; and None, for no bias is left to add.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [s*b, h]
-        probs, routing_map = self._limit(self.router(tokens, context), context)
+        probs, routing_map = self._limit(self.router(hidden_states, context), context)
         narrow = _project(self.fc1_latent_proj, tokens)
         sent = self.token_dispatcher.token_permutation(narrow, probs, routing_map)
         output, _ = self.experts(sent.hidden_states, sent.tokens_per_expert, sent.probs)

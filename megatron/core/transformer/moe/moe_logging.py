@@ -9,11 +9,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
 
-_LOSSES = ("load_balancing_loss", "z_loss", "entropy", "dropped_fraction")
+_LOSSES = (
+    "load_balancing_loss",
+    "z_loss",
+    "entropy",
+    "seq_load_balancing_loss",
+    "global_load_balancing_loss",
+    "dropped_fraction",
+)
 WARN_MAX_VIOLATION = 2.0
 """Busiest expert at three times the mean: ``MoEReport.lines`` warns from here on."""
 _COUNTS_SHOWN = 16
@@ -43,6 +51,10 @@ class MoEReport:
     """Share of the (token, expert) pairs over the experts' capacity; None without a capacity."""
     ep_load_ratio: float
     """Tokens of the busiest expert-parallel rank / mean, in the worst layer."""
+    seq_load_balancing_loss: float | None = None
+    """As ``load_balancing_loss``, within each sequence; None when it is off."""
+    global_load_balancing_loss: float | None = None
+    """As ``load_balancing_loss``, within the batches of all ranks; None when it is off."""
 
     def lines(self) -> list[str]:
         """Return one line a layer for people; ``warnings`` tells what is wrong with them."""
@@ -104,6 +116,10 @@ class MoEReport:
             found["moe/dropped_fraction_mean"] = sum(shares) / max(len(shares), 1)
             for layer, share in zip(self.moe_layers, shares, strict=True):
                 found[f"moe/layer_{layer}/dropped_fraction"] = share
+        if self.seq_load_balancing_loss is not None:
+            found["moe/seq_load_balancing_loss"] = self.seq_load_balancing_loss
+        if self.global_load_balancing_loss is not None:
+            found["moe/global_load_balancing_loss"] = self.global_load_balancing_loss
         for i, layer in enumerate(self.moe_layers):
             found[f"moe/layer_{layer}/max_violation"] = self.max_violation[i]
             found[f"moe/layer_{layer}/min_violation"] = self.min_violation[i]
@@ -136,6 +152,7 @@ class MoEMetricsTracker:
         self.topk = topk
         slots = (len(moe_layers), num_microbatches)
         self._counts = torch.zeros(*slots, num_experts, dtype=torch.int64, device=device)
+        self._best_counts = torch.zeros_like(self._counts)
         self._losses = torch.zeros(*slots, len(_LOSSES), dtype=torch.float64, device=device)
         self._has: set[str] = set()
         self._count_sums = torch.zeros_like(self._counts[:, 0])
@@ -151,6 +168,8 @@ class MoEMetricsTracker:
         load_balancing_loss: Tensor | None,
         z_loss: Tensor | None,
         entropy: Tensor,
+        seq_load_balancing_loss: Tensor | None = None,
+        global_load_balancing_loss: Tensor | None = None,
     ) -> None:
         """Assign the values of one router in one microbatch; a second time changes nothing.
 
@@ -161,10 +180,18 @@ class MoEMetricsTracker:
             load_balancing_loss: Scalar without its coefficient, or None.
             z_loss: Scalar without its coefficient, or None.
             entropy: Scalar, nats.
+            seq_load_balancing_loss: As ``load_balancing_loss``.
+            global_load_balancing_loss: As ``load_balancing_loss``.
         """
         row = self._row_of_layer[layer]
         self._counts[row, microbatch] = tokens_per_expert
-        values = (load_balancing_loss, z_loss, entropy)
+        values = (
+            load_balancing_loss,
+            z_loss,
+            entropy,
+            seq_load_balancing_loss,
+            global_load_balancing_loss,
+        )
         for column, (name, value) in enumerate(zip(_LOSSES, values, strict=False)):
             if value is not None:
                 self._losses[row, microbatch, column] = value
@@ -176,12 +203,33 @@ class MoEMetricsTracker:
         self._losses[slot] = share
         self._has.add("dropped_fraction")
 
+    def counts_so_far(self, layer: int, microbatch: int, best_counts: Tensor) -> Tensor:
+        """Keep the counts of a microbatch and return their sum over it and those before it.
+
+        Args:
+            layer: Global index of the layer.
+            microbatch: Slot within the step; assigned, so that a recomputed forward counts once.
+            best_counts: [num_experts], of this rank's tokens, as balance losses count them.
+        """
+        row = self._row_of_layer[layer]
+        self._best_counts[row, microbatch] = best_counts
+        return self._best_counts[row, : microbatch + 1].sum(dim=0)
+
+    def step_counts(self, group: ProcessGroup) -> dict[int, Tensor]:
+        """Return layer -> tokens per expert of the step so far, [num_experts] int64.
+
+        Over all its microbatches and the ranks of ``group``, which must all call this.
+        """
+        counts = all_reduce_sum(group, self._counts.sum(dim=1))
+        return {layer: counts[row] for layer, row in self._row_of_layer.items()}
+
     def end_step(self) -> None:
         """Add the slots to the interval and empty them; no communication."""
         self._count_sums += self._counts.sum(dim=1)
         self._loss_sums += self._losses.sum(dim=1)
         self._microbatches += self._counts.shape[1]
         self._counts.zero_()
+        self._best_counts.zero_()
         self._losses.zero_()
 
     def report(self, pg_collection: ProcessGroupCollection) -> MoEReport:
@@ -202,6 +250,8 @@ class MoEMetricsTracker:
             tokens_per_expert=counts,
             load_balancing_loss=self._mean_loss(means, "load_balancing_loss"),
             z_loss=self._mean_loss(means, "z_loss"),
+            seq_load_balancing_loss=self._mean_loss(means, "seq_load_balancing_loss"),
+            global_load_balancing_loss=self._mean_loss(means, "global_load_balancing_loss"),
             max_violation=tuple(_over_mean(counts.amax(dim=1), counts)),
             min_violation=tuple(_over_mean(counts.amin(dim=1), counts)),
             dead_experts=tuple((counts == 0).sum(dim=1).tolist()),

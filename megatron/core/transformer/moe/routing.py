@@ -4,10 +4,13 @@ Equal logits are broken by the lower expert index, on every device, so that a re
 or re-partitioned run routes alike.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+ScoreFunction = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+_SMALL = -20.0
 
 
 class Routing(NamedTuple):
@@ -19,27 +22,105 @@ class Routing(NamedTuple):
     """[num_tokens, num_experts], bool; each row holds topk True."""
 
 
-def topk_routing(logits: Tensor, topk: int, *, pre_softmax: bool = False) -> Routing:
+def topk_routing(
+    logits: Tensor,
+    topk: int,
+    *,
+    score_function: ScoreFunction = "softmax",
+    pre_softmax: bool = False,
+    scaling_factor: float | None = None,
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+    expert_bias: Tensor | None = None,
+) -> Routing:
     """Send each token to its ``topk`` best experts.
 
     Args:
         logits: [num_tokens, num_experts]; scored in fp32, or fp64 when they are.
         topk: Experts per token.
+        score_function: How logits become scores, see ``log_scores``. The weights of a token are
+            its scores over their sum over the chosen experts; under sigmoid and sqrtsoftplus the
+            score itself with topk 1.
         pre_softmax: Take the softmax over all experts, not over the selected ones; the probs of
             a token then sum to at most 1.
+        scaling_factor: What probs are multiplied by at the end; None for 1.
+        num_groups: Equal groups of neighbouring experts; None for no groups.
+        group_topk: Groups that a token may use; divides ``topk``.
+        expert_bias: [num_experts], added to scores to choose experts, never to their weights; not
+            with softmax.
 
     Returns:
         The routing; gradients reach ``logits`` through its probs.
 
-    Source: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3-5.
+    Source: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3-5; sigmoid and groups: DeepSeek-V3
+    (arXiv:2412.19437), eq. 13-15 and section 2.1.2.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    indices = topk_indices(logits, topk)
-    routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, indices, True)
+    scores = log_scores(logits, score_function)
+    ranking = logits.detach()
+    if (num_groups or expert_bias is not None) and score_function != "softmax":
+        ranking = scores.detach().exp()  # else logits choose: they order alike, and never tie
+    if expert_bias is not None:
+        assert score_function != "softmax", "an expert bias needs scores of each expert alone"
+        ranking = ranking + expert_bias
+    if num_groups is not None:
+        assert group_topk is not None, f"{num_groups=} without group_topk"
+        ranking = softmax_over_experts(ranking) if pre_softmax else ranking
+        ranking = group_limited(ranking, topk, num_groups, group_topk)
+    routing_map = map_of_largest(ranking, topk)
     if pre_softmax:
-        return Routing(softmax_over_experts(logits).masked_fill(~routing_map, 0.0), routing_map)
-    selected = logits.masked_fill(~routing_map, float("-inf"))
-    return Routing(softmax_over_experts(selected), routing_map)
+        probs = softmax_over_experts(scores).masked_fill(~routing_map, 0.0)
+    elif topk == 1 and score_function != "softmax":
+        probs = scores.exp().masked_fill(~routing_map, 0.0)
+    else:
+        probs = softmax_over_experts(scores.masked_fill(~routing_map, float("-inf")))
+    return Routing(probs if scaling_factor is None else probs * scaling_factor, routing_map)
+
+
+def log_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:
+    """Return the logarithm of the scores, up to a constant of the row under softmax.
+
+    So scores over their sum are a softmax of this, which sums to 1 also where the scores
+    themselves underflow.
+
+    Args:
+        logits: [num_tokens, num_experts], fp32 or fp64.
+        score_function: softmax; sigmoid; or sqrtsoftplus, sqrt(log(1 + exp(logit))).
+
+    Returns:
+        Of the shape and dtype of ``logits``; under softmax the logits themselves.
+    """
+    if score_function == "softmax":
+        return logits
+    if score_function == "sigmoid":
+        return torch.nn.functional.logsigmoid(logits)
+    # log(log(1 + e^x)) = x - e^x / 2 + O(e^2x) for small x, where the inner log underflows
+    floor = logits.clamp(min=_SMALL)
+    exact = torch.logaddexp(floor, torch.zeros_like(floor)).log()
+    small = logits.clamp(max=_SMALL)
+    return 0.5 * torch.where(logits > _SMALL, exact, small - 0.5 * small.exp())
+
+
+def group_limited(ranking: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
+    """Return ``ranking`` with -inf for all experts outside the best groups of each token.
+
+    Args:
+        ranking: [num_tokens, num_experts]; the higher, the sooner chosen.
+        topk: Experts per token, a multiple of ``group_topk``.
+        num_groups: Of equal size; a group's worth is the sum of its topk / group_topk largest.
+        group_topk: Groups that stay.
+    """
+    assert topk % group_topk == 0, f"{topk=} is no multiple of {group_topk=}"
+    groups = ranking.unflatten(1, (num_groups, -1))  # [num_tokens, num_groups, group size]
+    worth = groups.topk(topk // group_topk, dim=2).values.sum(dim=2)
+    stays = map_of_largest(worth, group_topk)
+    return groups.masked_fill(~stays.unsqueeze(2), float("-inf")).flatten(1)
+
+
+def map_of_largest(ranking: Tensor, topk: int) -> Tensor:
+    """Return a bool map, True at the ``topk`` largest of each row; see ``topk_indices``."""
+    indices = topk_indices(ranking, topk)
+    return torch.zeros_like(ranking, dtype=torch.bool).scatter_(1, indices, True)
 
 
 def topk_indices(logits: Tensor, topk: int) -> Tensor:

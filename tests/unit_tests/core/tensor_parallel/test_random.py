@@ -61,3 +61,34 @@ def test_global_generator_is_not_touched() -> None:
     state = torch.get_rng_state()
     _drop(1, (4, 5))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_jitter_is_even_between_its_bounds_and_belongs_to_the_sample():
+    x = torch.full((40, 3, 50), 2.0, dtype=torch.float64, requires_grad=True)
+
+    def jittered(ids: tuple[int, ...], layer: int = 1) -> torch.Tensor:
+        part = x[:, : len(ids)]
+        return SampleRng(5, ids).jitter(part, 0.25, layer=layer, site="router", batch_dim=1)
+
+    y = jittered((3, 8, 4))
+    assert 1.5 <= y.min() < 1.51
+    assert 2.49 < y.max() <= 2.5
+    assert y.mean().item() == pytest.approx(2.0, abs=0.02)
+    assert y.std().item() == pytest.approx(1.0 / 12**0.5, abs=0.02)
+    assert torch.equal(y[:, 1:2], jittered((8,)))
+    assert not torch.equal(y, jittered((3, 8, 4), layer=2))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, y.detach() / 2)
+
+
+def test_normal_numbers_belong_to_the_sample() -> None:
+    like = torch.zeros(50, 3, 40, dtype=torch.float64)
+
+    def drawn(ids: tuple[int, ...]) -> torch.Tensor:
+        return SampleRng(5, ids).normal_like(like[:, : len(ids)], **HERE)
+
+    x = drawn((3, 8, 4))
+    assert torch.equal(x[:, 2:], drawn((4,)))
+    assert x.mean().item() == pytest.approx(0.0, abs=0.05)
+    assert x.std().item() == pytest.approx(1.0, abs=0.05)
+    assert not torch.equal(x[:, 0], x[:, 1])

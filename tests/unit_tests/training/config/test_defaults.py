@@ -139,8 +139,16 @@ def test_evaluation_takes_a_share_of_the_run(given, iters):
 
 def test_balancing_in_force_is_said_loudly():
     run = _derive(num_moe_experts=8)
-    assert run.config.model.aux_loss_coeff == 0.01
+    assert run.config.model.aux_loss_coeffs == {"aux_loss": 0.01}
+    two = _derive(num_moe_experts=8, moe_router_load_balancing_type=["seq_aux_loss", "aux_loss"])
+    assert two.config.model.aux_loss_coeffs == {"seq_aux_loss": 0.01, "aux_loss": 0.01}
     assert "load balancing: aux_loss with coefficient 0.01" in run.notices[-1]
+    forced = _derive(num_moe_experts=8, moe_router_force_load_balancing=True)
+    assert any("routing is RANDOM" in notice for notice in forced.notices)
+    by_bias = _derive(
+        num_moe_experts=8, moe_aux_loss_coeff=[0.0], moe_router_enable_expert_bias=True
+    )
+    assert not any("balancing" in notice for notice in by_bias.notices)
     off = _derive(num_moe_experts=8, moe_aux_loss_coeff=[0.0])
     assert "load balancing: OFF" in off.notices[-1]
     assert not any("balancing" in notice for notice in _derive().notices)

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tests.reference.moe import ReferenceMoE
+from tests.reference.moe import ReferenceMoE, ReferenceRule
 
 H, FFN, NUM_EXPERTS = 16, 24, 8
 EMPTY_EXPERT, HOT_EXPERT = 5, 2
@@ -49,6 +49,18 @@ def make_groups(ep: int = 1, node_size: int | None = None) -> ProcessGroupCollec
     return ProcessGroupCollection.create(layout)
 
 
+def make_rule(config: TransformerConfig) -> ReferenceRule:
+    """Return the routing options as the reference takes them."""
+    return ReferenceRule(
+        topk=config.moe_router_topk,
+        score_function=config.moe_router_score_function,
+        pre_softmax=config.moe_router_pre_softmax,
+        scaling_factor=config.moe_router_topk_scaling_factor or 1.0,
+        num_groups=config.moe_router_num_groups or 1,
+        group_topk=config.moe_router_group_topk or 1,
+    )
+
+
 def make_reference(config: TransformerConfig) -> ReferenceMoE:
     """Build the textbook layer with weights that are the same on every rank.
 
@@ -60,10 +72,9 @@ def make_reference(config: TransformerConfig) -> ReferenceMoE:
         config.hidden_size,
         config.moe_ffn_size,
         config.num_moe_experts,
-        config.moe_router_topk,
         swiglu=config.swiglu,
         bias=config.add_bias_linear,
-        pre_softmax=config.moe_router_pre_softmax,
+        rule=make_rule(config),
         capacity_factor=config.moe_expert_capacity_factor,
         drop_policy=config.moe_token_drop_policy,
         shared_ffn=config.moe_shared_expert_intermediate_size,

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.load_balancing import (
     router_entropy,
     router_z_loss,
     switch_load_balancing_loss,
+    updated_expert_bias,
 )
 from megatron.core.transformer.moe.routing import topk_routing
 
@@ -84,3 +85,13 @@ def test_attached_loss_enters_backward_with_the_scale_whatever_the_main_gradient
     assert output.grad is not None
     assert source.grad.item() == 2.5
     assert torch.equal(output.grad, torch.full((3,), 1000.0))
+
+
+def test_bias_goes_by_the_sign_of_the_difference_to_the_exact_mean():
+    large = 2**55  # fp64 would not tell it from its neighbours
+    counts = torch.tensor([[large, large + 1, large - 1, large], [3, 3, 3, 3]])
+    bias = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.0, 1.0, 2.0, 3.0]])
+    got = updated_expert_bias(bias, counts, 0.25)
+    assert got.tolist() == [[0.5, 0.25, 0.75, 0.5], [0.0, 1.0, 2.0, 3.0]]
+    got = updated_expert_bias(bias, torch.tensor([[5, 6, 4, 5], [0, 0, 0, 1]]), 0.25)
+    assert got.tolist() == [[0.5, 0.25, 0.75, 0.5], [0.25, 1.25, 2.25, 2.75]]

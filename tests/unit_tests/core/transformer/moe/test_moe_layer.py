@@ -31,6 +31,15 @@ ROUTERS: list[dict[str, Any]] = [
     {"moe_router_topk": 1, "moe_router_pre_softmax": True},
     {"moe_router_topk": 2},
     {"moe_router_topk": 4},
+    {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
+    {"moe_router_score_function": "sqrtsoftplus"},
+    {"moe_router_score_function": "sigmoid", "moe_router_topk": 1},
+    {"moe_router_num_groups": 4, "moe_router_group_topk": 1},
+    {
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_router_score_function": "sigmoid",
+    },
 ]
 AUX, Z, SCALE = 0.3, 0.02, 0.25
 
