@@ -7,8 +7,10 @@ import torch
 
 from megatron.core.transformer.moe.load_balancing import (
     MoEAuxLossAutoScaler,
+    balance_loss_of_shares,
     router_entropy,
     router_z_loss,
+    sequence_balance_loss,
     switch_load_balancing_loss,
     updated_expert_bias,
 )
@@ -55,12 +57,17 @@ def test_losses_have_the_right_gradient_by_finite_differences():
     counts = _counts(logits, 2)
     assert torch.autograd.gradcheck(lambda x: switch_load_balancing_loss(x, counts, 2), logits)
     assert torch.autograd.gradcheck(router_z_loss, logits)
+    best = topk_routing(logits, 2).routing_map
+    assert torch.autograd.gradcheck(lambda x: sequence_balance_loss(x, best, 2, 2), logits)
 
 
 def test_losses_of_no_tokens_are_zero_and_have_an_empty_gradient():
     logits = torch.zeros(0, 4, requires_grad=True)
     counts = torch.zeros(4, dtype=torch.int64)
     total = switch_load_balancing_loss(logits, counts, 2) + router_z_loss(logits)
+    best = torch.zeros(0, 4, dtype=torch.bool)
+    total = total + sequence_balance_loss(logits, best, 2, num_samples=3)
+    total = total + balance_loss_of_shares(logits, torch.zeros(4))
     total.backward()
     assert total.item() == 0.0
     assert logits.grad is not None
