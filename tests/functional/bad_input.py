@@ -1,0 +1,249 @@
+"""The table of mistakes: command lines and what the message about them must say."""
+
+SHAPE = "--num-layers 4 --hidden-size 64"
+GOOD = f"{SHAPE} --mock-data"
+MOE = f"{GOOD} --num-experts 8"
+
+# name -> (world size, command line, what the message must say)
+BAD: dict[str, tuple[int, str, list[str]]] = {
+    "no model": (1, "--mock-data", ["--num-layers is missing", "--hidden-size is missing"]),
+    "no data": (1, SHAPE, ["--data-path PREFIX", "--mock-data"]),
+    "both precisions": (1, f"{GOOD} --bf16 --fp64", ["--bf16 and --fp64 exclude each other"]),
+    "fp16": (1, f"{GOOD} --fp16 --bf16", ["--fp16", "use --bf16"]),
+    "typo": (1, f"{MOE} --moe-rooter-topk 2", ["did you mean --moe-router-topk?"]),
+    "abbreviation": (1, f"{MOE} --moe-router-top 2", ["did you mean --moe-router-topk?"]),
+    "attention backend": (1, f"{GOOD} --attention-backend flsh", ["did you mean flash?"]),
+    "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
+    "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
+    "flex dispatcher": (
+        1,
+        f"{MOE} --moe-token-dispatcher-type flex",
+        ["alltoall_dedup"],
+    ),
+    "pre-softmax of sigmoid": (
+        1,
+        f"{MOE} --moe-router-score-function sigmoid --moe-router-pre-softmax",
+        ["no effect with --moe-router-score-function sigmoid"],
+    ),
+    "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
+    "tensor parallel": (4, f"{MOE} --tensor-model-parallel-size 2", ["not offered yet, only 1"]),
+    "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
+    "ep of experts": (
+        4,
+        f"{MOE} --expert-model-parallel-size 3",
+        ["does not divide --num-experts 8", "world size 4", "here: 1, 2, 4"],
+    ),
+    "ep of world": (
+        2,
+        f"{MOE} --expert-model-parallel-size 4",
+        ["does not divide the world size 2", "here: 1, 2"],
+    ),
+    "ep of nothing": (2, f"{GOOD} --expert-model-parallel-size 2", ["needs --num-experts"]),
+    "heads": (
+        1,
+        f"{GOOD} --num-attention-heads 5",
+        ["--hidden-size 64 must be a multiple of --num-attention-heads 5", "fit: 2, 4, 8"],
+    ),
+    "groups": (
+        1,
+        f"{GOOD} --num-attention-heads 8 --group-query-attention --num-query-groups 3",
+        ["--num-query-groups 3 must divide --num-attention-heads 8", "fit: 1, 2, 4"],
+    ),
+    "groups alone": (1, f"{GOOD} --num-query-groups 2", ["no effect without --group-query"]),
+    "odd rope": (
+        1,
+        f"{GOOD} --num-attention-heads 64 --position-embedding-type rope",
+        ["head size 1", "must be even"],
+    ),
+    "rotary alone": (1, f"{GOOD} --rotary-base 500", ["no effect without --position-embedding"]),
+    "reset positions": (
+        1,
+        f"{GOOD} --position-embedding-type rope --reset-position-ids",
+        ["--reset-position-ids has no effect with --position-embedding-type rope"],
+    ),
+    "reset no positions": (
+        1,
+        f"{GOOD} --position-embedding-type none --reset-position-ids",
+        ["--reset-position-ids has no effect with --position-embedding-type none"],
+    ),
+    "no positions": (1, f"{GOOD} --no-position-embedding", ["rope or none"]),
+    "long samples": (
+        1,
+        f"{GOOD} --seq-length 2048 --max-position-embeddings 1024",
+        ["--seq-length 2048 must not be larger than --max-position-embeddings 1024"],
+    ),
+    "topk 9": (1, f"{MOE} --moe-router-topk 9", ["between 1 and --num-experts 8"]),
+    "topk 0": (1, f"{MOE} --moe-router-topk 0", ["--moe-router-topk 0 must be at least 1"]),
+    "topk 1": (1, f"{MOE} --moe-router-topk 1", ["needs --moe-router-pre-softmax"]),
+    "moe without experts": (
+        1,
+        f"{GOOD} --moe-router-topk 2 --moe-grouped-gemm",
+        ["--moe-router-topk 2, --moe-grouped-gemm need a MoE layer"],
+    ),
+    "negative coefficient": (1, f"{MOE} --moe-aux-loss-coeff -0.1", ["must be at least 0"]),
+    "two coefficients": (1, f"{MOE} --moe-aux-loss-coeff 0.1 0.2", ["has 2 values for the 1"]),
+    "balancing twice": (
+        1,
+        f"{MOE} --moe-router-load-balancing-type aux_loss aux_loss",
+        ["names one way twice"],
+    ),
+    "balancing and none": (
+        1,
+        f"{MOE} --moe-router-load-balancing-type aux_loss none",
+        ["none excludes the others"],
+    ),
+    "coefficient of none": (
+        1,
+        f"{MOE} --moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1",
+        ["no effect with --moe-router-load-balancing-type none"],
+    ),
+    "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["global_aux_loss, none"]),
+    "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["must be above 0"]),
+    "nodes that cut groups": (
+        4,
+        f"{MOE} --expert-model-parallel-size 4 --moe-dispatcher-node-size 3 "
+        "--moe-token-dispatcher-type alltoall_hierarchical",
+        ["--moe-dispatcher-node-size 3 must divide", "that fit: 1, 2, 4"],
+    ),
+    "nodes of another dispatcher": (
+        1,
+        f"{MOE} --moe-dispatcher-node-size 2",
+        ["no effect without --moe-token-dispatcher-type alltoall_hierarchical"],
+    ),
+    "padding without capacity": (
+        1,
+        f"{MOE} --moe-pad-expert-input-to-capacity --moe-token-drop-policy position",
+        ["have no effect without --moe-expert-capacity-factor"],
+    ),
+    "gate of no shared expert": (
+        1,
+        f"{MOE} --moe-shared-expert-gate",
+        ["needs shared experts: add --moe-shared-expert-intermediate-size"],
+    ),
+    "shared experts of width 0": (
+        1,
+        f"{MOE} --moe-shared-expert-intermediate-size 0",
+        ["must be at least 1"],
+    ),
+    "latent space of width 0": (1, f"{MOE} --moe-latent-size 0", ["must be at least 1"]),
+    "bias of softmax": (
+        1,
+        f"{MOE} --moe-router-enable-expert-bias",
+        ["needs --moe-router-score-function sigmoid or sqrtsoftplus"],
+    ),
+    "rate of no bias": (
+        1,
+        f"{MOE} --moe-router-bias-update-rate 0.1",
+        ["no effect without --moe-router-enable-expert-bias"],
+    ),
+    "jitter of 1": (1, f"{MOE} --moe-input-jitter-eps 1", ["must be above 0 and below 1"]),
+    "groups without top-k": (1, f"{MOE} --moe-router-num-groups 2", ["need each other"]),
+    "top-k of no groups": (1, f"{MOE} --moe-router-group-topk 2", ["need each other"]),
+    "groups of 8 experts": (
+        1,
+        f"{MOE} --moe-router-num-groups 3 --moe-router-group-topk 2",
+        ["--moe-router-num-groups 3 must divide --num-experts 8"],
+    ),
+    "more groups than top-k": (
+        1,
+        f"{MOE} --moe-router-num-groups 4 --moe-router-group-topk 4",
+        ["--moe-router-topk 2 must be a multiple of --moe-router-group-topk 4"],
+    ),
+    "more groups than groups": (
+        1,
+        f"{MOE} --moe-router-num-groups 2 --moe-router-group-topk 4 --moe-router-topk 4",
+        ["must not be larger than --moe-router-num-groups 2"],
+    ),
+    "groups too small": (
+        1,
+        f"{MOE} --moe-router-num-groups 4 --moe-router-group-topk 1 --moe-router-topk 4",
+        ["does not fit in --moe-router-group-topk 1 groups of 2 experts"],
+    ),
+    "grouped and sequential": (
+        1,
+        f"{MOE} --moe-grouped-gemm --moe-experts-type sequential",
+        ["contradicts --moe-experts-type sequential"],
+    ),
+    "short pattern": (
+        1,
+        f"{MOE} --moe-layer-freq [0,1]",
+        ["has 2 entries, one for each of --num-layers 4"],
+    ),
+    "pattern of twos": (1, f"{MOE} --moe-layer-freq [0,1,2,1]", ["entries are 0", "holds 2"]),
+    "pattern of zeros": (1, f"{MOE} --moe-layer-freq [0]*4", ["makes no layer MoE"]),
+    "pattern that runs": (1, f"{MOE} --moe-layer-freq exit(3)", ["may hold only whole numbers"]),
+    "frequency 0": (1, f"{MOE} --moe-layer-freq 0", ["must be at least 1"]),
+    "batch": (
+        2,
+        f"{GOOD} --micro-batch-size 2 --global-batch-size 6",
+        ["--global-batch-size 6", "--micro-batch-size 2 x 2 data-parallel ranks (= 4)", "4 or 8"],
+    ),
+    "batch of 3": (2, f"{GOOD} --global-batch-size 3", ["--global-batch-size 3", "x 2 data"]),
+    "dropout": (1, f"{GOOD} --hidden-dropout 1.0", ["at least 0 and below 1"]),
+    "negative lr": (1, f"{GOOD} --lr -1", ["--lr -1 must be at least 0"]),
+    "min lr": (
+        1,
+        f"{GOOD} --lr 1e-4 --min-lr 1e-3",
+        ["--min-lr 0.001 must lie between 0 and --lr"],
+    ),
+    "warm-up": (
+        1,
+        f"{GOOD} --train-iters 10 --lr-warmup-iters 10",
+        [
+            "warm-up of 40 samples must end before the decay does, at 40",
+            "here: --lr-warmup-iters 10, --train-iters 10, --global-batch-size 4",
+        ],
+    ),
+    "warm-up init": (
+        1,
+        f"{GOOD} --lr 1e-4 --lr-warmup-iters 2 --lr-warmup-init 1e-3",
+        ["--lr-warmup-init 0.001 must lie between 0 and --lr 0.0001"],
+    ),
+    "two warm-ups": (
+        1,
+        f"{GOOD} --lr-warmup-iters 1 --lr-warmup-fraction 0.1",
+        ["exclude each other"],
+    ),
+    "WSD": (1, f"{GOOD} --lr-decay-style WSD", ["needs --lr-wsd-decay-iters"]),
+    "WSD options": (1, f"{GOOD} --lr-wsd-decay-iters 3", ["without --lr-decay-style WSD"]),
+    "long final decay": (
+        1,
+        f"{GOOD} --train-iters 10 --lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-iters 5",
+        [
+            "--lr-wsd-decay-iters (= 32 samples) must",
+            "(= 20 samples); here: --lr-warmup-iters 5, --train-iters 10, "
+            "--lr-wsd-decay-iters 8, --global-batch-size 4",
+        ],
+    ),
+    "falling weight decay": (
+        1,
+        f"{GOOD} --weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1",
+        ["--start-weight-decay 0.2 must lie between 0 and --end-weight-decay 0.1"],
+    ),
+    "constant weight decay": (
+        1,
+        f"{GOOD} --start-weight-decay 0.2 --end-weight-decay 0.1",
+        ["no effect with --weight-decay-incr-style constant"],
+    ),
+    "weight decay": (1, f"{GOOD} --weight-decay-incr-style cosine", ["--start-weight-decay and"]),
+    "adam flags": (1, f"{GOOD} --optimizer sgd --adam-beta1 0.5", ["with --optimizer sgd"]),
+    "sgd flags": (1, f"{GOOD} --sgd-momentum 0.5", ["no effect with --optimizer adam"]),
+    "save interval": (1, f"{GOOD} --save-interval 5", ["no effect without --save"]),
+    "keep last": (1, f"{GOOD} --save x --keep-last 0", ["--keep-last 0 must be at least 1"]),
+    "load": (1, f"{GOOD} --load /no/such/folder", ["is no folder", "--allow-fresh-start"]),
+    "finetune": (1, f"{GOOD} --finetune", ["no effect without --load"]),
+    "nccl on cpu": (1, f"{GOOD} --device cpu --distributed-backend nccl", ["needs --device cuda"]),
+    "two sources": (1, f"{GOOD} --data-path x", ["no effect with --mock-data"]),
+    "split words": (1, f"{SHAPE} --data-path x --split a,b", ["--split"]),
+    "missing data": (1, f"{SHAPE} --data-path x", ["x.bin", "x_text_document.idx"]),
+    "null tokenizer": (1, f"{GOOD} --tokenizer-type NullTokenizer", ["needs --vocab-size"]),
+    "tokenizer file": (
+        1,
+        f"{GOOD} --tokenizer-type SentencePieceTokenizer --tokenizer-model no.model",
+        ["no.model does not exist"],
+    ),
+    "tokenizer files": (1, f"{GOOD} --tokenizer-type GPT2BPETokenizer", ["--vocab-file"]),
+    "padded vocabulary": (1, f"{GOOD} --vocab-size 500 --padded-vocab-size 100", ["501 ids"]),
+    "tensorboard": (1, f"{GOOD} --tensorboard-log-interval 5", ["without --tensorboard-dir"]),
+    "yaml file": (1, f"{GOOD} --yaml-cfg /no/such.yaml", ["cannot be read"]),
+}
