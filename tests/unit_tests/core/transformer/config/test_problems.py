@@ -22,9 +22,9 @@ def test_single_values_are_lists_of_one() -> None:
     ours: Any = _moe(moe_aux_loss_coeff=[0.03], moe_router_load_balancing_type=["aux_loss"])
     theirs: Any = _moe(moe_aux_loss_coeff=0.03, moe_router_load_balancing_type="aux_loss")
     assert theirs == ours
-    assert theirs.aux_loss_coeff == 0.03
-    assert dataclasses.replace(theirs, moe_aux_loss_coeff=0).aux_loss_coeff == 0
-    assert _moe(moe_router_load_balancing_type="none").aux_loss_coeff == 0
+    assert theirs.aux_loss_coeffs == {"aux_loss": 0.03}
+    assert dataclasses.replace(theirs, moe_aux_loss_coeff=0).aux_loss_coeffs == {}
+    assert _moe(moe_router_load_balancing_type="none").aux_loss_coeffs == {}
     tiny_gpt(theirs)
 
 
@@ -49,7 +49,7 @@ BAD = {
     ),
     "balancing": (
         {"moe_router_load_balancing_type": "sinkhorn"},
-        "--moe-router-load-balancing-type sinkhorn must be one of aux_loss, none",
+        "--moe-router-load-balancing-type sinkhorn must be one of aux_loss, seq_aux_loss, global_aux_loss, none",
     ),
     "dispatcher": (
         {"moe_token_dispatcher_type": "flex"},
