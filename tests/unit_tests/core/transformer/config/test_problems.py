@@ -49,7 +49,8 @@ BAD = {
     ),
     "balancing": (
         {"moe_router_load_balancing_type": "sinkhorn"},
-        "--moe-router-load-balancing-type sinkhorn must be one of aux_loss, seq_aux_loss, global_aux_loss, none",
+        "--moe-router-load-balancing-type sinkhorn must be one of aux_loss, seq_aux_loss, "
+        "global_aux_loss, none",
     ),
     "dispatcher": (
         {"moe_token_dispatcher_type": "flex"},
