@@ -80,6 +80,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --moe-router-topk 2 --moe-grouped-gemm",
         ["--moe-router-topk 2, --moe-grouped-gemm need a MoE layer"],
     ),
+    "one moe flag, no experts": (1, f"{GOOD} --moe-router-topk 3", ["topk 3 needs a MoE layer"]),
     "negative coefficient": (1, f"{MOE} --moe-aux-loss-coeff -0.1", ["must be at least 0"]),
     "two coefficients": (1, f"{MOE} --moe-aux-loss-coeff 0.1 0.2", ["has 2 values for the 1"]),
     "balancing twice": (

@@ -93,7 +93,11 @@ def moe_without_experts(check: Check) -> Iterator[str]:
     flags = sorted(flag for flag in check.without_effect if flag.startswith("--moe-"))
     if found or flags:
         shown = ", ".join([*([check.show(*found)] if found else []), *flags])
-        yield f"{shown} need a MoE layer: add --num-experts, or leave them out"
+        many = len(found) + len(flags) > 1
+        yield (
+            f"{shown} {'need' if many else 'needs'} a MoE layer: add --num-experts, or leave "
+            f"{'them' if many else 'it'} out"
+        )
 
 
 def routing(check: Check) -> Iterator[str]:
