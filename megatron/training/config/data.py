@@ -44,7 +44,8 @@ class DataConfig:
     --max-position-embeddings hold less."""
 
     num_workers: int = 2
-    """Processes that read samples ahead; 0 reads in the training process."""
+    """Processes that read samples ahead; 0 reads in the training process, as on CPU when not
+    given."""
 
     reset_position_ids: bool = False
     """Start positions at 0 after each end of document."""

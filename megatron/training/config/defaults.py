@@ -15,7 +15,7 @@ from megatron.training.config.run_config import RunConfig
 
 HEAD_DIM = 64
 SEQ_LENGTH = 1024
-MICRO_BATCH_SIZE = 4
+MICRO_BATCH_SIZE = 2
 MOCK_ITERS = 100
 LEARNING_RATE = 3e-4
 WARMUP_FRACTION = 0.01

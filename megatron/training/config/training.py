@@ -10,7 +10,7 @@ class TrainingConfig:
     """Training loop."""
 
     micro_batch_size: int = derived()
-    """Samples that one rank computes at once; when not set, 4 or the largest number below it that
+    """Samples that one rank computes at once; when not set, 2 or the largest number below it that
     divides --global-batch-size."""
 
     global_batch_size: int = derived()

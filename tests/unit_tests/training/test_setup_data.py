@@ -20,7 +20,7 @@ from megatron.training.setup_data import (
     build_data_iterator,
     build_train_valid_test_datasets,
 )
-from megatron.training.training import tell_changed_data
+from megatron.training.training import loader_workers, tell_changed_data
 from tests.helpers.documents import counting_documents, write_documents
 
 
@@ -177,3 +177,12 @@ def test_a_resumed_run_is_told_when_the_order_of_its_data_changed(caplog):
     assert caplog.text == ""
     tell_changed_data(replace(state, data_fingerprint="then"), datasets)
     assert "sample 8 of the new order" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "workers"), [("cpu", False, 0), ("cpu", True, 2), ("cuda", False, 2)]
+)
+def test_readers_are_forked_on_cpu_only_when_asked_for(device, given, workers):
+    config = SimpleNamespace(data=DataConfig(), given=lambda name: given)
+    run = SimpleNamespace(config=config, world=SimpleNamespace(device=torch.device(device)))
+    assert loader_workers(run) == workers
