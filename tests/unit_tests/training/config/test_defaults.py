@@ -71,11 +71,11 @@ def test_samples_fit_positions_and_data():
 @pytest.mark.parametrize(
     ("world_size", "given", "micro", "whole"),
     [
-        (1, {}, 4, 4),
-        (8, {}, 4, 32),
+        (1, {}, 2, 2),
+        (8, {}, 2, 16),
         (2, {"micro_batch_size": 3}, 3, 6),
-        (2, {"global_batch_size": 16}, 4, 16),
-        (2, {"global_batch_size": 6}, 3, 6),
+        (2, {"global_batch_size": 16}, 2, 16),
+        (2, {"global_batch_size": 6}, 1, 6),
         (2, {"global_batch_size": 2}, 1, 2),
         (2, {"global_batch_size": 10}, 1, 10),
         (1, {"micro_batch_size": 2, "global_batch_size": 8}, 2, 8),
@@ -88,9 +88,9 @@ def test_batches(world_size, given, micro, whole):
 
 def test_one_epoch_when_no_iterations_are_given():
     run = _derive(2, facts=Facts(num_tokens=1024 * 80 + 1))
-    assert run.config.training.train_iters == 10
-    assert run.config.scheduler.lr_decay_iters == 10
-    assert any("--train-iters 10 (one epoch" in notice for notice in run.notices)
+    assert run.config.training.train_iters == 20
+    assert run.config.scheduler.lr_decay_iters == 20
+    assert any("--train-iters 20 (one epoch" in notice for notice in run.notices)
     assert _derive(8, facts=Facts(num_tokens=2000)).config.training.train_iters == 1
     assert _derive().config.training.train_iters == 100, "mock data has no end"
 
