@@ -192,7 +192,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --train-iters 10 --lr-warmup-iters 10",
         [
             "warm-up of 20 samples must end before the decay does, at 20",
-            "here: --lr-warmup-iters 10, --train-iters 10, --global-batch-size 4",
+            "here: --lr-warmup-iters 10, --train-iters 10, --global-batch-size 2",
         ],
     ),
     "warm-up init": (
@@ -212,8 +212,8 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --train-iters 10 --lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-iters 5",
         [
             "--lr-wsd-decay-iters (= 16 samples) must",
-            "(= 20 samples); here: --lr-warmup-iters 5, --train-iters 10, "
-            "--lr-wsd-decay-iters 8, --global-batch-size 4",
+            "(= 10 samples); here: --lr-warmup-iters 5, --train-iters 10, "
+            "--lr-wsd-decay-iters 8, --global-batch-size 2",
         ],
     ),
     "falling weight decay": (
