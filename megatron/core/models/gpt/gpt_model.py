@@ -36,7 +36,7 @@ class GPTModel(nn.Module):
         *,
         pg_collection: ProcessGroupCollection,
     ) -> None:
-        """Build the model; parameters are uninitialised until ``init_weights``.
+        """Build the model; its parameters are drawn by their roles (see ``set_role``).
 
         Args:
             config: Resolved options; kind of positions and tying of weights are read from it.

@@ -9,7 +9,7 @@ from megatron.core.param_role import Init, ParamRole, set_role
 class Linear(nn.Module):
     """``input @ weight.T + bias``, with the bias optionally handed back instead of added.
 
-    Parameters are made uninitialised on the default device; ``init_weights`` fills them by role.
+    Parameters are made on the default device and drawn by their roles (see ``set_role``).
     """
 
     weight: nn.Parameter

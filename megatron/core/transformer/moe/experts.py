@@ -43,7 +43,7 @@ class GroupedMLP(nn.Module):
         *,
         pg_collection: ProcessGroupCollection,
     ) -> None:
-        """Make the parameters, uninitialised; ``init_weights`` fills them by role.
+        """Make the parameters, drawn by their roles (see ``set_role``).
 
         Args:
             num_local_experts: Experts of this rank.

@@ -57,7 +57,7 @@ class TopKRouter(nn.Module):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
     ) -> None:
-        """Make the gate's weight, uninitialised; ``init_weights`` fills it by role.
+        """Make the gate's weight, drawn by its role (see ``set_role``).
 
         Args:
             config: Number of experts, topk, order of softmax and top-k, losses, dtype.
