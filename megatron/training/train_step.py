@@ -76,11 +76,7 @@ def train_step(
         result = run.optimizer.step()
         grad_norm, updated = result.grad_norm, result.update_successful
         if not updated:
-            bad = run.model.nonfinite_gradients()
-            shown = ", ".join(bad[:PARAMETERS_TOLD]) + (
-                ", ..." if len(bad) > PARAMETERS_TOLD else ""
-            )
-            log.info("the gradient is not finite in %d parameters: %s", len(bad), shown)
+            _tell_parameters(run.model.nonfinite_gradients())
     else:
         _tell_samples(run.world, state, losses, batches)
     if run.moe_metrics is not None:
@@ -159,6 +155,11 @@ def agree(
     total[0] /= num_tokens
     loss, *agreed = total.tolist()
     return loss, tuple(agreed)
+
+
+def _tell_parameters(bad: Sequence[str]) -> None:
+    shown = ", ".join(bad[:PARAMETERS_TOLD]) + (", ..." if len(bad) > PARAMETERS_TOLD else "")
+    log.info("the gradient is not finite in %d parameters: %s", len(bad), shown)
 
 
 def _tell_samples(

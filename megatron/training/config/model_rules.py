@@ -81,8 +81,7 @@ def positions(check: Check) -> Iterator[str]:
 
 def number_format(check: Check) -> Iterator[str]:
     """One number format at a time."""
-    if check.config.model.bf16 and check.config.model.fp64:
-        yield "--bf16 and --fp64 exclude each other; give one of them"
+    yield from check.config.model.precision_problems()
 
 
 def moe_without_experts(check: Check) -> Iterator[str]:
@@ -101,7 +100,7 @@ def moe_without_experts(check: Check) -> Iterator[str]:
 
 
 def routing(check: Check) -> Iterator[str]:
-    """Each token goes to some of the experts, and the router must get a gradient."""
+    """What the config says of its MoE layer, and flags that contradict it."""
     model = check.config.model
     if model.num_moe_experts is None:
         return
@@ -120,11 +119,6 @@ def routing(check: Check) -> Iterator[str]:
         yield from check.useless(
             "moe_router_pre_softmax", f"with --moe-router-score-function {kind}"
         )
-    elif model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
-        yield (
-            "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over the one chosen "
-            "expert is always 1 and would give the router no gradient"
-        )
     if model.moe_experts_type == "sequential" and "--moe-grouped-gemm" in check.without_effect:
         yield "--moe-grouped-gemm contradicts --moe-experts-type sequential; leave one out"
 
@@ -135,15 +129,9 @@ def moe_layers(check: Check) -> Iterator[str]:
     freq = model.moe_layer_freq
     if model.num_moe_experts is None:
         return
+    yield from model.layer_problems()
     if isinstance(freq, int):
-        if freq < 1:
-            yield f"--moe-layer-freq {freq} must be at least 1, or a pattern such as ([0]*3+[1]*9)"
         return
-    if len(freq) != model.num_layers:
-        yield (
-            f"--moe-layer-freq has {len(freq)} entries, one for each of {check.show('num_layers')} "
-            "is needed"
-        )
     others = sorted({entry for entry in freq if entry not in (0, 1)})
     if others:
         yield f"--moe-layer-freq holds {others[0]}; entries are 0 (dense) or 1 (MoE)"
@@ -152,22 +140,10 @@ def moe_layers(check: Check) -> Iterator[str]:
 
 
 def balancing(check: Check) -> Iterator[str]:
-    """One coefficient for each way of balancing."""
+    """Without balancing there is no coefficient; the rest is a rule of the config."""
     model = check.config.model
-    if model.num_moe_experts is None:
-        return
-    kinds, coeffs = model.moe_router_load_balancing_type, model.moe_aux_loss_coeff
-    if len(set(kinds)) < len(kinds):
-        yield f"{check.show('moe_router_load_balancing_type')} names one way twice"
-    elif "none" in kinds and len(kinds) > 1:
-        yield f"{check.show('moe_router_load_balancing_type')}: none excludes the others"
-    elif kinds == ["none"]:
+    if model.num_moe_experts is not None and model.moe_router_load_balancing_type == ["none"]:
         yield from check.useless("moe_aux_loss_coeff", "with --moe-router-load-balancing-type none")
-    elif coeffs is not None and len(coeffs) != len(kinds):
-        yield (
-            f"{check.show('moe_aux_loss_coeff')} has {len(coeffs)} values for the {len(kinds)} of "
-            f"{check.show('moe_router_load_balancing_type')}; give one for each"
-        )
 
 
 def capacity(check: Check) -> Iterator[str]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron.core.transformer.precision import compute_dtype
+
 
 def weighted_activation(inner: Tensor, probs: Tensor, *, gated: bool) -> Tensor:
     """Activate ``inner`` and multiply each row by its prob; keeps only ``inner`` for backward.
@@ -93,4 +95,4 @@ class _WeightedActivation(torch.autograd.Function):
 
 
 def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(compute_dtype(x.dtype))

@@ -23,7 +23,7 @@ _LOSSES = (
     "dropped_fraction",
 )
 WARN_MAX_VIOLATION = 2.0
-"""Busiest expert at three times the mean: ``MoEReport.lines`` warns from here on."""
+"""Busiest expert at three times the mean: ``MoEReport.warnings`` tells from here on."""
 _COUNTS_SHOWN = 16
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     RowSplits,
     all_gather_rows,
@@ -27,7 +26,6 @@ from megatron.core.transformer.moe.permutation import (
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
     MoETokenDispatcher,
-    local_expert_count,
     rows_sent,
 )
 
@@ -44,20 +42,6 @@ class AllGatherState:
 
 class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
     """Gather tokens over ep -> pick those of local experts, and sum the ranks' parts back."""
-
-    def __init__(
-        self,
-        num_experts: int,
-        *,
-        pg_collection: ProcessGroupCollection,
-        topk: int | None = None,
-        exact: bool = True,
-    ) -> None:
-        """See ``MoEAlltoAllTokenDispatcher``."""
-        self.num_local_experts = local_expert_count(num_experts, pg_collection.ep.size())
-        self.ep_group = pg_collection.ep
-        self.topk = topk
-        self.exact = exact
 
     def token_permutation(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all, exchange_counts
 from megatron.core.transformer.moe.permutation import (
     ChunkOrder,
@@ -23,7 +22,6 @@ from megatron.core.transformer.moe.permutation import (
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
     MoETokenDispatcher,
-    local_expert_count,
     rows_sent,
 )
 
@@ -41,28 +39,6 @@ class AllToAllState:
 
 class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
     """Permute by expert -> all-to-all over ep -> sort by local expert, and the same backwards."""
-
-    def __init__(
-        self,
-        num_experts: int,
-        *,
-        pg_collection: ProcessGroupCollection,
-        topk: int | None = None,
-        exact: bool = True,
-    ) -> None:
-        """Remember group and sizes.
-
-        Args:
-            num_experts: Of the layer, over all ranks.
-            pg_collection: Rank r of its ``ep`` holds the r-th of equal blocks of experts.
-            topk: Experts of every token. Unknown when None: in a group of one a CUDA device is
-                then waited for in each forward.
-            exact: False when a token may have fewer than ``topk`` experts.
-        """
-        local_expert_count(num_experts, pg_collection.ep.size())
-        self.ep_group = pg_collection.ep
-        self.topk = topk
-        self.exact = exact
 
     def token_permutation(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor

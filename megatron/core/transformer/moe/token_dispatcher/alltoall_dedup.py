@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all, exchange_rows_and_pairs
 from megatron.core.transformer.moe.permutation import (
     RowPlan,
@@ -20,7 +19,6 @@ from megatron.core.transformer.moe.permutation import (
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
     MoETokenDispatcher,
-    local_expert_count,
     rows_sent,
 )
 
@@ -38,21 +36,6 @@ class AllToAllDedupState:
 
 class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
     """Pick by rank -> all-to-all over ep -> copy by local expert; sum there, and sum here."""
-
-    def __init__(
-        self,
-        num_experts: int,
-        *,
-        pg_collection: ProcessGroupCollection,
-        topk: int | None = None,
-        exact: bool = True,
-    ) -> None:
-        """See ``MoEAlltoAllTokenDispatcher``."""
-        self.num_local_experts = local_expert_count(num_experts, pg_collection.ep.size())
-        self.num_experts = num_experts
-        self.ep_group = pg_collection.ep
-        self.topk = topk
-        self.exact = exact
 
     def token_permutation(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor

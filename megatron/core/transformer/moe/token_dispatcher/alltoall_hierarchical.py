@@ -28,7 +28,6 @@ from megatron.core.transformer.moe.permutation import (
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
     MoETokenDispatcher,
-    local_expert_count,
     rows_sent,
 )
 
@@ -60,15 +59,13 @@ class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
         topk: int | None = None,
         exact: bool = True,
     ) -> None:
-        """See ``MoEAlltoAllTokenDispatcher``; rank r of ``ep`` is place r % n of node r // n.
+        """See ``MoETokenDispatcher``; rank r of ``ep`` is place r % n of node r // n.
 
         n is the size of ``ep_node``.
         """
-        local_expert_count(num_experts, pg_collection.ep.size())
+        super().__init__(num_experts, pg_collection=pg_collection, topk=topk, exact=exact)
         self.node_group = pg_collection.ep_node
         self.across_group = pg_collection.ep_across
-        self.topk = topk
-        self.exact = exact
 
     def token_permutation(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor

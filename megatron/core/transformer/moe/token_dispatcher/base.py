@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+
 StateT = TypeVar("StateT")
 
 
@@ -37,6 +39,29 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
     Law, for every subclass (test_dispatcher_laws.py): with experts that do nothing but weight
     their rows by ``probs``, unpermuting what was permuted gives ``x * probs.sum(-1)``.
     """
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        pg_collection: ProcessGroupCollection,
+        topk: int | None = None,
+        exact: bool = True,
+    ) -> None:
+        """Remember group and sizes.
+
+        Args:
+            num_experts: Of the layer, over all ranks.
+            pg_collection: Rank r of its ``ep`` holds the r-th of equal blocks of experts.
+            topk: Experts of every token. Unknown when None: in a group of one a CUDA device is
+                then waited for in each forward.
+            exact: False when a token may have fewer than ``topk`` experts.
+        """
+        self.num_experts = num_experts
+        self.num_local_experts = local_expert_count(num_experts, pg_collection.ep.size())
+        self.ep_group = pg_collection.ep
+        self.topk = topk
+        self.exact = exact
 
     @abstractmethod
     def token_permutation(
