@@ -43,6 +43,7 @@ ARCHITECTURE = {
     "--moe-router-num-groups": "moe_router_num_groups",
     "--moe-router-group-topk": "moe_router_group_topk",
     "--moe-router-enable-expert-bias": "moe_router_enable_expert_bias",
+    "choice of experts (--moe-router-load-balancing-type)": "moe_router_choice",
     "--moe-router-topk-scaling-factor": "moe_router_topk_scaling_factor",
     "number format (--bf16, --fp64)": "params_dtype_name",
 }
@@ -61,6 +62,7 @@ _FREE = {
     "moe_token_dispatcher_type",
     "moe_dispatcher_node_size",
     "moe_experts_type",
+    "moe_enable_routing_replay",
     "expert_model_parallel_size",
     "exit_interval",
     "exit_duration_in_mins",

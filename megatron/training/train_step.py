@@ -21,7 +21,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.errors import ConfigError
 from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
-from megatron.core.transformer.moe.router import update_expert_biases
+from megatron.core.transformer.moe.router import update_expert_biases, update_quantile_betas
 from megatron.training.datasets.batch import Batch
 from megatron.training.initialize import World
 from megatron.training.loss import MaskedLoss
@@ -82,6 +82,7 @@ def train_step(
     if run.moe_metrics is not None:
         if updated:
             update_expert_biases(run.model, run.moe_metrics, run.world.pg_collection.dp_cp)
+            update_quantile_betas(run.model, run.moe_metrics, run.world.pg_collection.dp_cp)
         run.moe_metrics.end_step()
     if not updated:
         log.warning(
@@ -114,6 +115,7 @@ def forward_backward(
     context = ForwardContext(
         rng=SampleRng(state.dropout_seed, batch.sample_ids),
         microbatch=index,
+        iteration=state.iteration,
         moe_metrics=run.moe_metrics,
         aux_loss_scale=1.0 / (run.num_microbatches * run.world.pg_collection.dp_cp.size()),
     )

@@ -11,6 +11,8 @@ TENSOR_PLANS = [
     "megatron/core/transformer/moe/routing.py",
     "megatron/core/transformer/moe/load_balancing.py",
     "megatron/core/transformer/moe/permutation.py",
+    "megatron/core/transformer/moe/sinkhorn.py",
+    "megatron/core/transformer/moe/quantile_balancing.py",
 ]
 # Plans that need no torch at all; so does everything on the way to --help and config errors.
 TORCH_FREE = [

@@ -98,7 +98,12 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --moe-router-load-balancing-type none --moe-aux-loss-coeff 0.1",
         ["no effect with --moe-router-load-balancing-type none"],
     ),
-    "sinkhorn": (1, f"{MOE} --moe-router-load-balancing-type sinkhorn", ["global_aux_loss, none"]),
+    "unknown balancing": (
+        1,
+        f"{MOE} --moe-router-load-balancing-type sinkhorm",
+        ["sinkhorn, quantile_balancing, none"],
+    ),
+    **ROUTER_CASES,
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["must be above 0"]),
     "nodes that cut groups": (
         4,

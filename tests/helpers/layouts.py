@@ -165,7 +165,7 @@ def global_tensors(run: Run, of: str = "") -> dict[str, Tensor]:
 
 def _biases(run: Run) -> dict[str, Tensor]:
     found = run.model.module.named_buffers()
-    return {name: bias.clone() for name, bias in found if name.endswith("expert_bias")}
+    return {name: bias.clone() for name, bias in found if name.endswith(("expert_bias", "qb_beta"))}
 
 
 def _train(folder: Path, steps: int, options: dict[str, Any]) -> None:

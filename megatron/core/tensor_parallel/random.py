@@ -84,6 +84,22 @@ class SampleRng:
             one.copy_(torch.randn(one.shape, generator=generator, device=x.device, dtype=x.dtype))
         return drawn
 
+    def shared_normal(
+        self, count: int, *, layer: int, site: str, step: int | None, like: Tensor
+    ) -> Tensor:
+        """Return ``count`` standard normal numbers that are the same for all samples.
+
+        Args:
+            count: Of numbers.
+            layer: Global index of the layer.
+            site: Names the place within the layer.
+            step: Each has other numbers; None for the same in all steps.
+            like: Of their dtype and device.
+        """
+        generator = torch.Generator(device=like.device)
+        generator.manual_seed(_hash(f"{self.seed}/step {step}/{layer}/{site}"))
+        return torch.randn(count, generator=generator, device=like.device, dtype=like.dtype)
+
     def _generators(self, layer: int, site: str, device: torch.device) -> Iterator[torch.Generator]:
         """Yield for each sample one generator, seeded anew."""
         generator = torch.Generator(device=device)

@@ -4,6 +4,7 @@ Nothing of a forward lives on a module: a recomputed layer or a second microbatc
 its own context, so dropout masks, metric slots and caches cannot be mixed up.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from megatron.core.inference.kv_cache import KVCache
     from megatron.core.tensor_parallel.random import SampleRng
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+    from megatron.core.transformer.moe.router_replay import RouterReplay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,13 @@ class ForwardContext:
     """Draws dropout masks from (seed, sample, layer, site); None turns dropout off."""
     microbatch: int = 0
     """Slot of this microbatch within the optimizer step, for metrics."""
+    iteration: int = 0
+    """Steps made before this one, for what is drawn anew in each."""
     moe_metrics: "MoEMetricsTracker | None" = None
     """Where routers write their counts; None records nothing."""
     aux_loss_scale: float | Tensor = 1.0
     """Gradient with which auxiliary losses enter backward: 1 / (microbatches x data ranks)."""
     kv_cache: "KVCache | None" = None
     """Keys and values of earlier positions, in generation."""
+    router_replay: "Mapping[int, RouterReplay] | None" = None
+    """Layer number -> what its router records or replays, in place of what the router owns."""

@@ -225,6 +225,18 @@ def _balancing(run: Derivation) -> None:
             "routing is RANDOM (--moe-router-force-load-balancing): for benchmarks only, the model "
             "learns no routing"
         )
+    if model.moe_router_force_biased is not None:
+        run.notices.append(
+            "routing is RANDOM and skewed (--moe-router-force-biased): for benchmarks only, the "
+            "model learns no routing"
+        )
+    if model.moe_enable_routing_replay:
+        run.notices.append(
+            "routing replay: each router owns a RouterReplay; nothing is recorded or replayed until "
+            "a script says so (RouterReplay.set_global_router_replay_action)"
+        )
+    if model.moe_router_choice != "topk":
+        return
     kinds = model.moe_router_load_balancing_type
     if kinds != ["none"] and model.moe_aux_loss_coeff is None:
         run.use("moe_aux_loss_coeff", [0.01] * len(kinds))

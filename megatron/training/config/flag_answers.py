@@ -211,7 +211,6 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--moe-hybridep", "use --moe-token-dispatcher-type alltoall"),
     ("--moe-ncclep", "use --moe-token-dispatcher-type alltoall"),
     ("--moe-permute-fusion-into", "use --moe-token-dispatcher-type alltoall"),
-    ("--moe-router-force-biased", "use --moe-router-force-load-balancing for even experts"),
     ("--moe-routing-trace", "tokens per expert are logged; see --log-dir"),
     ("--moe-", "this part of the MoE layer is not offered yet; see --help for what is"),
     ("--mtp-", "multi-token prediction is not offered yet; leave it out"),

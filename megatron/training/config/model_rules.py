@@ -110,10 +110,10 @@ def routing(check: Check) -> Iterator[str]:
         yield from check.useless(
             "moe_router_bias_update_rate", "without --moe-router-enable-expert-bias"
         )
-    elif kind == "softmax":
-        yield (
-            "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid or "
-            "sqrtsoftplus: a bias is added to the score of each expert alone"
+    if model.moe_router_choice != "quantile_balancing":
+        yield from check.useless(
+            "moe_router_quantile_balancing_ema",
+            "without --moe-router-load-balancing-type quantile_balancing",
         )
     if kind != "softmax":
         yield from check.useless(

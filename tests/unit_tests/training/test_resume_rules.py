@@ -29,7 +29,9 @@ MAY_DIFFER = {
     "hidden_dropout",
     "attention_dropout",
     "moe_router_dtype",
-    "moe_router_load_balancing_type",
+    "moe_router_quantile_balancing_ema",
+    "moe_router_force_biased",
+    "moe_enable_routing_replay",
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
     "moe_router_bias_update_rate",
@@ -50,6 +52,7 @@ RESOLVED = {
     "kv_channels": "head_dim",
     "moe_layer_freq": "moe_layer_pattern",
     "moe_ffn_hidden_size": "moe_ffn_size",
+    "moe_router_load_balancing_type": "moe_router_choice",
     "bf16": "params_dtype_name",
     "fp64": "params_dtype_name",
 }

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from megatron.core.config_field import flag
 from megatron.core.transformer.config.layer_pattern import parse_layer_pattern
+from megatron.core.transformer.moe.router_config import BALANCED_CHOICES, RouterChoiceConfig
 
 
 @dataclass(kw_only=True)
-class MoEConfig:
+class MoEConfig(RouterChoiceConfig):
     """Mixture-of-experts layer."""
 
     num_moe_experts: int | None = field(default=None, metadata=flag("--num-experts"))
@@ -77,11 +78,15 @@ class MoEConfig:
     """Number format of the router's product, scores, losses and combine weights."""
 
     moe_router_load_balancing_type: list[
-        Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"]
+        Literal[
+            "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "quantile_balancing", "none"
+        ]
     ] = field(default_factory=lambda: ["aux_loss"])
     """How tokens are kept spread over experts: by losses that ask for balance within a microbatch
     of one rank (aux_loss), within each sequence (seq_aux_loss) or within the microbatches of all
-    ranks so far in the step (global_aux_loss), one or several; or none."""
+    ranks so far in the step (global_aux_loss), one or several; or by another choice of experts,
+    spread evenly within a microbatch of one rank (sinkhorn) or under prices that follow the load
+    of the steps (quantile_balancing); or none."""
 
     moe_aux_loss_coeff: list[float] | None = None
     """Weight of the load-balancing loss, one value for each balancing type; 0 turns it off. When
@@ -128,8 +133,8 @@ class MoEConfig:
             )
         else:
             yield from self._group_problems(self.num_moe_experts)
-        is_softmax = self.moe_router_score_function == "softmax"
-        if self.moe_router_topk == 1 and is_softmax and not self.moe_router_pre_softmax:
+        late = self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax
+        if self.moe_router_topk == 1 and late and self.moe_router_choice != "sinkhorn":
             yield (
                 "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over the one chosen "
                 "expert is always 1 and would give the router no gradient"
@@ -140,6 +145,7 @@ class MoEConfig:
                 "--moe-shared-expert-intermediate-size, or leave it out"
             )
         yield from self._balancing_problems()
+        yield from self.router_choice_problems()
 
     def _group_problems(self, num_experts: int) -> Iterator[str]:
         groups, group_topk = self.moe_router_num_groups, self.moe_router_group_topk
@@ -170,8 +176,8 @@ class MoEConfig:
         shown = f"--moe-router-load-balancing-type {' '.join(kinds)}"
         if len(set(kinds)) < len(kinds):
             yield f"{shown} names one way twice"
-        elif "none" in kinds and len(kinds) > 1:
-            yield f"{shown}: none excludes the others"
+        elif alone := [k for k in kinds if k in ("none", *BALANCED_CHOICES) and len(kinds) > 1]:
+            yield f"{shown}: {alone[0]} excludes the others"
         elif "none" not in kinds and coeffs is not None and len(coeffs) != len(kinds):
             yield (
                 f"--moe-aux-loss-coeff {' '.join(map(str, coeffs))} has {len(coeffs)} values for "
@@ -188,7 +194,8 @@ class MoEConfig:
     @property
     def aux_loss_coeffs(self) -> dict[str, float]:
         """Balancing type -> coefficient of the losses in force, those of 0 left out."""
-        kinds = [kind for kind in self.moe_router_load_balancing_type if kind != "none"]
+        no_loss = ("none", *BALANCED_CHOICES)
+        kinds = [kind for kind in self.moe_router_load_balancing_type if kind not in no_loss]
         coeffs = self.moe_aux_loss_coeff
         coeffs = [0.01] * len(kinds) if coeffs is None else coeffs
         return {kind: coeff for kind, coeff in zip(kinds, coeffs, strict=False) if coeff}

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
+from megatron.core.transformer.moe.slot_means import SlotMeans
 
 _LOSSES = (
     "load_balancing_loss",
@@ -155,6 +156,7 @@ class MoEMetricsTracker:
         self._best_counts = torch.zeros_like(self._counts)
         self._losses = torch.zeros(*slots, len(_LOSSES), dtype=torch.float64, device=device)
         self._has: set[str] = set()
+        self._quantiles: SlotMeans | None = None
         self._count_sums = torch.zeros_like(self._counts[:, 0])
         self._loss_sums = torch.zeros_like(self._losses[:, 0])
         self._microbatches = 0
@@ -223,6 +225,31 @@ class MoEMetricsTracker:
         counts = all_reduce_sum(group, self._counts.sum(dim=1))
         return {layer: counts[row] for layer, row in self._row_of_layer.items()}
 
+    def record_quantiles(
+        self, layer: int, microbatch: int, quantiles: Tensor, num_tokens: int | Tensor
+    ) -> None:
+        """Assign the ``expert_quantiles`` [num_experts] of one layer in one microbatch.
+
+        Args:
+            layer: Global index of the layer.
+            microbatch: Slot within the step.
+            quantiles: [num_experts], of this rank's tokens.
+            num_tokens: How many tokens they are of.
+        """
+        if self._quantiles is None:
+            rows, slots, width = self._counts.shape
+            self._quantiles = SlotMeans(rows, slots, width, self._counts.device)
+        self._quantiles.assign(self._row_of_layer[layer], microbatch, quantiles, num_tokens)
+
+    def step_quantiles(self, group: ProcessGroup) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return layer -> quantiles [num_experts] fp64, a mean over tokens, and their number [].
+
+        Over all microbatches of the step and the ranks of ``group``, which must all call this.
+        """
+        assert self._quantiles is not None, "no forward of this step was recorded"
+        means, weights = self._quantiles.means(group)
+        return {layer: (means[row], weights[row]) for layer, row in self._row_of_layer.items()}
+
     def end_step(self) -> None:
         """Add the slots to the interval and empty them; no communication."""
         self._count_sums += self._counts.sum(dim=1)
@@ -231,6 +258,8 @@ class MoEMetricsTracker:
         self._counts.zero_()
         self._best_counts.zero_()
         self._losses.zero_()
+        if self._quantiles is not None:
+            self._quantiles.clear()
 
     def report(self, pg_collection: ProcessGroupCollection) -> MoEReport:
         """Reduce the interval over ``dp_cp``, start a new one, and say how it was.

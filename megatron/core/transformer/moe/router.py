@@ -27,12 +27,25 @@ from megatron.core.transformer.moe.load_balancing import (
     updated_expert_bias,
 )
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.core.transformer.moe.quantile_balancing import (
+    expert_quantiles,
+    quantile_choice,
+    updated_beta,
+)
+from megatron.core.transformer.moe.router_replay import (
+    RouterReplay,
+    indices_of_map,
+    map_of_indices,
+)
 from megatron.core.transformer.moe.routing import (
     Routing,
+    ScoreFunction,
+    best_experts,
+    combine_weights,
     log_scores,
     map_of_largest,
-    topk_routing,
 )
+from megatron.core.transformer.moe.sinkhorn import sinkhorn_ranking
 from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -49,6 +62,8 @@ class TopKRouter(nn.Module):
     """[num_experts, h]."""
     expert_bias: Tensor | None
     """[num_experts], fp32 whatever the model's dtype; chooses experts, never weights them."""
+    qb_beta: Tensor | None
+    """The same, of quantile balancing: subtracted from logits."""
 
     def __init__(
         self,
@@ -79,10 +94,19 @@ class TopKRouter(nn.Module):
             self.coeffs["z_loss"] = config.moe_z_loss_coeff
         self.dtype = torch.float64 if config.moe_router_dtype == "fp64" else torch.float32
         self.is_forced = config.moe_router_force_load_balancing
+        self.forced_std = config.moe_router_force_biased
         self.jitter_eps = config.moe_input_jitter_eps
         self.bias_update_rate = config.moe_router_bias_update_rate
         bias = torch.zeros(config.num_moe_experts) if config.moe_router_enable_expert_bias else None
         self.register_buffer("expert_bias", bias)
+        self.choice = config.moe_router_choice
+        self.qb_ema = config.moe_router_quantile_balancing_ema
+        is_quantile = self.choice == "quantile_balancing"
+        beta = torch.zeros(config.num_moe_experts) if is_quantile else None
+        self.register_buffer("qb_beta", beta)
+        self.router_replay: RouterReplay | None = None
+        if config.moe_enable_routing_replay:
+            self.router_replay = RouterReplay(config.num_moe_experts, self.topk, register=True)
         weight = torch.empty(config.num_moe_experts, config.hidden_size, dtype=params_dtype(config))
         self.weight = set_role(nn.Parameter(weight), ParamRole(init=input_init(config)))
 
@@ -95,18 +119,9 @@ class TopKRouter(nn.Module):
         """
         num_samples = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
         logits = self.gating(self._input(hidden_states, context))
-        if self.is_forced and self.training:
+        if (self.is_forced or self.forced_std is not None) and self.training:
             logits = self._random(logits, num_samples, context)
-        probs, routing_map = topk_routing(
-            logits,
-            self.topk,
-            score_function=self.score_function,
-            pre_softmax=self.pre_softmax,
-            scaling_factor=self.scaling_factor,
-            num_groups=self.num_groups,
-            group_topk=self.group_topk,
-            expert_bias=self.expert_bias,
-        )
+        probs, routing_map = self._choose(logits, context)
         scores = log_scores(logits, self.score_function)
         losses: dict[str, Tensor] = {}
         if self.training or context.moe_metrics is not None:
@@ -127,6 +142,60 @@ class TopKRouter(nn.Module):
             )
         return Routing(probs, routing_map)
 
+    def _choose(self, logits: Tensor, context: ForwardContext) -> Routing:
+        """Choose the experts of each token, or take those that are replayed, and weigh them."""
+        if self.qb_beta is not None and self.training and context.moe_metrics is not None:
+            context.moe_metrics.record_quantiles(
+                self.layer_number,
+                context.microbatch,
+                expert_quantiles(logits, self.topk, self.qb_beta),
+                len(logits),
+            )
+        replay = (context.router_replay or {}).get(self.layer_number, self.router_replay)
+        replayed = None
+        if replay is not None:
+            replayed = replay.replayed(len(logits), context.microbatch, logits.device)
+        if replayed is not None:
+            routing_map = map_of_indices(replayed, logits.shape[1])
+        else:
+            routing_map = self._chosen(logits)
+            if replay is not None:
+                replay.record(indices_of_map(routing_map, self.topk), context.microbatch)
+        score_function, pre_softmax = self._weight_rule()
+        probs = combine_weights(
+            logits,
+            routing_map,
+            self.topk,
+            score_function=score_function,
+            pre_softmax=pre_softmax,
+            scaling_factor=self.scaling_factor,
+        )
+        return Routing(probs, routing_map)
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        """Return the map of the experts that this router chooses by itself; no gradient."""
+        if self.choice == "sinkhorn":
+            # balance is for training; a text must not depend on its neighbours
+            ranking = sinkhorn_ranking(logits) if self.training else logits
+            return map_of_largest(ranking, self.topk)
+        if self.qb_beta is not None:
+            return quantile_choice(logits, self.topk, self.qb_beta)
+        return best_experts(
+            logits,
+            self.topk,
+            score_function=self.score_function,
+            pre_softmax=self.pre_softmax,
+            num_groups=self.num_groups,
+            group_topk=self.group_topk,
+            expert_bias=self.expert_bias,
+        )
+
+    def _weight_rule(self) -> tuple[ScoreFunction, bool]:
+        """Return what makes weights of logits: the score function, and whether it sees all."""
+        if self.choice != "sinkhorn":
+            return self.score_function, self.pre_softmax
+        return ("sigmoid", False) if self.topk == 1 else ("softmax", True)
+
     def gating(self, hidden_states: Tensor) -> Tensor:
         """Return the logits [num_tokens, num_experts] of ``hidden_states`` [num_tokens, h]."""
         dtype = torch.promote_types(hidden_states.dtype, self.dtype)
@@ -145,12 +214,19 @@ class TopKRouter(nn.Module):
 
     def _random(self, logits: Tensor, num_samples: int, context: ForwardContext) -> Tensor:
         """Return random logits whose gradient goes to ``logits`` as it comes."""
-        assert context.rng is not None, "--moe-router-force-load-balancing needs a context with rng"
+        assert context.rng is not None, "forced routing needs a context with rng"
         shape = (logits.shape[0] // num_samples, num_samples, logits.shape[1])  # [s, b, E]
         drawn = context.rng.normal_like(
             logits.detach().view(shape), layer=self.layer_number, site="router", batch_dim=1
         )
-        return drawn.view_as(logits) + (logits - logits.detach())
+        drawn = drawn.view_as(logits)
+        if self.forced_std is not None:
+            step = context.iteration if self.forced_std > 0 else None
+            skew = context.rng.shared_normal(
+                logits.shape[1], layer=self.layer_number, site="router_skew", step=step, like=drawn
+            )
+            drawn = drawn + skew * abs(self.forced_std)
+        return drawn + (logits - logits.detach())
 
     def _losses(
         self,
@@ -182,11 +258,11 @@ class TopKRouter(nn.Module):
         return losses
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
-        """Move the bias where the weight goes, but never to its dtype."""
-        kept = self.expert_bias
+        """Move bias and prices where the weight goes, but never to its dtype."""
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if kept is not None:
-            self.expert_bias = kept.to(self.weight.device)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(self.weight.device))
         return self
 
     @staticmethod
@@ -214,6 +290,26 @@ def update_expert_biases(model: nn.Module, metrics: MoEMetricsTracker, group: Pr
         bias = router.expert_bias
         assert bias is not None, "chosen because it has one"
         bias.copy_(updated_expert_bias(bias, counts[router.layer_number], router.bias_update_rate))
+
+
+@torch.no_grad()
+def update_quantile_betas(
+    model: nn.Module, metrics: MoEMetricsTracker, group: ProcessGroup
+) -> None:
+    """Move the prices of quantile balancing to what the step asked; see ``update_expert_biases``.
+
+    A step without tokens leaves them.
+    """
+    routers = [m for m in model.modules() if isinstance(m, TopKRouter) and m.qb_beta is not None]
+    if not routers:
+        return
+    quantiles = metrics.step_quantiles(group)
+    for router in routers:
+        beta = router.qb_beta
+        assert beta is not None, "chosen because it has one"
+        asked, num_tokens = quantiles[router.layer_number]
+        new = updated_beta(beta, asked, router.qb_ema)
+        beta.copy_(torch.where(num_tokens > 0, new, beta))
 
 
 def _detached(loss: Tensor | None) -> Tensor | None:

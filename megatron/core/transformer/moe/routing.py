@@ -56,10 +56,44 @@ def topk_routing(
     (arXiv:2412.19437), eq. 13-15 and section 2.1.2.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    scores = log_scores(logits, score_function)
-    ranking = logits.detach()
+    routing_map = best_experts(
+        logits,
+        topk,
+        score_function=score_function,
+        pre_softmax=pre_softmax,
+        num_groups=num_groups,
+        group_topk=group_topk,
+        expert_bias=expert_bias,
+    )
+    probs = combine_weights(
+        logits,
+        routing_map,
+        topk,
+        score_function=score_function,
+        pre_softmax=pre_softmax,
+        scaling_factor=scaling_factor,
+    )
+    return Routing(probs, routing_map)
+
+
+def best_experts(
+    logits: Tensor,
+    topk: int,
+    *,
+    score_function: ScoreFunction = "softmax",
+    pre_softmax: bool = False,
+    num_groups: int | None = None,
+    group_topk: int | None = None,
+    expert_bias: Tensor | None = None,
+) -> Tensor:
+    """Return a bool map [num_tokens, num_experts], True at the ``topk`` experts of each token.
+
+    The arguments are those of ``topk_routing``; ``logits`` are fp32 or fp64.
+    """
+    ranking = logits = logits.detach()
     if (num_groups or expert_bias is not None) and score_function != "softmax":
-        ranking = scores.detach().exp()  # else logits choose: they order alike, and never tie
+        # else logits choose: they order alike, and never tie
+        ranking = log_scores(logits, score_function).exp()
     if expert_bias is not None:
         assert score_function != "softmax", "an expert bias needs scores of each expert alone"
         ranking = ranking + expert_bias
@@ -67,14 +101,36 @@ def topk_routing(
         assert group_topk is not None, f"{num_groups=} without group_topk"
         ranking = softmax_over_experts(ranking) if pre_softmax else ranking
         ranking = group_limited(ranking, topk, num_groups, group_topk)
-    routing_map = map_of_largest(ranking, topk)
+    return map_of_largest(ranking, topk)
+
+
+def combine_weights(
+    logits: Tensor,
+    routing_map: Tensor,
+    topk: int,
+    *,
+    score_function: ScoreFunction = "softmax",
+    pre_softmax: bool = False,
+    scaling_factor: float | None = None,
+) -> Tensor:
+    """Return the weight of each chosen expert, [num_tokens, num_experts], 0 elsewhere.
+
+    Args:
+        logits: [num_tokens, num_experts], fp32 or fp64; the weights have their gradient.
+        routing_map: The chosen experts, whatever chose them; each row holds ``topk`` True.
+        topk: Experts per token.
+        score_function: See ``topk_routing``.
+        pre_softmax: See ``topk_routing``.
+        scaling_factor: See ``topk_routing``.
+    """
+    scores = log_scores(logits, score_function)
     if pre_softmax:
         probs = softmax_over_experts(scores).masked_fill(~routing_map, 0.0)
     elif topk == 1 and score_function != "softmax":
         probs = scores.exp().masked_fill(~routing_map, 0.0)
     else:
         probs = softmax_over_experts(scores.masked_fill(~routing_map, float("-inf")))
-    return Routing(probs if scaling_factor is None else probs * scaling_factor, routing_map)
+    return probs if scaling_factor is None else probs * scaling_factor
 
 
 def log_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:
