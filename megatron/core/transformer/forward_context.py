@@ -29,3 +29,5 @@ class ForwardContext:
     """Gradient with which auxiliary losses enter backward: 1 / (microbatches x data ranks)."""
     kv_cache: "KVCache | None" = None
     """Keys and values of earlier positions, in generation."""
+    token_ids: Tensor | None = None
+    """[b, s], ids of the tokens that this forward reads; the model fills them in."""

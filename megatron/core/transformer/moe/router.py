@@ -17,6 +17,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init
+from megatron.core.transformer.moe.expert_choice import (
+    expert_choice_routing,
+    takes_by_expert,
+    token_choice_routing,
+)
+from megatron.core.transformer.moe.hash_routing import hash_routing, ids_of_tokens
 from megatron.core.transformer.moe.load_balancing import (
     MoEAuxLossAutoScaler,
     balance_loss_of_shares,
@@ -66,9 +72,12 @@ class TopKRouter(nn.Module):
         """
         super().__init__()
         self.data_group = pg_collection.dp_cp
+        config = config.for_layer(layer_number)
         assert config.num_moe_experts is not None, "a router needs num_moe_experts"
         self.layer_number = layer_number
+        self.router_type = config.moe_router_type
         self.topk = config.moe_router_topk
+        self.capacity_factor = config.moe_expert_capacity_factor
         self.score_function = config.moe_router_score_function
         self.pre_softmax = config.moe_router_pre_softmax
         self.scaling_factor = config.moe_router_topk_scaling_factor
@@ -97,16 +106,7 @@ class TopKRouter(nn.Module):
         logits = self.gating(self._input(hidden_states, context))
         if self.is_forced and self.training:
             logits = self._random(logits, num_samples, context)
-        probs, routing_map = topk_routing(
-            logits,
-            self.topk,
-            score_function=self.score_function,
-            pre_softmax=self.pre_softmax,
-            scaling_factor=self.scaling_factor,
-            num_groups=self.num_groups,
-            group_topk=self.group_topk,
-            expert_bias=self.expert_bias,
-        )
+        probs, routing_map = self._choose(logits, context)
         scores = log_scores(logits, self.score_function)
         losses: dict[str, Tensor] = {}
         if self.training or context.moe_metrics is not None:
@@ -119,7 +119,7 @@ class TopKRouter(nn.Module):
                 self.layer_number,
                 context.microbatch,
                 tokens_per_expert=routing_map.sum(dim=0),
-                load_balancing_loss=losses["aux_loss"].detach(),
+                load_balancing_loss=_detached(losses.get("aux_loss")),
                 z_loss=_detached(losses.get("z_loss")),
                 entropy=router_entropy(scores),
                 seq_load_balancing_loss=_detached(losses.get("seq_aux_loss")),
@@ -132,6 +132,44 @@ class TopKRouter(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, self.dtype)
         logits: Tensor = _WideLinear.apply(hidden_states, self.weight, dtype)
         return logits
+
+    def _choose(self, logits: Tensor, context: ForwardContext) -> Routing:
+        """Turn logits [num_tokens, num_experts] into a routing by the rule of --moe-router-type."""
+        if self.router_type == "expert_choice" and takes_by_expert(self.training, context):
+            return expert_choice_routing(
+                logits,
+                self.topk,
+                capacity_factor=self.capacity_factor,
+                score_function=self.score_function,
+                scaling_factor=self.scaling_factor,
+            )
+        if self.router_type == "expert_choice":
+            return token_choice_routing(
+                logits,
+                self.topk,
+                score_function=self.score_function,
+                scaling_factor=self.scaling_factor,
+            )
+        if self.router_type == "hash":
+            return hash_routing(
+                logits,
+                ids_of_tokens(context.token_ids, len(logits)),
+                self.topk,
+                self.layer_number,
+                score_function=self.score_function,
+                pre_softmax=self.pre_softmax,
+                scaling_factor=self.scaling_factor,
+            )
+        return topk_routing(
+            logits,
+            self.topk,
+            score_function=self.score_function,
+            pre_softmax=self.pre_softmax,
+            scaling_factor=self.scaling_factor,
+            num_groups=self.num_groups,
+            group_topk=self.group_topk,
+            expert_bias=self.expert_bias,
+        )
 
     def _input(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Return what is multiplied by the gate, [num_tokens, h]."""
@@ -166,7 +204,9 @@ class TopKRouter(nn.Module):
             best = map_of_largest(logits, self.topk)  # balance losses know no groups and no bias
         counts = best.sum(dim=0)
         own = scores if "aux_loss" in self.coeffs else scores.detach()
-        losses = {"aux_loss": switch_load_balancing_loss(own, counts, self.topk)}
+        losses = {}
+        if self.router_type != "expert_choice":  # which is even by construction
+            losses["aux_loss"] = switch_load_balancing_loss(own, counts, self.topk)
         if "z_loss" in self.coeffs:
             losses["z_loss"] = router_z_loss(logits)
         if "seq_aux_loss" in self.coeffs:
