@@ -41,7 +41,8 @@ class History(NamedTuple):
     moe_layers: tuple[int, ...]
     """Global indices of the MoE layers."""
     tokens_per_expert: np.ndarray
-    """[intervals, layers, experts]; empty without MoE layers."""
+    """[intervals, layers, experts]; empty without MoE layers, NaN where a layer has no such
+    expert."""
     max_violation: np.ndarray
     """[intervals, layers] busiest expert over the mean, minus 1."""
 
@@ -59,9 +60,16 @@ def read_history(folder: Path) -> History:
         valid_losses=np.array([_number(x["lm_loss"]) for x in valid]),
         load_steps=np.array([x["iteration"] for x in load]),
         moe_layers=tuple(load[-1]["moe_layers"]) if load else (),
-        tokens_per_expert=np.array([x["tokens_per_expert"] for x in load], dtype=float),
+        tokens_per_expert=_filled([x["tokens_per_expert"] for x in load]),
         max_violation=np.array([x["max_violation"] for x in load], dtype=float),
     )
+
+
+def _filled(counts: list[list[list[int]]]) -> np.ndarray:
+    """Return tokens per expert as one array, layers of fewer experts filled up with NaN."""
+    most = max((len(row) for layers in counts for row in layers), default=0)
+    filled = [[row + [math.nan] * (most - len(row)) for row in layers] for layers in counts]
+    return np.array(filled, dtype=float)
 
 
 def _number(value: float | None) -> float:
@@ -198,11 +206,16 @@ def _leave_room(axes: Any, losses: np.ndarray, guessing: float) -> None:
 
 
 def _draw_load(figure: Any, axes: Any, history: History) -> None:
-    """Draw layers x experts: share of tokens over the last quarter of the run."""
+    """Draw layers x experts over the last quarter of the run: share of tokens, or load over the
+    mean where layers have other numbers of experts.
+    """
     first = history.load_steps[-1] * 0.75
     recent = history.tokens_per_expert[history.load_steps >= first].sum(0)  # [layers, experts]
-    share = 100 * recent / np.maximum(recent.sum(1, keepdims=True), 1)
-    even = 100 / share.shape[1]
+    share = 100 * recent / np.maximum(np.nansum(recent, 1, keepdims=True), 1)
+    even, title = 100 / share.shape[1], "Share of tokens, last quarter of the run, % (even: {:.3g})"
+    if np.isnan(share).any():
+        share = share * (~np.isnan(share)).sum(1, keepdims=True) / 100
+        even, title = 1.0, "Tokens of an expert over the mean of its layer, last quarter of the run"
     image = axes.imshow(
         share, cmap="RdBu_r", vmin=0, vmax=2 * even, aspect="auto", interpolation="nearest"
     )
@@ -211,9 +224,7 @@ def _draw_load(figure: Any, axes: Any, history: History) -> None:
     axes.set_yticks(range(len(history.moe_layers)), [str(n) for n in history.moe_layers])
     if share.shape[1] <= 16:
         axes.set_xticks(range(share.shape[1]))
-    _style(
-        axes, f"Share of tokens, last quarter of the run, % (even: {even:.3g})", "expert", "layer"
-    )
+    _style(axes, title.format(even), "expert", "layer")
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="max")
     bar.ax.tick_params(labelsize=7.5, length=2)
     bar.outline.set_visible(False)
@@ -223,7 +234,7 @@ def _draw_load(figure: Any, axes: Any, history: History) -> None:
 
 def _annotate(axes: Any, share: np.ndarray, even: float) -> None:
     for layer, row in enumerate(share):
-        for expert, value in enumerate(row):
+        for expert, value in enumerate(row[~np.isnan(row)]):
             strong = abs(value - even) > 0.65 * even
             axes.text(
                 expert,

@@ -218,7 +218,7 @@ def _expert_load(state: TrainState, report: MoEReport) -> dict[str, object]:
     return {
         "iteration": state.iteration,
         "moe_layers": list(report.moe_layers),
-        "tokens_per_expert": report.tokens_per_expert.tolist(),
+        "tokens_per_expert": [counts.tolist() for counts in report.counts_by_layer()],
         "max_violation": list(report.max_violation),
     }
 

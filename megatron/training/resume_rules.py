@@ -32,12 +32,15 @@ ARCHITECTURE = {
     "--norm-epsilon": "layernorm_epsilon",
     "--untie-embeddings-and-output-weights": "untie_embeddings_and_output_weights",
     "--num-experts": "num_moe_experts",
+    "--moe-num-experts-per-layer": "moe_experts_by_layer",
     "--moe-layer-freq": "moe_layer_pattern",
     "--moe-ffn-hidden-size": "moe_ffn_size",
     "--moe-shared-expert-intermediate-size": "moe_shared_expert_intermediate_size",
     "--moe-shared-expert-gate": "moe_shared_expert_gate",
     "--moe-latent-size": "moe_latent_size",
+    "--moe-router-type": "moe_router_type",
     "--moe-router-topk": "moe_router_topk",
+    "--moe-router-topk-per-layer": "moe_topk_by_layer",
     "--moe-router-pre-softmax": "moe_router_pre_softmax",
     "--moe-router-score-function": "moe_router_score_function",
     "--moe-router-num-groups": "moe_router_num_groups",
@@ -50,6 +53,10 @@ ARCHITECTURE = {
 _ONLY_WITH = {
     "--rotary-base": ("position_embedding_type", "rope"),
     "--rotary-percent": ("position_embedding_type", "rope"),
+}
+_BY_LAYER = {  # told for each layer where layers differ, else by the flag for all
+    "--moe-num-experts-per-layer": "--num-experts",
+    "--moe-router-topk-per-layer": "--moe-router-topk",
 }
 _ONLY_MOE = tuple(flag for flag in ARCHITECTURE if flag.startswith("--moe-"))
 
@@ -77,6 +84,10 @@ def architecture(config: TransformerConfig) -> dict[str, Any]:
     for flag, (name, value) in _ONLY_WITH.items():
         if getattr(config, name) != value:
             facts[flag] = None
+    for flag, of_all in _BY_LAYER.items():
+        numbers = facts[flag]  # of the MoE layers
+        facts[of_all] = max(numbers, default=None)
+        facts[flag] = list(numbers) if len(set(numbers)) > 1 else None
     if config.num_moe_experts is None:
         facts.update(dict.fromkeys(_ONLY_MOE))
     pattern = facts["--moe-layer-freq"]

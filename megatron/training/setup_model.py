@@ -63,13 +63,12 @@ def build_moe_metrics(
 ) -> MoEMetricsTracker | None:
     """Return the slots that routers write their counts into; None without MoE layers."""
     model = config.model
-    layers = [layer for layer, is_moe in enumerate(model.moe_layer_pattern) if is_moe]
-    if model.num_moe_experts is None or not layers:
+    if not model.moe_layers:
         return None
     return MoEMetricsTracker(
-        layers,
-        num_experts=model.num_moe_experts,
-        topk=model.moe_router_topk,
+        model.moe_layers,
+        num_experts=model.moe_experts_by_layer,
+        topk=max(model.moe_topk_by_layer),
         num_microbatches=num_microbatches,
         device=world.device,
     )

@@ -27,8 +27,9 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
     projections = hidden * (queries + keys_and_values) + queries * hidden
     causal_core = 2 * queries * seq_length / 2  # scores and weighted values, half of the square
     products = float(vocab_size * hidden)
-    for is_moe in config.moe_layer_pattern:
-        products += projections + causal_core + _mlp_products(config, is_moe)
+    for layer, is_moe in enumerate(config.moe_layer_pattern):
+        own = config.for_layer(layer) if is_moe else config
+        products += projections + causal_core + _mlp_products(own, is_moe)
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * products
 
 

@@ -1,6 +1,7 @@
 """What a run leaves behind, said at its end: where the files are, the picture, the time it took."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.core.timers import Timers
@@ -49,6 +50,13 @@ def describe(run: Run) -> str:
     model = run.config.model
     text = f"GPT, {model.num_layers} layers, hidden {model.hidden_size}"
     if run.moe_metrics is not None:
-        text += f", {model.num_moe_experts} experts top-{model.moe_router_topk}"
+        experts, topk = _span(model.moe_experts_by_layer), _span(model.moe_topk_by_layer)
+        text += f", {experts} experts top-{topk}"
     ranks = run.world.world_size
     return text + (f", {ranks} ranks" if ranks > 1 else "")
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """Write numbers that are alike as one, others as their range: 8-16."""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}-{high}"

@@ -5,6 +5,7 @@ mask keeps padding out of attention and positions count from each row's own firs
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from megatron.core.errors import ConfigError, MegatronError
 from megatron.core.inference.kv_cache import KVCache
 from megatron.core.inference.sampling import SamplingOptions, choose_tokens
+from megatron.core.log import log_once
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+log = logging.getLogger(__name__)
 
 OnToken = Callable[[int, int], None]
 
@@ -67,6 +71,13 @@ def generate(
     _refuse(prompts, options)
     if not prompts or options.max_new_tokens == 0:
         return [[] for _ in prompts]
+    if config.num_moe_experts is not None and config.chooses_by_expert:
+        log_once(
+            log,
+            "--moe-router-type expert_choice cannot generate, for experts would choose among "
+            "tokens that are not there yet: each token goes to its --moe-router-topk best experts "
+            "instead, with the same weights",
+        )
     was_training = model.training
     model.eval()
     try:

@@ -35,3 +35,5 @@ class ForwardContext:
     """Keys and values of earlier positions, in generation."""
     router_replay: "Mapping[int, RouterReplay] | None" = None
     """Layer number -> what its router records or replays, in place of what the router owns."""
+    token_ids: Tensor | None = None
+    """[b, s], ids of the tokens that this forward reads; the model fills them in."""

@@ -5,7 +5,7 @@ Composed of mixins, so that a module can ask for the narrowest part it needs. Im
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron.core.config_field import choice_problems, derived, flag
 from megatron.core.errors import ConfigError
@@ -14,12 +14,17 @@ from megatron.core.transformer.config.attention import AttentionConfig
 from megatron.core.transformer.config.init import InitConfig
 from megatron.core.transformer.config.norm import NormConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
-from megatron.core.transformer.moe.moe_config import MoEConfig
+from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 
 
 @dataclass(kw_only=True)
 class TransformerConfig(
-    MoEConfig, AttentionConfig, NormConfig, InitConfig, PrecisionConfig, ModelParallelConfig
+    MoEPerLayerConfig,
+    AttentionConfig,
+    NormConfig,
+    InitConfig,
+    PrecisionConfig,
+    ModelParallelConfig,
 ):
     """Model shape."""
 
@@ -63,21 +68,57 @@ class TransformerConfig(
         yield from self.layer_problems()
 
     def layer_problems(self) -> Iterator[str]:
-        """Yield one sentence for each way in which --moe-layer-freq does not fit the layers."""
+        """Yield one sentence for each way in which a pattern does not fit the layers."""
         freq = self.moe_layer_freq
         if self.num_moe_experts is None:
-            return
-        if isinstance(freq, int):
-            if freq < 1:
-                yield (
-                    f"--moe-layer-freq {freq} must be at least 1, or a pattern such as "
-                    "([0]*3+[1]*9)"
-                )
-        elif len(freq) != self.num_layers:
+            if self.moe_num_experts_per_layer is not None:
+                yield "--moe-num-experts-per-layer needs --num-experts, its largest entry"
+        elif isinstance(freq, int) and freq < 1:
+            yield f"--moe-layer-freq {freq} must be at least 1, or a pattern such as ([0]*3+[1]*9)"
+        elif not isinstance(freq, int) and len(freq) != self.num_layers:
             yield (
                 f"--moe-layer-freq has {len(freq)} entries, one for each of --num-layers "
                 f"{self.num_layers} is needed"
             )
+        else:
+            yield from self.per_layer_problems(self.moe_layer_pattern)
+
+    def moe_problems(self) -> Iterator[str]:
+        """Yield one sentence for each contradiction in a MoE layer, naming those that differ."""
+        if self.num_moe_experts is None or not self.has_layer_patterns:
+            yield from super().moe_problems()
+            return
+        if any(self.layer_problems()):
+            return  # said there; there is no config of a layer
+        found: dict[str, list[str]] = {}
+        for layer in self.moe_layers:
+            for problem in self.for_layer(layer).moe_problems():
+                found.setdefault(problem, []).append(str(layer))
+        for problem, layers in found.items():
+            everywhere = len(layers) == len(self.moe_layers)
+            where = "all MoE layers" if everywhere else f"layer {', '.join(layers)}"
+            yield f"{problem} (in {where})"
+
+    def for_layer(self, layer_number: int) -> "TransformerConfig":
+        """Return the config that one MoE layer is built from: its experts and top-k are numbers.
+
+        Args:
+            layer_number: Global index of a MoE layer.
+
+        Returns:
+            This config itself where all layers are alike.
+        """
+        if not self.has_layer_patterns:
+            return self
+        assert self.moe_layer_pattern[layer_number], f"{layer_number=} is a dense layer"
+        experts, topk = self.moe_num_experts_per_layer, self.moe_router_topk_per_layer
+        return replace(
+            self,
+            num_moe_experts=self.num_moe_experts if experts is None else experts[layer_number],
+            moe_router_topk=self.moe_router_topk if topk is None else topk[layer_number],
+            moe_num_experts_per_layer=None,
+            moe_router_topk_per_layer=None,
+        )
 
     @property
     def head_dim(self) -> int:
@@ -113,3 +154,18 @@ class TransformerConfig(
             f"{self.moe_layer_freq=} needs one entry for each of {self.num_layers=}"
         )
         return tuple(map(bool, self.moe_layer_freq))
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Global indices of the MoE layers."""
+        return tuple(layer for layer, moe in enumerate(self.moe_layer_pattern) if moe)
+
+    @property
+    def moe_experts_by_layer(self) -> tuple[int, ...]:
+        """Number of experts of each of ``moe_layers``."""
+        return tuple(self.for_layer(layer).num_moe_experts or 0 for layer in self.moe_layers)
+
+    @property
+    def moe_topk_by_layer(self) -> tuple[int, ...]:
+        """Experts of a token in each of ``moe_layers``."""
+        return tuple(self.for_layer(layer).moe_router_topk for layer in self.moe_layers)

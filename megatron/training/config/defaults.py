@@ -87,6 +87,30 @@ def _experts(run: Derivation) -> None:
     if model.num_moe_experts == 0:
         model.num_moe_experts = None
         run.notices.append("--num-experts 0: all layers are dense")
+        return
+    experts, topk = model.moe_num_experts_per_layer, model.moe_router_topk_per_layer
+    if experts and not run.config.given("num_moe_experts"):
+        why = "the largest entry of --moe-num-experts-per-layer"
+        run.use("num_moe_experts", max(experts) or None, why)
+    if topk and not run.config.given("moe_router_topk"):
+        why = "the largest entry of --moe-router-topk-per-layer"
+        run.use("moe_router_topk", max(topk), why)
+
+
+def _router_type(run: Derivation) -> None:
+    model = run.config.model
+    if model.num_moe_experts is None or model.moe_router_type == "topk":
+        return
+    by_hash = model.moe_router_type == "hash"
+    if not run.config.given("moe_router_load_balancing_type"):
+        why = "a loss cannot move a hash" if by_hash else "experts take equal numbers of tokens"
+        run.use("moe_router_load_balancing_type", ["none"], why)
+    if not by_hash:
+        run.notices.append(
+            "CAUSALITY: --moe-router-type expert_choice looks at later tokens in training, so the "
+            "training loss is too good; evaluation and generation send each token to its k best "
+            "experts instead"
+        )
 
 
 def _heads(run: Derivation) -> None:
@@ -244,6 +268,8 @@ def _balancing(run: Derivation) -> None:
             f"load balancing: {', '.join(kinds)} with coefficient 0.01 (Megatron-LM's default 0.0 "
             "would turn balancing off; set --moe-aux-loss-coeff)"
         )
+    elif model.moe_router_type != "topk":
+        return  # said by _router_type
     elif not model.aux_loss_coeffs and not model.moe_router_enable_expert_bias:
         run.notices.append(
             "load balancing: OFF, by request; watch tokens per expert in the log, experts may die"
@@ -259,6 +285,7 @@ _STEPS: tuple[Callable[[Derivation], None], ...] = (
     _schedule,
     _tokenizer,
     _evaluation,
+    _router_type,
     _balancing,
     _nodes,
 )

@@ -1,5 +1,6 @@
 """Rules of the model, the MoE layer and the parallel sizes; each yields sentences."""
 
+import math
 from collections.abc import Iterator
 
 from megatron.training.config.checks import Check, Rule, divisors, nearest
@@ -14,14 +15,25 @@ def parallel_sizes(check: Check) -> Iterator[str]:
         if size > 1:
             yield f"{check.show('expert_model_parallel_size')} needs --num-experts"
         return
-    missed = [check.show("num_moe_experts")] if experts % size else []
+    counts = _expert_counts(check)
+    name = "num_moe_experts"
+    if model.moe_num_experts_per_layer is not None:
+        name = "moe_num_experts_per_layer"
+    missed = [check.show(name)] if math.gcd(*counts) % size else []
     missed += [f"the world size {world} (ranks of torchrun)"] if world % size else []
     if missed:
-        legal = [str(d) for d in divisors(experts) if world % d == 0]
+        legal = [str(d) for d in divisors(math.gcd(*counts)) if world % d == 0]
         yield (
             f"{check.show('expert_model_parallel_size')} does not divide {' nor '.join(missed)}; "
             f"valid --expert-model-parallel-size here: {', '.join(legal)}"
         )
+
+
+def _expert_counts(check: Check) -> set[int]:
+    """Return the numbers of experts that MoE layers have, each once."""
+    model = check.config.model
+    pattern = model.moe_num_experts_per_layer
+    return {model.num_moe_experts or 0} | {number for number in pattern or () if number > 0}
 
 
 def heads(check: Check) -> Iterator[str]:
@@ -105,6 +117,8 @@ def routing(check: Check) -> Iterator[str]:
     if model.num_moe_experts is None:
         return
     yield from model.moe_problems()
+    if model.moe_router_topk_per_layer is not None:
+        yield from check.useless("moe_router_topk", "with --moe-router-topk-per-layer")
     kind = model.moe_router_score_function
     if not model.moe_router_enable_expert_bias:
         yield from check.useless(
@@ -149,6 +163,8 @@ def balancing(check: Check) -> Iterator[str]:
 def capacity(check: Check) -> Iterator[str]:
     """Dropping and padding need a capacity."""
     model = check.config.model
+    if model.chooses_by_expert:
+        return  # refused by the config, with a factor and without
     if model.num_moe_experts is not None and model.moe_expert_capacity_factor is None:
         yield from check.useless(
             "moe_token_drop_policy moe_pad_expert_input_to_capacity",

@@ -53,6 +53,8 @@ RESOLVED = {
     "moe_layer_freq": "moe_layer_pattern",
     "moe_ffn_hidden_size": "moe_ffn_size",
     "moe_router_load_balancing_type": "moe_router_choice",
+    "moe_num_experts_per_layer": "moe_experts_by_layer",
+    "moe_router_topk_per_layer": "moe_topk_by_layer",
     "bf16": "params_dtype_name",
     "fp64": "params_dtype_name",
 }
@@ -98,6 +100,17 @@ def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_topk": 1}, "--moe-router-topk"),
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_layer_freq": [0, 1]}, "[1, 1]"),
         ({}, {"bf16": True}, "--bf16"),
+        ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_type": "hash"}, "is topk in"),
+        (
+            {"num_moe_experts": 4, "moe_num_experts_per_layer": [2, 4]},
+            {"num_moe_experts": 4},
+            "--moe-num-experts-per-layer is [2, 4] in the checkpoint and None in this run",
+        ),
+        (
+            {"num_moe_experts": 4, "moe_router_topk_per_layer": [2, 1]},
+            {"num_moe_experts": 4, "moe_router_topk_per_layer": [1, 2]},
+            "--moe-router-topk-per-layer is [2, 1] in the checkpoint and [1, 2]",
+        ),
     ],
 )
 def test_another_architecture_is_named(then: dict, now: dict, flag: str) -> None:
@@ -110,6 +123,14 @@ def test_another_architecture_is_named(then: dict, now: dict, flag: str) -> None
         ({}, {"ffn_hidden_size": 128}),
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_layer_freq": [1, 1]}),
         ({}, {"moe_router_topk": 1}),
+        (
+            {"num_moe_experts": 4, "moe_router_topk": 1},
+            {
+                "num_moe_experts": 4,
+                "moe_num_experts_per_layer": [4, 4],
+                "moe_router_topk_per_layer": [1, 1],
+            },
+        ),
         ({}, {"rotary_base": 500000}),
         ({}, {"hidden_dropout": 0.0, "expert_model_parallel_size": 2}),
     ],

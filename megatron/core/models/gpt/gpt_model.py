@@ -1,5 +1,7 @@
 """The GPT language model: embedding, layers, output."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from megatron.core.errors import ConfigError
@@ -94,6 +96,7 @@ class GPTModel(nn.Module):
         offset = 0 if context.kv_cache is None else context.kv_cache.length
         length = input_ids.shape[1]
         self._check_length(offset + length)
+        context = replace(context, token_ids=input_ids)
         hidden_states = self.embedding(input_ids, position_ids, context)  # [s, b, h]
         rotary = None
         if self.rotary_pos_emb is not None:

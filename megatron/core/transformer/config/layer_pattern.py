@@ -1,4 +1,7 @@
-"""Read --moe-layer-freq, a number or a pattern such as ([0]*3+[1]*9), without ``eval``."""
+"""Read --moe-layer-freq, a number or a pattern such as ([0]*3+[1]*9), without ``eval``.
+
+The numbers of experts and of top-k of each layer are written in the same way.
+"""
 
 import ast
 
@@ -18,6 +21,20 @@ def parse_layer_pattern(text: str) -> int | list[int]:
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{text!r} is no number and no pattern such as ([0]*3+[1]*9)") from error
     return _value(tree.body, text)
+
+
+def parse_layer_numbers(text: str) -> list[int]:
+    """Turn a pattern such as ``([8]*2+[16]*2)`` into one number for each layer.
+
+    Raises:
+        ValueError: The text is no pattern, or a single number.
+    """
+    found = parse_layer_pattern(text)
+    if isinstance(found, int):
+        raise ValueError(
+            f"{text!r} must be a pattern with one entry for each layer, such as ([8]*2+[16]*2)"
+        )
+    return found
 
 
 def _value(node: ast.expr, text: str) -> int | list[int]:

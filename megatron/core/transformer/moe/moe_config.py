@@ -36,8 +36,17 @@ class MoEConfig(RouterChoiceConfig):
     token there before it is sent, another one brings the sum back. Router and shared experts stay
     at --hidden-size, and so do the routed experts when not set."""
 
+    moe_router_type: Literal["topk", "expert_choice", "hash"] = "topk"
+    """Who chooses: each token its k best experts (topk); each expert the best tokens of the
+    microbatch of a rank, as many as its capacity (expert_choice); or a fixed hash of the token's
+    id and layer (hash). CAUSALITY: under expert_choice whether a token is taken depends on later
+    tokens of its sequence, so the training loss of a language model is too good, for the future
+    leaks into it. Evaluation and generation cannot do so: there each token goes to its k best
+    experts, with the same weights, and losses of training and evaluation do not compare."""
+
     moe_router_topk: int = 2
-    """Number of experts that each token is sent to."""
+    """Number of experts that each token is sent to; under --moe-router-type expert_choice the
+    mean number, at capacity factor 1."""
 
     moe_router_pre_softmax: bool = False
     """Apply the softmax over all experts before top-k instead of over the selected ones."""
@@ -105,7 +114,8 @@ class MoEConfig(RouterChoiceConfig):
 
     moe_expert_capacity_factor: float | None = None
     """Largest number of tokens an expert takes from one microbatch of a rank, in multiples of the
-    mean, tokens x top-k / experts; further tokens skip it. When not set no token is dropped."""
+    mean, tokens x top-k / experts; further tokens skip it. When not set no token is dropped. Under
+    --moe-router-type expert_choice the number that each expert takes; 1 when not set."""
 
     moe_token_drop_policy: Literal["probs", "position"] = "probs"
     """Which tokens an expert keeps when it is full: those of largest probability, or the first."""
@@ -131,10 +141,12 @@ class MoEConfig(RouterChoiceConfig):
                 f"--moe-router-topk {self.moe_router_topk} must lie between 1 and "
                 f"--num-experts {self.num_moe_experts}"
             )
-        else:
+        elif self.moe_router_type == "topk":
             yield from self._group_problems(self.num_moe_experts)
+        yield from self._router_type_problems()
         late = self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax
-        if self.moe_router_topk == 1 and late and self.moe_router_choice != "sinkhorn":
+        own = self.moe_router_choice == "sinkhorn" or self.chooses_by_expert  # weights of their own
+        if self.moe_router_topk == 1 and late and not own:
             yield (
                 "--moe-router-topk 1 needs --moe-router-pre-softmax: a softmax over the one chosen "
                 "expert is always 1 and would give the router no gradient"
@@ -146,6 +158,37 @@ class MoEConfig(RouterChoiceConfig):
             )
         yield from self._balancing_problems()
         yield from self.router_choice_problems()
+
+    def _router_type_problems(self) -> Iterator[str]:
+        """Refuse what presumes that each token chooses its best experts."""
+        if self.moe_router_type == "topk":
+            return
+        kinds = self.moe_router_load_balancing_type
+        by_expert = self.chooses_by_expert
+        losses = kinds != ["none"] and (any(self.moe_aux_loss_coeff or ()) or kinds != ["aux_loss"])
+        clashes = {
+            "--moe-router-num-groups": self.moe_router_num_groups is not None,
+            "--moe-router-group-topk": self.moe_router_group_topk is not None,
+            "--moe-router-enable-expert-bias": self.moe_router_enable_expert_bias,
+            "--moe-router-force-load-balancing": self.moe_router_force_load_balancing,
+            f"--moe-router-load-balancing-type {' '.join(kinds)}": losses,
+            "--moe-router-pre-softmax": by_expert and self.moe_router_pre_softmax,
+            "--moe-token-drop-policy": by_expert and self.moe_token_drop_policy != "probs",
+            "--moe-pad-expert-input-to-capacity": (
+                by_expert and self.moe_pad_expert_input_to_capacity
+            ),
+        }
+        found = [name for name, is_on in clashes.items() if is_on]
+        if found:
+            why = (
+                "every expert takes exactly its capacity, weighted by scores over all experts"
+                if by_expert
+                else "a hash alone says which experts a token has"
+            )
+            yield (
+                f"--moe-router-type {self.moe_router_type} excludes {', '.join(found)}: {why}; "
+                "leave one or the other out"
+            )
 
     def _group_problems(self, num_experts: int) -> Iterator[str]:
         groups, group_topk = self.moe_router_num_groups, self.moe_router_group_topk
@@ -185,15 +228,30 @@ class MoEConfig(RouterChoiceConfig):
             )
 
     @property
+    def chooses_by_expert(self) -> bool:
+        """Whether, in training, experts choose tokens and not tokens experts."""
+        return self.moe_router_type == "expert_choice"
+
+    @property
     def max_experts_per_token(self) -> int:
-        """Experts that one token is sent to at most: all, when any token may be padding."""
+        """Experts that one token is sent to at most: all, when any token may be taken by all."""
         assert self.num_moe_experts is not None, "a dense layer has no experts"
-        padded = self.moe_pad_expert_input_to_capacity
-        return self.num_moe_experts if padded else self.moe_router_topk
+        any_number = self.moe_pad_expert_input_to_capacity or self.chooses_by_expert
+        return self.num_moe_experts if any_number else self.moe_router_topk
+
+    @property
+    def is_topk_exact(self) -> bool:
+        """Whether every token is sent to exactly ``max_experts_per_token`` experts."""
+        return self.moe_expert_capacity_factor is None and not self.chooses_by_expert
 
     @property
     def aux_loss_coeffs(self) -> dict[str, float]:
-        """Balancing type -> coefficient of the losses in force, those of 0 left out."""
+        """Balancing type -> coefficient of the losses in force, those of 0 left out.
+
+        None where tokens do not choose their experts: there is nothing that a loss could balance.
+        """
+        if self.moe_router_type != "topk":
+            return {}
         no_loss = ("none", *BALANCED_CHOICES)
         kinds = [kind for kind in self.moe_router_load_balancing_type if kind not in no_loss]
         coeffs = self.moe_aux_loss_coeff

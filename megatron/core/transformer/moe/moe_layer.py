@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.moe.capacity import apply_router_token_dropping, dropped_fraction
+from megatron.core.transformer.moe.expert_choice import expert_capacity, takes_by_expert
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.routing import Routing
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -71,6 +72,7 @@ class MoELayer(nn.Module):
         """
         super().__init__()
         config.check()
+        config = config.for_layer(layer_number)
         assert config.num_moe_experts is not None, "a MoE layer needs num_moe_experts"
         self.config = config
         self.layer_number = layer_number
@@ -81,7 +83,7 @@ class MoELayer(nn.Module):
             config.num_moe_experts,
             pg_collection=pg_collection,
             topk=config.max_experts_per_token,
-            exact=config.moe_expert_capacity_factor is None,
+            exact=config.is_topk_exact,
         )
         self.experts = build_module(
             submodules.experts,
@@ -114,7 +116,9 @@ class MoELayer(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [s*b, h]
         probs, routing_map = self._limit(self.router(hidden_states, context), context)
         narrow = _project(self.fc1_latent_proj, tokens)
-        sent = self.token_dispatcher.token_permutation(narrow, probs, routing_map)
+        sent = self.token_dispatcher.token_permutation(
+            narrow, probs, routing_map, num_pairs=self._num_pairs(len(tokens), context)
+        )
         output, _ = self.experts(sent.hidden_states, sent.tokens_per_expert, sent.probs)
         combined = self.token_dispatcher.token_unpermutation(output, sent)
         combined = _project(self.fc2_latent_proj, combined)
@@ -123,10 +127,25 @@ class MoELayer(nn.Module):
             combined = combined + shared
         return combined.view(hidden_states.shape), None
 
+    def _num_pairs(self, num_tokens: int, context: ForwardContext) -> int | None:
+        """Return how many (token, expert) pairs there are where ``topk`` alone does not say it."""
+        config = self.config
+        if not config.chooses_by_expert:
+            return None
+        assert config.num_moe_experts is not None, "a MoE layer needs num_moe_experts"
+        if not takes_by_expert(self.router.training, context):
+            return num_tokens * config.moe_router_topk
+        return config.num_moe_experts * expert_capacity(
+            num_tokens,
+            config.num_moe_experts,
+            config.moe_router_topk,
+            config.moe_expert_capacity_factor,
+        )
+
     def _limit(self, routing: Routing, context: ForwardContext) -> Routing:
         """Drop what is over the capacity; generated text must not depend on its neighbours."""
         factor = self.config.moe_expert_capacity_factor
-        if factor is None or context.kv_cache is not None:
+        if factor is None or context.kv_cache is not None or self.config.chooses_by_expert:
             return routing
         limited = apply_router_token_dropping(
             *routing,

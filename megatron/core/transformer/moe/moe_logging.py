@@ -35,7 +35,8 @@ class MoEReport:
     moe_layers: tuple[int, ...]
     """Global indices of the MoE layers, which the other fields follow."""
     tokens_per_expert: Tensor
-    """[layers, num_experts], int64, on the CPU; each row sums to tokens * topk."""
+    """[layers, num_experts], int64, on the CPU; each row sums to tokens * topk. Layers with fewer
+    experts than others have 0 beyond their own."""
     load_balancing_loss: float | None
     """Mean over layers and microbatches, without its coefficient; 1.0 is balanced."""
     z_loss: float | None
@@ -56,12 +57,18 @@ class MoEReport:
     """As ``load_balancing_loss``, within each sequence; None when it is off."""
     global_load_balancing_loss: float | None = None
     """As ``load_balancing_loss``, within the batches of all ranks; None when it is off."""
+    num_experts: tuple[int, ...] | None = None
+    """Of each layer; None when all have as many as ``tokens_per_expert`` has columns."""
+
+    def counts_by_layer(self) -> list[Tensor]:
+        """Return the tokens per expert of each layer, [its own number of experts]."""
+        return _own_columns(self.tokens_per_expert, self.num_experts)
 
     def lines(self) -> list[str]:
         """Return one line a layer for people; ``warnings`` tells what is wrong with them."""
         rows = zip(
             self.moe_layers,
-            self.tokens_per_expert,
+            self.counts_by_layer(),
             self.max_violation,
             self.min_violation,
             self.dead_experts,
@@ -80,12 +87,8 @@ class MoEReport:
 
     def warnings(self) -> list[str]:
         """Return a sentence for each kind of trouble, naming the layers; empty when all is well."""
-        num_experts = self.tokens_per_expert.shape[1]
-        dead = [
-            f"{layer} ({count} of {num_experts})"
-            for layer, count in zip(self.moe_layers, self.dead_experts, strict=True)
-            if count
-        ]
+        rows = zip(self.moe_layers, self.dead_experts, self.counts_by_layer(), strict=True)
+        dead = [f"{layer} ({count} of {len(counts)})" for layer, count, counts in rows if count]
         skewed = [
             f"{layer} ({high + 1:.1f} x the mean)"
             for layer, high in zip(self.moe_layers, self.max_violation, strict=True)
@@ -135,7 +138,7 @@ class MoEMetricsTracker:
     def __init__(
         self,
         moe_layers: Sequence[int],
-        num_experts: int,
+        num_experts: int | Sequence[int],
         topk: int,
         num_microbatches: int,
         device: torch.device | str,
@@ -144,15 +147,18 @@ class MoEMetricsTracker:
 
         Args:
             moe_layers: Global indices of the MoE layers of this rank.
-            num_experts: Of each of them.
-            topk: Experts per token.
+            num_experts: Of each of them, one number for all or one for each.
+            topk: Experts per token, the largest of all layers.
             num_microbatches: In one optimizer step.
             device: Where routers compute.
         """
         self._row_of_layer = {layer: row for row, layer in enumerate(moe_layers)}
         self.topk = topk
         slots = (len(moe_layers), num_microbatches)
-        self._counts = torch.zeros(*slots, num_experts, dtype=torch.int64, device=device)
+        numbers = [num_experts] * len(moe_layers) if isinstance(num_experts, int) else num_experts
+        self._num_experts = tuple(numbers)
+        most = max(self._num_experts, default=0)
+        self._counts = torch.zeros(*slots, most, dtype=torch.int64, device=device)
         self._best_counts = torch.zeros_like(self._counts)
         self._losses = torch.zeros(*slots, len(_LOSSES), dtype=torch.float64, device=device)
         self._has: set[str] = set()
@@ -186,7 +192,7 @@ class MoEMetricsTracker:
             global_load_balancing_loss: As ``load_balancing_loss``.
         """
         row = self._row_of_layer[layer]
-        self._counts[row, microbatch] = tokens_per_expert
+        self._counts[row, microbatch, : len(tokens_per_expert)] = tokens_per_expert
         values = (
             load_balancing_loss,
             z_loss,
@@ -214,8 +220,9 @@ class MoEMetricsTracker:
             best_counts: [num_experts], of this rank's tokens, as balance losses count them.
         """
         row = self._row_of_layer[layer]
-        self._best_counts[row, microbatch] = best_counts
-        return self._best_counts[row, : microbatch + 1].sum(dim=0)
+        own = self._best_counts[row, :, : len(best_counts)]
+        own[microbatch] = best_counts
+        return own[: microbatch + 1].sum(dim=0)
 
     def step_counts(self, group: ProcessGroup) -> dict[int, Tensor]:
         """Return layer -> tokens per expert of the step so far, [num_experts] int64.
@@ -223,7 +230,7 @@ class MoEMetricsTracker:
         Over all its microbatches and the ranks of ``group``, which must all call this.
         """
         counts = all_reduce_sum(group, self._counts.sum(dim=1))
-        return {layer: counts[row] for layer, row in self._row_of_layer.items()}
+        return dict(zip(self._row_of_layer, _own_columns(counts, self._num_experts), strict=True))
 
     def record_quantiles(
         self, layer: int, microbatch: int, quantiles: Tensor, num_tokens: int | Tensor
@@ -273,7 +280,8 @@ class MoEMetricsTracker:
         self._count_sums = torch.zeros_like(self._count_sums)
         self._loss_sums = torch.zeros_like(self._loss_sums)
         self._microbatches = 0
-        by_rank = counts.view(len(counts), ep, -1).sum(dim=2)
+        by_layer = _own_columns(counts, self._num_experts)
+        by_rank = [own.view(ep, -1).sum(dim=1) for own in by_layer]
         return MoEReport(
             moe_layers=tuple(self._row_of_layer),
             tokens_per_expert=counts,
@@ -281,12 +289,13 @@ class MoEMetricsTracker:
             z_loss=self._mean_loss(means, "z_loss"),
             seq_load_balancing_loss=self._mean_loss(means, "seq_load_balancing_loss"),
             global_load_balancing_loss=self._mean_loss(means, "global_load_balancing_loss"),
-            max_violation=tuple(_over_mean(counts.amax(dim=1), counts)),
-            min_violation=tuple(_over_mean(counts.amin(dim=1), counts)),
-            dead_experts=tuple((counts == 0).sum(dim=1).tolist()),
+            num_experts=self._num_experts,
+            max_violation=tuple(_over_mean(own.amax(), own) for own in by_layer),
+            min_violation=tuple(_over_mean(own.amin(), own) for own in by_layer),
+            dead_experts=tuple(int((own == 0).sum()) for own in by_layer),
             entropy=tuple(means[:, _LOSSES.index("entropy")].tolist()),
             dropped_fraction=self._means_of_layers(means, "dropped_fraction"),
-            ep_load_ratio=1.0 + max(_over_mean(by_rank.amax(dim=1), by_rank), default=0.0),
+            ep_load_ratio=1.0 + max((_over_mean(own.amax(), own) for own in by_rank), default=0.0),
         )
 
     def _means_of_layers(self, means: Tensor, name: str) -> tuple[float, ...] | None:
@@ -296,10 +305,16 @@ class MoEMetricsTracker:
         return means[:, _LOSSES.index(name)].mean().item() if name in self._has else None
 
 
-def _over_mean(extreme: Tensor, counts: Tensor) -> list[float]:
-    """Return extreme / mean - 1 for each row of ``counts``; 0.0 where nothing was counted."""
-    mean = counts.double().mean(dim=1)
-    return torch.where(mean > 0, extreme / mean - 1, 0.0).tolist()
+def _own_columns(counts: Tensor, num_experts: Sequence[int] | None) -> list[Tensor]:
+    """Return the rows of ``counts`` [layers, most experts], each as long as it has experts."""
+    numbers = num_experts or [counts.shape[1]] * len(counts)
+    return [row[:own] for row, own in zip(counts, numbers, strict=True)]
+
+
+def _over_mean(extreme: Tensor, counts: Tensor) -> float:
+    """Return extreme / mean - 1 of the ``counts`` of one layer; 0.0 where nothing was counted."""
+    mean = counts.double().mean()
+    return torch.where(mean > 0, extreme / mean - 1, 0.0).item()
 
 
 def _show(counts: Tensor) -> str:

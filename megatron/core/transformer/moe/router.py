@@ -17,6 +17,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init
+from megatron.core.transformer.moe.expert_choice import (
+    expert_choice_routing,
+    takes_by_expert,
+    token_choice_routing,
+)
+from megatron.core.transformer.moe.hash_routing import hash_map, ids_of_tokens
 from megatron.core.transformer.moe.load_balancing import (
     MoEAuxLossAutoScaler,
     balance_loss_of_shares,
@@ -81,9 +87,12 @@ class TopKRouter(nn.Module):
         """
         super().__init__()
         self.data_group = pg_collection.dp_cp
+        config = config.for_layer(layer_number)
         assert config.num_moe_experts is not None, "a router needs num_moe_experts"
         self.layer_number = layer_number
+        self.router_type = config.moe_router_type
         self.topk = config.moe_router_topk
+        self.capacity_factor = config.moe_expert_capacity_factor
         self.score_function = config.moe_router_score_function
         self.pre_softmax = config.moe_router_pre_softmax
         self.scaling_factor = config.moe_router_topk_scaling_factor
@@ -134,7 +143,7 @@ class TopKRouter(nn.Module):
                 self.layer_number,
                 context.microbatch,
                 tokens_per_expert=routing_map.sum(dim=0),
-                load_balancing_loss=losses["aux_loss"].detach(),
+                load_balancing_loss=_detached(losses.get("aux_loss")),
                 z_loss=_detached(losses.get("z_loss")),
                 entropy=router_entropy(scores),
                 seq_load_balancing_loss=_detached(losses.get("seq_aux_loss")),
@@ -144,6 +153,8 @@ class TopKRouter(nn.Module):
 
     def _choose(self, logits: Tensor, context: ForwardContext) -> Routing:
         """Choose the experts of each token, or take those that are replayed, and weigh them."""
+        if self.router_type == "expert_choice":
+            return self._choose_by_expert(logits, context)
         if self.qb_beta is not None and self.training and context.moe_metrics is not None:
             context.moe_metrics.record_quantiles(
                 self.layer_number,
@@ -158,7 +169,7 @@ class TopKRouter(nn.Module):
         if replayed is not None:
             routing_map = map_of_indices(replayed, logits.shape[1])
         else:
-            routing_map = self._chosen(logits)
+            routing_map = self._chosen(logits, context)
             if replay is not None:
                 replay.record(indices_of_map(routing_map, self.topk), context.microbatch)
         score_function, pre_softmax = self._weight_rule()
@@ -172,8 +183,28 @@ class TopKRouter(nn.Module):
         )
         return Routing(probs, routing_map)
 
-    def _chosen(self, logits: Tensor) -> Tensor:
+    def _choose_by_expert(self, logits: Tensor, context: ForwardContext) -> Routing:
+        """Let experts choose in training; elsewhere tokens do, weighted alike."""
+        if not takes_by_expert(self.training, context):
+            return token_choice_routing(
+                logits,
+                self.topk,
+                score_function=self.score_function,
+                scaling_factor=self.scaling_factor,
+            )
+        return expert_choice_routing(
+            logits,
+            self.topk,
+            capacity_factor=self.capacity_factor,
+            score_function=self.score_function,
+            scaling_factor=self.scaling_factor,
+        )
+
+    def _chosen(self, logits: Tensor, context: ForwardContext) -> Tensor:
         """Return the map of the experts that this router chooses by itself; no gradient."""
+        if self.router_type == "hash":
+            ids = ids_of_tokens(context.token_ids, len(logits))
+            return hash_map(ids, logits.shape[1], self.topk, self.layer_number)
         if self.choice == "sinkhorn":
             # balance is for training; a text must not depend on its neighbours
             ranking = sinkhorn_ranking(logits) if self.training else logits
@@ -242,7 +273,9 @@ class TopKRouter(nn.Module):
             best = map_of_largest(logits, self.topk)  # balance losses know no groups and no bias
         counts = best.sum(dim=0)
         own = scores if "aux_loss" in self.coeffs else scores.detach()
-        losses = {"aux_loss": switch_load_balancing_loss(own, counts, self.topk)}
+        losses = {}
+        if self.router_type != "expert_choice":  # which is even by construction
+            losses["aux_loss"] = switch_load_balancing_loss(own, counts, self.topk)
         if "z_loss" in self.coeffs:
             losses["z_loss"] = router_z_loss(logits)
         if "seq_aux_loss" in self.coeffs:

@@ -19,7 +19,7 @@ class Routing(NamedTuple):
     probs: Tensor
     """[num_tokens, num_experts], fp32 (fp64 from fp64 logits); 0 where a token is not routed."""
     routing_map: Tensor
-    """[num_tokens, num_experts], bool; each row holds topk True."""
+    """[num_tokens, num_experts], bool; each row holds topk True, unless experts choose tokens."""
 
 
 def topk_routing(
@@ -124,13 +124,31 @@ def combine_weights(
         scaling_factor: See ``topk_routing``.
     """
     scores = log_scores(logits, score_function)
-    if pre_softmax:
-        probs = softmax_over_experts(scores).masked_fill(~routing_map, 0.0)
-    elif topk == 1 and score_function != "softmax":
-        probs = scores.exp().masked_fill(~routing_map, 0.0)
-    else:
-        probs = softmax_over_experts(scores.masked_fill(~routing_map, float("-inf")))
+    own = topk == 1 and score_function != "softmax"  # weighted by the score itself
+    probs = chosen_probs(scores, routing_map, pre_softmax=pre_softmax, own_score=own)
     return probs if scaling_factor is None else probs * scaling_factor
+
+
+def chosen_probs(
+    scores: Tensor, routing_map: Tensor, *, pre_softmax: bool = False, own_score: bool = False
+) -> Tensor:
+    """Return the weights of the chosen experts, by default their scores over the sum of those.
+
+    Args:
+        scores: [num_tokens, num_experts], of ``log_scores``.
+        routing_map: Bool of the same shape; True at least once in each row by default, any
+            number of times with one of the two options.
+        pre_softmax: Weigh by the softmax over all experts.
+        own_score: Weigh by the score itself, which is the exponential of ``scores``.
+
+    Returns:
+        Of the shape and dtype of ``scores``, 0 where a token is not routed.
+    """
+    if pre_softmax:
+        return softmax_over_experts(scores).masked_fill(~routing_map, 0.0)
+    if own_score:
+        return scores.exp().masked_fill(~routing_map, 0.0)
+    return softmax_over_experts(scores.masked_fill(~routing_map, float("-inf")))
 
 
 def log_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:

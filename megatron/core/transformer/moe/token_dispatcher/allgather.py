@@ -44,13 +44,18 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
     """Gather tokens over ep -> pick those of local experts, and sum the ranks' parts back."""
 
     def token_permutation(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        num_pairs: int | None = None,
     ) -> DispatchedTokens[AllGatherState]:
         """See ``MoETokenDispatcher.token_permutation``."""
         num_tokens = hidden_states.shape[0]
         sizes, wanted = gather_sizes(self.ep_group, num_tokens, routing_map.sum(dim=0))
         if wanted is None:  # no other rank: every pair is ours
-            wanted = rows_sent([], num_tokens, self.topk, exact=self.exact)
+            wanted = rows_sent([], num_tokens, self.topk, exact=self.exact, num_pairs=num_pairs)
         tokens = all_gather_rows(self.ep_group, hidden_states, sizes)
         columns = self._own_columns(probs, routing_map, sizes)  # [sum(sizes), num_local_experts]
         routed = ~(columns.detach() < 0.0)  # so written, a NaN stays routed

@@ -41,15 +41,19 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
     """Permute by expert -> all-to-all over ep -> sort by local expert, and the same backwards."""
 
     def token_permutation(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        num_pairs: int | None = None,
     ) -> DispatchedTokens[AllToAllState]:
         """See ``MoETokenDispatcher.token_permutation``."""
         received, splits = exchange_counts(self.ep_group, routing_map.sum(dim=0))
-        plan = plan_rows(
-            routing_map,
-            num_rows=rows_sent(splits.send, hidden_states.shape[0], self.topk, exact=self.exact),
-            max_rows_per_token=self.topk,
+        num_rows = rows_sent(
+            splits.send, len(hidden_states), self.topk, exact=self.exact, num_pairs=num_pairs
         )
+        plan = plan_rows(routing_map, num_rows=num_rows, max_rows_per_token=self.topk)
         rows = all_to_all(self.ep_group, permute(hidden_states, plan), splits)
         weights = all_to_all(self.ep_group, permute_probs(probs, plan), splits)
         # Rows arrive rank-major, the block of each rank expert-major; experts need expert-major.

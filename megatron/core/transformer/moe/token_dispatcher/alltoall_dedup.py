@@ -6,6 +6,7 @@ destination, -1 where it is not routed. Bytes are saved when topk is large again
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all, exchange_rows_and_pairs
@@ -38,7 +39,12 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
     """Pick by rank -> all-to-all over ep -> copy by local expert; sum there, and sum here."""
 
     def token_permutation(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        num_pairs: int | None = None,
     ) -> DispatchedTokens[AllToAllDedupState]:
         """See ``MoETokenDispatcher.token_permutation``."""
         num_tokens = hidden_states.shape[0]
@@ -49,12 +55,16 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
             self.ep_group, wanted.sum(dim=0), by_rank.sum(dim=(0, 2))
         )
         if pairs is None:  # no other rank: every pair is ours
-            pairs = rows_sent([], num_tokens, self.topk, exact=self.exact)
+            pairs = rows_sent([], num_tokens, self.topk, exact=self.exact, num_pairs=num_pairs)
         most = self.topk or self.num_experts
         alone = self.topk and 1  # rows of each token in a group of one
+        exact = self.exact
+        if pairs is not None and not exact and not splits.send:
+            # how many tokens have an expert is not known: keep all, those without cost a copy
+            wanted, exact = torch.ones_like(wanted), True
         sent = plan_rows(
             wanted,
-            num_rows=rows_sent(splits.send, num_tokens, alone, exact=self.exact),
+            num_rows=rows_sent(splits.send, num_tokens, alone, exact=exact),
             max_rows_per_token=min(most, blocks),
         )
         tokens = all_to_all(self.ep_group, permute(hidden_states, sent), splits)

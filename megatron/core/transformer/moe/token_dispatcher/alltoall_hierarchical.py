@@ -68,11 +68,18 @@ class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
         self.across_group = pg_collection.ep_across
 
     def token_permutation(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        num_pairs: int | None = None,
     ) -> DispatchedTokens[HierarchicalState]:
         """See ``MoETokenDispatcher.token_permutation``."""
         hops = exchange_counts_in_hops(self.node_group, self.across_group, routing_map.sum(dim=0))
-        num_rows = rows_sent(hops.within.send, hidden_states.shape[0], self.topk, exact=self.exact)
+        num_rows = rows_sent(
+            hops.within.send, len(hidden_states), self.topk, exact=self.exact, num_pairs=num_pairs
+        )
         plan = plan_rows(routing_map, num_rows=num_rows, max_rows_per_token=self.topk)
         by_place = rank_major_to_expert_major(hops.sent, sum(hops.within.send))
         by_node = rank_major_to_expert_major(hops.passed, sum(hops.across.send))

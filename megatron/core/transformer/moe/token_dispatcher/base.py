@@ -65,7 +65,12 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
 
     @abstractmethod
     def token_permutation(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        num_pairs: int | None = None,
     ) -> DispatchedTokens[StateT]:
         """Send tokens to the ranks of their experts.
 
@@ -73,6 +78,8 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
             hidden_states: [num_tokens, h]; any number of tokens, 0 included.
             probs: [num_tokens, num_experts], at least 0; differentiable.
             routing_map: [num_tokens, num_experts], bool.
+            num_pairs: Number of True entries of it, where the host knows it and ``topk`` does not
+                say it.
         """
 
     @abstractmethod
@@ -88,7 +95,14 @@ def local_expert_count(num_experts: int, ranks: int) -> int:
     return num_experts // ranks
 
 
-def rows_sent(send: Sequence[int], num_tokens: int, topk: int | None, *, exact: bool) -> int | None:
+def rows_sent(
+    send: Sequence[int],
+    num_tokens: int,
+    topk: int | None,
+    *,
+    exact: bool,
+    num_pairs: int | None = None,
+) -> int | None:
     """Return the (token, expert) pairs of this rank if the host knows them, else None.
 
     Args:
@@ -96,7 +110,10 @@ def rows_sent(send: Sequence[int], num_tokens: int, topk: int | None, *, exact: 
         num_tokens: Tokens of this rank.
         topk: Experts of a token, None when unknown.
         exact: Whether every token has ``topk`` of them.
+        num_pairs: The result, where the caller knows it.
     """
     if send:
         return sum(send)
+    if num_pairs is not None:
+        return num_pairs
     return num_tokens * topk if exact and topk is not None else None
