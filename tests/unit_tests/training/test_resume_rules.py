@@ -98,6 +98,11 @@ def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_topk": 1}, "--moe-router-topk"),
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_layer_freq": [0, 1]}, "[1, 1]"),
         ({}, {"bf16": True}, "--bf16"),
+        (
+            {"num_moe_experts": 4},
+            {"num_moe_experts": 4, "moe_router_load_balancing_type": ["sinkhorn"]},
+            "choice of experts (--moe-router-load-balancing-type) is topk in the checkpoint and",
+        ),
     ],
 )
 def test_another_architecture_is_named(then: dict, now: dict, flag: str) -> None:
