@@ -33,6 +33,8 @@ NAMES = [
     "megatron.core.transformer.moe.moe_layer.MoELayer",
     "megatron.core.transformer.moe.moe_layer.MoESubmodules",
     "megatron.core.transformer.moe.router.TopKRouter",
+    "megatron.core.transformer.moe.router_replay.RouterReplay",
+    "megatron.core.transformer.moe.router_replay.RouterReplayAction",
     "megatron.core.transformer.moe.token_dispatcher.MoEAllGatherTokenDispatcher",
     "megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatcher",
     "megatron.core.transformer.transformer_layer.TransformerLayer",

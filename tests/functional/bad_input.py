@@ -1,5 +1,7 @@
 """The table of mistakes: command lines and what the message about them must say."""
 
+from tests.functional.bad_router_input import ROUTER_CASES
+
 SHAPE = "--num-layers 4 --hidden-size 64"
 GOOD = f"{SHAPE} --mock-data"
 MOE = f"{GOOD} --num-experts 8"

@@ -58,6 +58,16 @@ CASES = {
         "moe_aux_loss_coeff": [0.02, 0.05],
     },
     "forced": {"moe_router_force_load_balancing": True},
+    "forced_skew": {"moe_router_force_biased": 1.5},
+    "sinkhorn": {
+        "moe_router_load_balancing_type": ["sinkhorn"],
+        "moe_aux_loss_coeff": None,
+    },
+    "quantile_balancing": {
+        "moe_router_load_balancing_type": ["quantile_balancing"],
+        "moe_aux_loss_coeff": None,
+        "moe_router_quantile_balancing_ema": 0.25,
+    },
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 700},
     "adam_clipped": {"clip_grad": 0.1, "optimizer": "adam", "lr": 1e-3},
 }

@@ -128,10 +128,14 @@ class ReferenceMoE(nn.Module):
         if shared_gate:
             self.shared_gate = nn.Linear(hidden, 1, bias=False)
 
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and chosen experts [num_tokens, topk]."""
+        return reference_routing(logits, self.rule)
+
     def forward(self, tokens: Tensor) -> ReferenceOutput:
         """Apply to ``tokens`` [num_tokens, h]."""
         logits = self.gate(tokens)
-        weights, chosen = reference_routing(logits, self.rule)
+        weights, chosen = self.route(logits)
         if self.capacity_factor is not None:
             share = len(tokens) * self.rule.topk / len(self.experts)
             capacity = math.ceil(share * self.capacity_factor)

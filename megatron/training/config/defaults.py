@@ -256,8 +256,8 @@ def _balancing(run: Derivation) -> None:
         )
     if model.moe_enable_routing_replay:
         run.notices.append(
-            "routing replay: each router owns a RouterReplay; nothing is recorded or replayed until "
-            "a script says so (RouterReplay.set_global_router_replay_action)"
+            "routing replay: each router owns a RouterReplay; nothing is recorded or replayed "
+            "until a script says so (RouterReplay.set_global_router_replay_action)"
         )
     if model.moe_router_choice != "topk":
         return

@@ -111,6 +111,11 @@ def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:
             {"num_moe_experts": 4, "moe_router_topk_per_layer": [1, 2]},
             "--moe-router-topk-per-layer is [2, 1] in the checkpoint and [1, 2]",
         ),
+        (
+            {"num_moe_experts": 4},
+            {"num_moe_experts": 4, "moe_router_load_balancing_type": ["sinkhorn"]},
+            "choice of experts (--moe-router-load-balancing-type) is topk in the checkpoint and",
+        ),
     ],
 )
 def test_another_architecture_is_named(then: dict, now: dict, flag: str) -> None:

@@ -145,6 +145,15 @@ def test_balancing_in_force_is_said_loudly():
     assert "load balancing: aux_loss with coefficient 0.01" in run.notices[-1]
     forced = _derive(num_moe_experts=8, moe_router_force_load_balancing=True)
     assert any("routing is RANDOM" in notice for notice in forced.notices)
+    skewed = _derive(num_moe_experts=8, moe_router_force_biased=-1.0)
+    assert any("RANDOM and skewed" in notice for notice in skewed.notices)
+    replay = _derive(num_moe_experts=8, moe_enable_routing_replay=True)
+    assert any("each router owns a RouterReplay" in notice for notice in replay.notices)
+    for choice in ("sinkhorn", "quantile_balancing"):
+        chosen = _derive(num_moe_experts=8, moe_router_load_balancing_type=[choice])
+        assert chosen.config.model.moe_aux_loss_coeff is None
+        assert chosen.config.model.aux_loss_coeffs == {}
+        assert not any("balancing" in notice for notice in chosen.notices)
     by_bias = _derive(
         num_moe_experts=8, moe_aux_loss_coeff=[0.0], moe_router_enable_expert_bias=True
     )

@@ -48,9 +48,9 @@ BAD = {
         "--moe-router-dtype bf16 must be one of fp32, fp64",
     ),
     "balancing": (
-        {"moe_router_load_balancing_type": "sinkhorn"},
-        "--moe-router-load-balancing-type sinkhorn must be one of aux_loss, seq_aux_loss, "
-        "global_aux_loss, none",
+        {"moe_router_load_balancing_type": "sinkhorm"},
+        "--moe-router-load-balancing-type sinkhorm must be one of aux_loss, seq_aux_loss, "
+        "global_aux_loss, sinkhorn, quantile_balancing, none",
     ),
     "dispatcher": (
         {"moe_token_dispatcher_type": "flex"},
@@ -68,6 +68,22 @@ BAD = {
     "balancing and none": (
         {"moe_router_load_balancing_type": ["aux_loss", "none"]},
         "--moe-router-load-balancing-type aux_loss none: none excludes the others",
+    ),
+    "bias of softmax": (
+        {"moe_router_enable_expert_bias": True},
+        "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid or sqrtsoftplus",
+    ),
+    "sinkhorn with a capacity": (
+        {"moe_router_load_balancing_type": "sinkhorn", "moe_expert_capacity_factor": 1.0},
+        "--moe-router-load-balancing-type sinkhorn cannot be combined with --moe-expert-capacity-",
+    ),
+    "coefficient of quantiles": (
+        {"moe_router_load_balancing_type": "quantile_balancing", "moe_aux_loss_coeff": 0.1},
+        "--moe-router-load-balancing-type quantile_balancing has no loss: leave out",
+    ),
+    "even and skewed": (
+        {"moe_router_force_biased": 1.0, "moe_router_force_load_balancing": True},
+        "--moe-router-force-biased and --moe-router-force-load-balancing exclude each other",
     ),
     "tensor parallel": (
         {"tensor_model_parallel_size": 2},
