@@ -139,14 +139,19 @@ def test_a_layer_equals_all_experts_weighted_by_the_reference(world_size, ep):
 
 def _evaluation(ep: int) -> None:
     groups = make_groups(ep)
-    for dispatcher in TOKEN_DISPATCHERS:
-        config = moe_config(**CHOICE, fp64=True, moe_token_dispatcher_type=dispatcher)
+    for dispatcher, factor in product(TOKEN_DISPATCHERS, (None, 0.25)):
+        config = moe_config(
+            **CHOICE,
+            fp64=True,
+            moe_token_dispatcher_type=dispatcher,
+            moe_expert_capacity_factor=factor,
+        )
         sizes = (13, 6)[: dist.get_world_size()]
         check_layer(config, groups, sizes, lambda x, _: token_choice_weights(x, 2), training=False)
 
 
 @pytest.mark.parametrize("ep", [1, 2])
-def test_outside_of_training_tokens_choose(ep):
+def test_outside_of_training_tokens_choose_and_none_is_dropped(ep):
     run_ranks(_evaluation, ep, ep)
 
 
