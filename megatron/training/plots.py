@@ -206,8 +206,9 @@ def _leave_room(axes: Any, losses: np.ndarray, guessing: float) -> None:
 
 
 def _draw_load(figure: Any, axes: Any, history: History) -> None:
-    """Draw layers x experts over the last quarter of the run: share of tokens, or load over the
-    mean where layers have other numbers of experts.
+    """Draw layers x experts over the last quarter of the run.
+
+    The share of tokens; or, where layers have different numbers of experts, the load over the mean.
     """
     first = history.load_steps[-1] * 0.75
     recent = history.tokens_per_expert[history.load_steps >= first].sum(0)  # [layers, experts]

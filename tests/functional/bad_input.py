@@ -172,6 +172,89 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --moe-grouped-gemm --moe-experts-type sequential",
         ["contradicts --moe-experts-type sequential"],
     ),
+    "expert choice and what presumes top-k": (
+        1,
+        f"{MOE} --moe-router-type expert_choice --moe-router-num-groups 2 "
+        "--moe-router-group-topk 1 --moe-router-enable-expert-bias "
+        "--moe-router-load-balancing-type aux_loss",
+        [
+            "--moe-router-type expert_choice excludes --moe-router-num-groups, "
+            "--moe-router-group-topk, --moe-router-enable-expert-bias, "
+            "--moe-router-load-balancing-type aux_loss: every expert takes exactly its capacity",
+        ],
+    ),
+    "expert choice and dropping": (
+        1,
+        f"{MOE} --moe-router-type expert_choice --moe-token-drop-policy position "
+        "--moe-pad-expert-input-to-capacity",
+        ["excludes --moe-token-drop-policy, --moe-pad-expert-input-to-capacity"],
+    ),
+    "expert choice and pre-softmax": (
+        1,
+        f"{MOE} --moe-router-type expert_choice --moe-router-pre-softmax",
+        ["excludes --moe-router-pre-softmax"],
+    ),
+    "hash and force": (
+        1,
+        f"{MOE} --moe-router-type hash --moe-router-force-load-balancing",
+        ["--moe-router-type hash excludes --moe-router-force-load-balancing: a hash alone says"],
+    ),
+    "hash and a coefficient": (
+        1,
+        f"{MOE} --moe-router-type hash --moe-aux-loss-coeff 0.1",
+        ["no effect with --moe-router-load-balancing-type none"],
+    ),
+    "hash of one without a gradient": (
+        1,
+        f"{MOE} --moe-router-type hash --moe-router-topk 1",
+        ["needs --moe-router-pre-softmax"],
+    ),
+    "router type": (1, f"{MOE} --moe-router-type hashh", ["did you mean hash?"]),
+    "one number of experts for each layer": (
+        1,
+        f"{GOOD} --moe-num-experts-per-layer 8",
+        ["must be a pattern with one entry for each layer"],
+    ),
+    "experts of too few layers": (
+        1,
+        f"{GOOD} --moe-num-experts-per-layer [8]*3",
+        ["--moe-num-experts-per-layer has 3 entries, one for each of --num-layers 4"],
+    ),
+    "experts of a dense layer": (
+        1,
+        f"{GOOD} --moe-num-experts-per-layer [8]*4 --moe-layer-freq [0,1,1,1]",
+        ["holds 8 for layer 0, which --moe-layer-freq makes dense: write 0"],
+    ),
+    "two numbers of experts": (
+        1,
+        f"{MOE} --moe-num-experts-per-layer ([8]*2+[16]*2)",
+        ["--num-experts 8 must be the largest entry of --moe-num-experts-per-layer, 16"],
+    ),
+    "two top-k": (
+        1,
+        f"{MOE} --moe-router-topk-per-layer [2]*4 --moe-router-topk 2",
+        ["--moe-router-topk 2 has no effect with --moe-router-topk-per-layer"],
+    ),
+    "top-k of the small layers": (
+        1,
+        f"{GOOD} --moe-num-experts-per-layer [4,8,4,8] --moe-router-topk 6",
+        ["--moe-router-topk 6 must lie between 1 and --num-experts 4 (in layer 0, 2)"],
+    ),
+    "ep of the smallest layer": (
+        4,
+        f"{GOOD} --moe-num-experts-per-layer [2,8,8,8] --expert-model-parallel-size 4",
+        ["does not divide --moe-num-experts-per-layer [2,8,8,8]", "here: 1, 2"],
+    ),
+    "pattern of experts that runs": (
+        1,
+        f"{GOOD} --moe-num-experts-per-layer exit(3)",
+        ["may hold only whole numbers"],
+    ),
+    "patterns without experts": (
+        1,
+        f"{GOOD} --moe-router-topk-per-layer [2]*4",
+        ["needs a MoE layer: add --num-experts"],
+    ),
     "short pattern": (
         1,
         f"{MOE} --moe-layer-freq [0,1]",

@@ -57,6 +57,19 @@ CASES = {
         "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
         "moe_aux_loss_coeff": [0.02, 0.05],
     },
+    "expert_choice": {
+        "moe_router_type": "expert_choice",
+        "moe_aux_loss_coeff": None,
+        "moe_expert_capacity_factor": 1.5,
+    },
+    "hash": {"moe_router_type": "hash", "moe_aux_loss_coeff": None},
+    "experts_by_layer": {
+        "moe_num_experts_per_layer": [4, 8],
+        "moe_router_topk_per_layer": [1, 3],
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.05,
+    },
     "forced": {"moe_router_force_load_balancing": True},
     "forced_skew": {"moe_router_force_biased": 1.5},
     "sinkhorn": {

@@ -52,6 +52,24 @@ def test_a_picture_is_drawn(steps: int, experts: bool, tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_layers_of_different_experts_are_drawn_as_load_over_their_own_mean(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _history(tmp_path, 6, experts=True)
+    path = tmp_path / "expert_load.jsonl"
+    path.write_text(path.read_text().replace("[[4, 4], [8, 0]]", "[[3, 1, 0, 4], [6, 2]]"))
+    history = read_history(tmp_path)
+    assert history.tokens_per_expert.shape == (2, 2, 4)
+    assert np.isnan(history.tokens_per_expert[:, 1, 2:]).all()
+    figure = draw(history, title="a run", vocab_size=8192)
+    figure.canvas.draw()
+    (image,) = [
+        image for axes in figure.axes for image in axes.images if image.get_array().ndim == 2
+    ]
+    assert image.get_array()[0].tolist() == [1.5, 0.5, 0.0, 2.0]
+    assert image.get_array()[1, :2].tolist() == [1.5, 0.5]
+    assert np.isnan(np.ma.filled(image.get_array(), np.nan)[1, 2:]).all()
+
+
 @pytest.mark.parametrize("steps", [6, 200])
 def test_names_hide_no_curve_and_iterations_are_whole(steps: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
