@@ -41,7 +41,8 @@ class History(NamedTuple):
     moe_layers: tuple[int, ...]
     """Global indices of the MoE layers."""
     tokens_per_expert: np.ndarray
-    """[intervals, layers, experts]; empty without MoE layers."""
+    """[intervals, layers, experts]; empty without MoE layers; NaN for experts that a layer does
+    not have."""
     max_violation: np.ndarray
     """[intervals, layers] busiest expert over the mean, minus 1."""
 
@@ -59,9 +60,16 @@ def read_history(folder: Path) -> History:
         valid_losses=np.array([_number(x["lm_loss"]) for x in valid]),
         load_steps=np.array([x["iteration"] for x in load]),
         moe_layers=tuple(load[-1]["moe_layers"]) if load else (),
-        tokens_per_expert=np.array([x["tokens_per_expert"] for x in load], dtype=float),
+        tokens_per_expert=_padded([x["tokens_per_expert"] for x in load]),
         max_violation=np.array([x["max_violation"] for x in load], dtype=float),
     )
+
+
+def _padded(intervals: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    """Return the counts as one array; layers with fewer experts than others end in NaN."""
+    widest = max((len(row) for layers in intervals for row in layers), default=0)
+    rows = [[[*row, *[math.nan] * (widest - len(row))] for row in layers] for layers in intervals]
+    return np.array(rows, dtype=float)
 
 
 def _number(value: float | None) -> float:
@@ -201,7 +209,7 @@ def _draw_load(figure: Any, axes: Any, history: History) -> None:
     """Draw layers x experts: share of tokens over the last quarter of the run."""
     first = history.load_steps[-1] * 0.75
     recent = history.tokens_per_expert[history.load_steps >= first].sum(0)  # [layers, experts]
-    share = 100 * recent / np.maximum(recent.sum(1, keepdims=True), 1)
+    share = 100 * recent / np.maximum(np.nansum(recent, 1, keepdims=True), 1)
     even = 100 / share.shape[1]
     image = axes.imshow(
         share, cmap="RdBu_r", vmin=0, vmax=2 * even, aspect="auto", interpolation="nearest"
@@ -224,6 +232,8 @@ def _draw_load(figure: Any, axes: Any, history: History) -> None:
 def _annotate(axes: Any, share: np.ndarray, even: float) -> None:
     for layer, row in enumerate(share):
         for expert, value in enumerate(row):
+            if math.isnan(value):
+                continue
             strong = abs(value - even) > 0.65 * even
             axes.text(
                 expert,

@@ -27,5 +27,15 @@ class ForwardContext:
     """Where routers write their counts; None records nothing."""
     aux_loss_scale: float | Tensor = 1.0
     """Gradient with which auxiliary losses enter backward: 1 / (microbatches x data ranks)."""
+    padding_mask: Tensor | None = None
+    """[b, s] bool, True where a token is padding: it is routed like any other, but is in no
+    balance loss, count, entropy or expert bias. None for none."""
+    mean_valid_tokens: Tensor | None = None
+    """[] tokens of a microbatch of a rank that are no padding, mean over the global batch; losses
+    that are means over tokens divide by it. None: by the tokens of each microbatch."""
     kv_cache: "KVCache | None" = None
     """Keys and values of earlier positions, in generation."""
+
+    def padding_rows(self) -> Tensor | None:
+        """Return the padding mask in the order of a router's rows, [s*b] bool, or None."""
+        return None if self.padding_mask is None else self.padding_mask.t().reshape(-1)

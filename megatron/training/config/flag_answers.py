@@ -58,7 +58,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--manual-gc": NoEffect("Python collects its own garbage"),
     "--manual-gc-interval": NoEffect("Python collects its own garbage"),
     "--moe-grouped-gemm": NoEffect("it is already so: --moe-experts-type grouped"),
-    "--moe-per-layer-logging": NoEffect("expert load is always logged for each layer"),
     "--moe-permute-fusion": NoEffect(_FUSED),
     "--moe-router-fusion": NoEffect(_FUSED),
     "--no-align-grad-reduce": NoEffect("it concerns pipeline stages, and there is one"),

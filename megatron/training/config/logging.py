@@ -22,6 +22,10 @@ class LoggingConfig:
     tensorboard_queue_size: int = 1000
     """Scalars that TensorBoard may hold back before it writes."""
 
+    moe_per_layer_logging: bool = False
+    """Also write each balance loss and z-loss of each MoE layer, as moe/<name>_layer_<index>, to
+    metrics.jsonl and TensorBoard. Load, entropy and bias of each layer are always written."""
+
     log_dir: str | None = None
     """Folder for metrics.jsonl (one line an iteration) and the plot; --save when not set, nothing
     is written without either."""
