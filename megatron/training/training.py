@@ -162,6 +162,7 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         state.consumed_samples += run.global_batch_size
         is_last = state.iteration == run.train_iters
         reason = None if is_last else stop.reason(outcome.notes, state.iteration)
+        check_replicas_in_time(run, state)
         session.reporter.record(state, outcome, is_last=is_last or reason is not None)
         progress.update(outcome.lm_loss)
         skipped = 0 if outcome.updated else skipped + 1
@@ -176,6 +177,17 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         if reason is not None:
             return reason.text
     return None
+
+
+def check_replicas_in_time(run: Run, state: TrainState) -> None:
+    """Compare the replicas at every --check-replica-hash iterations.
+
+    Raises:
+        ReplicaError: On every rank, before the state is logged or saved.
+    """
+    every = run.config.distributed.check_replica_hash
+    if every and state.iteration % every == 0:
+        check_replicas(run.model, iteration=state.iteration)
 
 
 def refuse_divergence(skipped: int, state: TrainState) -> None:

@@ -104,7 +104,6 @@ SUBSTITUTES: dict[str, str] = {
     "--async-save": "checkpoints are saved in the run itself; leave it out",
     "--auto-detect-ckpt-format": "there is one checkpoint format; leave it out",
     "--batch-size": "use --micro-batch-size",
-    "--check-weight-hash-across-dp-replicas-interval": "replica hashes are not checked yet",
     "--checkpoint-activations": _KEPT,
     "--cp-comm-type": "only --context-parallel-size 1 is offered so far",
     "--data-args-path": "put the words of the file after --data-path",

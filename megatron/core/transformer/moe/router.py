@@ -169,6 +169,7 @@ class TopKRouter(nn.Module):
     ) -> dict[str, Tensor]:
         """Return name -> loss, without coefficients, of those in force."""
         padding, mean_valid = context.padding_rows(), context.mean_valid_tokens
+        mean_valid = None if mean_valid is None else mean_valid.to(scores.dtype)
         losses = {}
         if "z_loss" in self.coeffs:
             losses["z_loss"] = router_z_loss(logits, padding, mean_valid)
