@@ -83,6 +83,8 @@ def train_step(
         if updated:
             update_expert_biases(run.model, run.moe_metrics, run.world.pg_collection.dp_cp)
         run.moe_metrics.end_step()
+    if run.router_tracer is not None:
+        run.router_tracer.advance_step(state.iteration + 1, cpu_batches)
     if not updated:
         log.warning(
             "iteration %d: lm loss %s, grad norm %s: not finite, the update is skipped (samples "
@@ -128,6 +130,7 @@ def forward_backward(
         rng=SampleRng(state.dropout_seed, batch.sample_ids),
         microbatch=index,
         moe_metrics=run.moe_metrics,
+        router_tracer=run.router_tracer if run.is_tracing else None,
         aux_loss_scale=1.0 / forwards,
         padding_mask=batch.padding_mask,
         mean_valid_tokens=counts.valid / forwards,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megatron.core.inference.kv_cache import KVCache
     from megatron.core.tensor_parallel.random import SampleRng
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+    from megatron.core.transformer.moe.router_trace import RouterTracer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class ForwardContext:
     """Slot of this microbatch within the optimizer step, for metrics."""
     moe_metrics: "MoEMetricsTracker | None" = None
     """Where routers write their counts; None records nothing."""
+    router_tracer: "RouterTracer | None" = None
+    """Where MoE layers write what each token chose; None traces nothing."""
     aux_loss_scale: float | Tensor = 1.0
     """Gradient with which auxiliary losses enter backward: 1 / (microbatches x data ranks)."""
     padding_mask: Tensor | None = None

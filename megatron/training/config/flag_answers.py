@@ -210,7 +210,10 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--moe-ncclep", "use --moe-token-dispatcher-type alltoall"),
     ("--moe-permute-fusion-into", "use --moe-token-dispatcher-type alltoall"),
     ("--moe-router-force-biased", "use --moe-router-force-load-balancing for even experts"),
-    ("--moe-routing-trace", "tokens per expert are logged; see --log-dir"),
+    (
+        "--moe-routing-trace",
+        "a trace holds experts and weights of each token: --moe-routing-trace-path",
+    ),
     ("--moe-", "this part of the MoE layer is not offered yet; see --help for what is"),
     ("--mtp-", "multi-token prediction is not offered yet; leave it out"),
     ("--yarn-", "use --rotary-base to stretch rotary positions"),

@@ -124,7 +124,12 @@ class MoELayer(nn.Module):
         if padding_mask is not None:
             context = replace(context, padding_mask=padding_mask)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [s*b, h]
-        probs, routing_map = self._limit(self.router(hidden_states, context), context)
+        routing = self.router(hidden_states, context)
+        probs, routing_map = self._limit(routing, context)
+        if context.router_tracer is not None:
+            context.router_tracer.record_indices(
+                self.layer_number, context.microbatch, probs, routing.routing_map
+            )
         narrow = _project(self.fc1_latent_proj, tokens)
         sent = self.token_dispatcher.token_permutation(narrow, probs, routing_map)
         output, _ = self.experts(sent.hidden_states, sent.tokens_per_expert, sent.probs)

@@ -49,6 +49,7 @@ class MoEMetricsTracker:
             device: Where routers compute.
         """
         self._row_of_layer = {layer: row for row, layer in enumerate(moe_layers)}
+        self.moe_layers = tuple(moe_layers)
         self.num_experts = _one_each(num_experts, len(moe_layers))
         self.topk = _one_each(topk, len(moe_layers))
         slots = (len(moe_layers), num_microbatches)
@@ -169,7 +170,7 @@ class MoEMetricsTracker:
                     layer=layer,
                     tokens_per_expert=counts[row, : self.num_experts[row]],
                     topk=self.topk[row],
-                    ep_size=pg_collection.ep.size(),
+                    ep_blocks=pg_collection.ep.size(),
                     means={
                         name: means[row, column].item()
                         for name, column in _COLUMN.items()

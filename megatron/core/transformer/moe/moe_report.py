@@ -38,8 +38,8 @@ class LayerUse:
     """[num_experts], int64, on the CPU; sums to tokens * topk, without padding and without the
     microbatches in ``left_out``."""
     topk: int
-    ep_size: int = 1
-    """Expert-parallel ranks, each of which holds a block of neighbouring experts."""
+    ep_blocks: int = 1
+    """Blocks of neighbouring experts, one for each expert-parallel rank."""
     means: Mapping[str, float] = field(default_factory=dict)
     """Name -> mean over microbatches and ranks of a loss without its coefficient, of ``entropy``
     (nats) or of ``dropped_fraction``; NaN when no value was finite. What is off is not there."""
@@ -79,7 +79,7 @@ class LayerUse:
     @cached_property
     def ep_load_ratio(self) -> float:
         """Tokens of the busiest expert-parallel rank / mean; 1.0 is balanced."""
-        by_rank = self.tokens_per_expert.view(self.ep_size, -1).sum(dim=1)
+        by_rank = self.tokens_per_expert.view(self.ep_blocks, -1).sum(dim=1)
         return 1.0 + _over_mean(int(by_rank.max()), by_rank)
 
     @property
@@ -92,7 +92,7 @@ class LayerUse:
     @property
     def is_rank_overloaded(self) -> bool:
         """Whether the busiest expert-parallel rank has far more than its part."""
-        worst = min(self.ep_size, self.num_experts / self.topk)
+        worst = min(self.ep_blocks, self.num_experts / self.topk)
         bound = min(WARN_EP_LOAD_RATIO, (1 + worst) / 2)
         return worst > 1 and self.ep_load_ratio >= bound
 
@@ -125,7 +125,7 @@ class LayerUse:
         ]
         if "entropy" in self.means:
             fields.append(f"entropy {self.means['entropy']:.3f} nats")
-        if self.ep_size > 1:
+        if self.ep_blocks > 1:
             fields.append(f"busiest EP rank {self.ep_load_ratio:.2f} x mean")
         if self.expert_bias is not None:
             fields.append("bias {:+.4f} to {:+.4f}".format(*self.expert_bias))
@@ -254,7 +254,7 @@ def _busiest(use: LayerUse) -> str:
 
 
 def _busiest_rank(use: LayerUse) -> str:
-    return f"{use.ep_load_ratio:.2f} x the mean of {use.ep_size}"
+    return f"{use.ep_load_ratio:.2f} x the mean of {use.ep_blocks}"
 
 
 def _left_out(use: LayerUse) -> str:

@@ -18,19 +18,19 @@ def _report(*rows: list[int], **options) -> MoEReport:
 
 
 def test_figures_follow_from_the_counts():
-    use = _use(3, [8, 4, 4, 0], ep_size=2)
+    use = _use(3, [8, 4, 4, 0], ep_blocks=2)
     assert use.max_violation == 1.0
     assert use.min_violation == -1.0
     assert use.variation == pytest.approx(math.sqrt(8) / 4)
     assert use.dead_experts == 1
     assert use.ep_load_ratio == 1.5
-    none = _use(3, [0, 0, 0, 0], ep_size=2)
+    none = _use(3, [0, 0, 0, 0], ep_blocks=2)
     assert (none.max_violation, none.variation, none.ep_load_ratio) == (0.0, 0.0, 1.0)
 
 
 def test_a_line_shows_every_figure_of_a_layer():
     use = _use(
-        2, [3, 3, 2, 4], ep_size=2, expert_bias=(-0.01, 0.02), left_out=1,
+        2, [3, 3, 2, 4], ep_blocks=2, expert_bias=(-0.01, 0.02), left_out=1,
         means={"entropy": 0.5, "dropped_fraction": 0.25},
     )  # fmt: skip
     assert use.line() == (
@@ -53,7 +53,7 @@ def test_layers_of_different_sizes_and_topk_each_have_their_own_line():
 
 
 def test_all_is_well_without_a_warning():
-    assert _report([3, 3, 2, 4], [3, 3, 3, 3], ep_size=2).warnings() == []
+    assert _report([3, 3, 2, 4], [3, 3, 3, 3], ep_blocks=2).warnings() == []
 
 
 def test_dead_experts_and_collapse_are_warned_of_by_layer():
@@ -91,7 +91,7 @@ def test_a_collapse_is_judged_by_how_uneven_topk_can_be(counts, topk, is_bad):
     ],
 )
 def test_a_rank_is_overloaded_from_half_of_the_worst_or_twice_the_mean(counts, ep, is_bad):
-    report = _report(counts, ep_size=ep)
+    report = _report(counts, ep_blocks=ep)
     assert any("ranks are unevenly loaded" in text for text in report.warnings()) == is_bad
 
 
