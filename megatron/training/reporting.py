@@ -11,7 +11,7 @@ from datetime import datetime
 
 import torch
 
-from megatron.core.transformer.moe.moe_logging import MoEReport
+from megatron.core.transformer.moe.moe_report import MoEReport
 from megatron.training import log_line
 from megatron.training.metrics import EVALUATIONS, EXPERT_LOAD, STEPS, MetricsWriter
 from megatron.training.run import Run, TrainState
@@ -19,9 +19,6 @@ from megatron.training.throughput import flops_per_token
 from megatron.training.train_step import StepOutcome
 
 log = logging.getLogger(__name__)
-
-IMBALANCE_WARNING = 2.0
-"""Ratio of the busiest expert-parallel rank's tokens to the mean above which a warning is due."""
 
 MAX_PPL_LOSS = 20.0
 """Losses from here on, and those that are no number, have no useful perplexity."""
@@ -91,7 +88,7 @@ class Reporter:
         updates = self._steps - self._skipped
         loss = self._loss_sum / updates if updates else math.nan
         run = self._run
-        losses = {"lm loss": loss} | _moe_losses(report)
+        losses = {"lm loss": loss} | (report.losses() if report is not None else {})
         tflops = self._flops_per_step / step_s / run.world.world_size / 1e12
         line = log_line.IterationLine(
             iteration=state.iteration,
@@ -125,15 +122,9 @@ class Reporter:
         for text in report.lines():
             log.info(text)
         if self._skipped == self._steps:
-            return  # the routing of numbers that are not finite says nothing
+            return  # where nothing was learned there is nothing to mend in the routing
         for text in report.warnings():
             log.warning(text)
-        if report.ep_load_ratio > IMBALANCE_WARNING:
-            log.warning(
-                "the busiest expert-parallel rank got %.2f times the mean of tokens in this "
-                "interval; a larger --moe-aux-loss-coeff spreads them better",
-                report.ep_load_ratio,
-            )
 
     def _write(
         self,
@@ -145,7 +136,9 @@ class Reporter:
     ) -> None:
         run = self._run
         step_tokens = run.global_batch_size * run.seq_length
-        moe = report.scalars() if report is not None else {}
+        moe: dict[str, float] = {}
+        if report is not None:
+            moe = report.scalars(per_layer_losses=run.config.logging.moe_per_layer_logging)
         values = {
             "iteration": state.iteration,
             "consumed_samples": state.consumed_samples,
@@ -161,7 +154,8 @@ class Reporter:
         if report is not None:
             writer.line(EXPERT_LOAD, _expert_load(state, report))
         writer.scalars(state.iteration, self._megatron_scalars(state, outcome, seconds))
-        writer.scalars(state.iteration, _moe_losses(report) | moe, always=True)
+        if report is not None:
+            writer.scalars(state.iteration, report.losses() | moe, always=True)
 
     def _megatron_scalars(
         self, state: TrainState, outcome: StepOutcome, seconds: float
@@ -202,24 +196,12 @@ class Reporter:
         self.resume_clock()
 
 
-def _moe_losses(report: MoEReport | None) -> dict[str, float]:
-    if report is None:
-        return {}
-    values = {
-        "load_balancing_loss": report.load_balancing_loss,
-        "seq_load_balancing_loss": report.seq_load_balancing_loss,
-        "global_load_balancing_loss": report.global_load_balancing_loss,
-        "z_loss": report.z_loss,
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _expert_load(state: TrainState, report: MoEReport) -> dict[str, object]:
     return {
         "iteration": state.iteration,
-        "moe_layers": list(report.moe_layers),
-        "tokens_per_expert": [counts.tolist() for counts in report.counts_by_layer()],
-        "max_violation": list(report.max_violation),
+        "moe_layers": [use.layer for use in report.layers],
+        "tokens_per_expert": [use.tokens_per_expert.tolist() for use in report.layers],
+        "max_violation": [use.max_violation for use in report.layers],
     }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.core.transformer.moe.router_trace import RouterTracer
 from megatron.training.checkpoint_state import TrainState
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
@@ -37,6 +38,13 @@ class Run:
     num_microbatches: int
     moe_metrics: MoEMetricsTracker | None
     """None in a model without MoE layers."""
+    router_tracer: RouterTracer | None = None
+    """None unless --moe-routing-trace-path asks for a trace."""
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether this step belongs to the routing trace."""
+        return self.router_tracer is not None and self.router_tracer.is_on
 
     @property
     def padded_vocab_size(self) -> int:

@@ -60,7 +60,7 @@ def train_step(
         notes: This rank's reasons to stop, to be agreed on with the losses.
     """
     cpu_batches = list(islice(data_iterator, run.num_microbatches))
-    num_tokens = count_tokens(cpu_batches, run.world)  # [], over the global batch
+    counts = count_tokens(cpu_batches, run.world)  # over the global batch
     batches = [batch.to(run.world.device) for batch in cpu_batches]
     run.scheduler.step(run.optimizer, state.consumed_samples)
     run.model.zero_grad_buffer()
@@ -68,9 +68,9 @@ def train_step(
     for index, batch in enumerate(batches):
         is_last = index == len(batches) - 1
         with nullcontext() if is_last else run.model.no_sync():
-            losses.append(forward_backward(run, state, batch, index, num_tokens))
+            losses.append(forward_backward(run, state, batch, index, counts))
     finalize_model_grads(run.model)
-    loss, agreed = agree(torch.stack(losses), num_tokens, notes, run.world)
+    loss, agreed = agree(torch.stack(losses), counts.loss, notes, run.world)
     grad_norm, updated = None, math.isfinite(loss)
     if updated:
         result = run.optimizer.step()
@@ -84,6 +84,8 @@ def train_step(
             update_expert_biases(run.model, run.moe_metrics, run.world.pg_collection.dp_cp)
             update_quantile_betas(run.model, run.moe_metrics, run.world.pg_collection.dp_cp)
         run.moe_metrics.end_step()
+    if run.router_tracer is not None:
+        run.router_tracer.advance_step(state.iteration + 1, cpu_batches)
     if not updated:
         log.warning(
             "iteration %d: lm loss %s, grad norm %s: not finite, the update is skipped (samples "
@@ -97,31 +99,47 @@ def train_step(
     return StepOutcome(loss, grad_norm, run.optimizer.param_groups[0]["lr"], updated, agreed)
 
 
-def count_tokens(batches: Sequence[Batch], world: World) -> Tensor:
-    """Return the unmasked tokens of the global batch, [] fp64 on the device, at least 1.
+class TokenCounts(NamedTuple):
+    """Tokens of the global batch, [] fp64 on the device, at least 1.
 
     At least 1, so that a batch without any gives loss 0 and gradient 0, not 0/0.
     """
-    mine = sum(int(batch.loss_mask.sum()) for batch in batches)
-    count = torch.tensor(float(mine), dtype=torch.float64).to(world.device, non_blocking=True)
-    dist.all_reduce(count, group=world.pg_collection.dp_cp)
-    return count.clamp_(min=1.0)
+
+    loss: Tensor
+    """Those that count in the loss."""
+    valid: Tensor
+    """Those that are no padding."""
+
+
+def count_tokens(batches: Sequence[Batch], world: World) -> TokenCounts:
+    """Count the tokens of the global batch in one collective, without waiting for the device."""
+    counted = sum(int(batch.loss_mask.sum()) for batch in batches)
+    padding = sum(int(b.padding_mask.sum()) for b in batches if b.padding_mask is not None)
+    valid = sum(batch.tokens.numel() for batch in batches) - padding
+    mine = torch.tensor([counted, valid], dtype=torch.float64)
+    counts = mine.to(world.device, non_blocking=True)
+    dist.all_reduce(counts, group=world.pg_collection.dp_cp)
+    return TokenCounts(*counts.clamp_(min=1.0))
 
 
 def forward_backward(
-    run: Run, state: TrainState, batch: Batch, index: int, num_tokens: Tensor
+    run: Run, state: TrainState, batch: Batch, index: int, counts: TokenCounts
 ) -> Tensor:
     """Add one microbatch to the gradients; return its sum of losses, [] fp64, without gradient."""
+    forwards = run.num_microbatches * run.world.pg_collection.dp_cp.size()
     context = ForwardContext(
         rng=SampleRng(state.dropout_seed, batch.sample_ids),
         microbatch=index,
         iteration=state.iteration,
         moe_metrics=run.moe_metrics,
-        aux_loss_scale=1.0 / (run.num_microbatches * run.world.pg_collection.dp_cp.size()),
+        router_tracer=run.router_tracer if run.is_tracing else None,
+        aux_loss_scale=1.0 / forwards,
+        padding_mask=batch.padding_mask,
+        mean_valid_tokens=counts.valid / forwards,
     )
     output, loss_func = run.forward_step(iter((batch,)), partial(run.model, context=context))
     loss_sum = checked_loss(loss_func(output)).loss_sum
-    (loss_sum / num_tokens).backward()
+    (loss_sum / counts.loss).backward()
     return loss_sum.detach().double()
 
 

@@ -6,7 +6,7 @@ forward step is. The loop itself decides nothing about a layout.
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.core.datasets.gpt_dataset import SampleDataset
@@ -28,6 +28,7 @@ from megatron.training.initialize import Launch, initialize, shut_down
 from megatron.training.metrics import MetricsWriter, log_folder
 from megatron.training.progress import Progress
 from megatron.training.reporting import Reporter
+from megatron.training.routing_trace import open_tracer
 from megatron.training.run import ForwardStep, Run, TrainState
 from megatron.training.setup_data import build_data_iterator
 from megatron.training.setup_model import ModelProvider, setup_run
@@ -98,6 +99,8 @@ def pretrain(
         run = setup_run(config, world, model_provider, forward_step_func)
         loaded = load(run, tokenizer)
         state = loaded.state()
+        tracer = open_tracer(config.logging, world, run.moe_metrics, state.iteration)
+        run = replace(run, router_tracer=tracer)
         check_replicas(run.model)
         datasets = train_valid_test_datasets_provider(num_samples(run, state), config, tokenizer)
         tell_changed_data(loaded, datasets)
@@ -162,6 +165,7 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         state.consumed_samples += run.global_batch_size
         is_last = state.iteration == run.train_iters
         reason = None if is_last else stop.reason(outcome.notes, state.iteration)
+        check_replicas_in_time(run, state)
         session.reporter.record(state, outcome, is_last=is_last or reason is not None)
         progress.update(outcome.lm_loss)
         skipped = 0 if outcome.updated else skipped + 1
@@ -176,6 +180,17 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         if reason is not None:
             return reason.text
     return None
+
+
+def check_replicas_in_time(run: Run, state: TrainState) -> None:
+    """Compare the replicas at every --check-replica-hash iterations.
+
+    Raises:
+        ReplicaError: On every rank, before the state is logged or saved.
+    """
+    every = run.config.distributed.check_replica_hash
+    if every and state.iteration % every == 0:
+        check_replicas(run.model, iteration=state.iteration)
 
 
 def refuse_divergence(skipped: int, state: TrainState) -> None:

@@ -7,7 +7,7 @@ is compared with one process is what users run. Samples are a function of their 
 import dataclasses
 import tempfile
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,13 +88,20 @@ def make_config(**options: Any) -> RunConfig:
     return RunConfig(**sections)
 
 
-def run_layout(world_size: int, *, steps: int = 2, **options: Any) -> LayoutResult:
+def run_layout(
+    world_size: int,
+    *,
+    steps: int = 2,
+    batch_of: Callable[[range], Batch] | None = None,
+    **options: Any,
+) -> LayoutResult:
     """Train ``steps`` steps on ``world_size`` ranks and return what every rank agrees on.
 
-    Fails when ranks that hold the same tensor do not hold the same bits.
+    ``batch_of`` makes a microbatch of sample numbers, ``make_batch`` when not given. Fails when
+    ranks that hold the same tensor do not hold the same bits.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run_ranks(_train, world_size, Path(folder), steps, options)
+        run_ranks(_train, world_size, Path(folder), steps, batch_of or make_batch, options)
         ranks = [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)
         ]
@@ -124,13 +131,15 @@ def make_run(config: RunConfig) -> Run:
     return setup_run(config, world, model_provider, forward_step)
 
 
-def microbatches(run: Run, consumed: int) -> Iterator[Batch]:
+def microbatches(
+    run: Run, consumed: int, batch_of: Callable[[range], Batch] | None = None
+) -> Iterator[Batch]:
     """Yield this rank's microbatches of the step that begins at sample ``consumed``."""
     size, ranks = run.config.training.micro_batch_size, run.world.pg_collection.dp.size()
     mine = run.world.pg_collection.dp.rank()
     for index in range(run.num_microbatches):
         first = consumed + index * size * ranks + mine * size
-        yield make_batch(range(first, first + size))
+        yield (batch_of or make_batch)(range(first, first + size))
 
 
 def make_batch(sample_ids: range) -> Batch:
@@ -168,14 +177,16 @@ def _biases(run: Run) -> dict[str, Tensor]:
     return {name: bias.clone() for name, bias in found if name.endswith(("expert_bias", "qb_beta"))}
 
 
-def _train(folder: Path, steps: int, options: dict[str, Any]) -> None:
+def _train(
+    folder: Path, steps: int, batch_of: Callable[[range], Batch], options: dict[str, Any]
+) -> None:
     config = make_config(**options)
     run = make_run(config)
     state = TrainState(dropout_seed=config.training.seed)
     kept: dict[str, Any] = {"initial": global_tensors(run)}
     kept |= {"losses": [], "norms": [], "gradients": [], "weights": []}
     for _ in range(steps):
-        outcome = train_step(run, state, microbatches(run, state.consumed_samples))
+        outcome = train_step(run, state, microbatches(run, state.consumed_samples, batch_of))
         state.iteration += 1
         state.consumed_samples += run.global_batch_size
         kept["losses"].append(outcome.lm_loss)

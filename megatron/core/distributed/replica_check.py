@@ -1,54 +1,126 @@
-"""Proof that replicas hold the same parameters, bit for bit; nothing else ever compares them."""
+"""Proof that replicas hold the same weights and buffers, to the bit; nothing else compares them.
+
+Each tensor becomes one 64-bit number, ranks compare numbers, and only a difference costs more. A
+single wrong element always changes the number, and so do two exchanged ones of up to 32 bits.
+"""
+
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.errors import MegatronError
+from megatron.core.param_role import logical_tensors, role_of
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 22  # elements hashed at once: their int64 copies take 64 MiB
 _NAMES_SHOWN = 5
 
 
 class ReplicaError(MegatronError):
-    """Data-parallel ranks hold different parameters."""
+    """Ranks that hold copies of a tensor do not hold the same bits."""
 
 
-def check_replicas(ddp: DistributedDataParallel) -> None:
-    """Compare every parameter with that of the first rank of its data-parallel group.
+def check_replicas(ddp: DistributedDataParallel, *, iteration: int | None = None) -> None:
+    """Compare every weight and every buffer that is saved, such as an expert bias.
 
-    Collective over all ranks; moves the parameters once. Call it before the first step, when
-    weights were drawn or loaded.
+    Collective over all ranks; sends 8 bytes a tensor.
+
+    Args:
+        ddp: The model.
+        iteration: Steps made, for the message; None before the first, when weights were drawn or
+            loaded.
 
     Raises:
-        ReplicaError: On every rank, if any rank differs in any bit, or in how its parameters are
-            laid out.
+        ReplicaError: On every rank, naming the tensors and ranks, if any rank differs in any bit,
+            or in how its parameters are laid out.
     """
     _check_layouts(ddp)
-    names = [name for name, _ in ddp.trainable_parameters()]
-    differs = torch.zeros(
-        len(names), dtype=torch.int32, device=ddp.grad_buffers[0].param_data.device
+    groups = ddp.pg_collection
+    bad: dict[str, list[int]] = {}
+    for is_expert, group in ((False, groups.dp_cp), (True, groups.expt_dp)):
+        bad |= _differing(dict(_replicated(ddp, is_expert)), group)
+    count = torch.tensor(len(bad), device=_device(ddp))
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=groups.world)
+    if not count:
+        return
+    every: list[dict[str, list[int]]] = [{} for _ in range(groups.world.size())]
+    dist.all_gather_object(every, bad, group=groups.world)
+    raise ReplicaError(_message(_merged(every), iteration))
+
+
+def tensor_hash(tensor: Tensor) -> Tensor:
+    """Return a number, [] int64 on the device, that depends on every bit and place of ``tensor``.
+
+    The sum of odd multiples (2 i + 1) of the elements' bits, modulo 2^64: integers, so the same in
+    any order of summation.
+    """
+    flat = tensor.detach().reshape(-1)
+    bits = flat.view(_BITS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(bits), _CHUNK):
+        part = bits[start : start + _CHUNK].long()
+        if flat.element_size() == 8:  # else x and -x, exchanged, would cancel out
+            part = part ^ ((part >> 32) & 0xFFFFFFFF)
+        place = torch.arange(start, start + len(part), device=tensor.device)
+        total += place.mul_(2).add_(1).mul_(part).sum()
+    return total
+
+
+def _replicated(ddp: DistributedDataParallel, is_expert: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield (global name, tensor) of what is replicated alike: experts, or all the rest."""
+    for name, param in ddp.trainable_parameters():
+        if role_of(param).is_expert == is_expert:
+            yield from logical_tensors(name, param, role_of(param))
+    if not is_expert:
+        yield from _saved_buffers(ddp.module)
+
+
+def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    saved = module.state_dict().keys()
+    yield from (item for item in module.named_buffers() if item[0] in saved)
+
+
+def _differing(tensors: dict[str, Tensor], group: ProcessGroup) -> dict[str, list[int]]:
+    """Return name -> ranks of the world that differ from the first of ``group``, if any."""
+    if group.size() == 1 or not tensors:
+        return {}
+    mine = torch.stack([tensor_hash(tensor) for tensor in tensors.values()])
+    every = mine.new_empty(group.size() * len(mine))
+    dist.all_gather_into_tensor(every, mine, group=group)
+    table = every.view(group.size(), -1).cpu()
+    ranks = dist.get_process_group_ranks(group)
+    return {
+        name: [ranks[place] for place in unequal.nonzero().flatten().tolist()]
+        for name, unequal in zip(tensors, (table != table[0]).t(), strict=True)
+        if unequal.any()
+    }
+
+
+def _merged(every: list[dict[str, list[int]]]) -> dict[str, list[int]]:
+    names = dict.fromkeys(name for bad in every for name in bad)
+    return {name: sorted({rank for bad in every for rank in bad.get(name, ())}) for name in names}
+
+
+def _message(bad: dict[str, list[int]], iteration: int | None) -> str:
+    shown = "; ".join(
+        f"{name} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        for name, ranks in list(bad.items())[:_NAMES_SHOWN]
     )
-    for bucket in ddp.bucket_layout.buckets:
-        buffer = ddp.grad_buffers[bucket.buffer]
-        mine = buffer.param_data[bucket.start : bucket.end]
-        first = mine.clone()
-        dist.broadcast(first, group=buffer.group, group_src=0)
-        unequal = _bits(first) != _bits(mine)
-        for span in buffer.layout.spans:
-            if span.param in bucket.params:
-                found = unequal[span.start - bucket.start : span.end - bucket.start].any()
-                differs[span.param] = found
-    # every rank raises or none; experts of other ranks are told by this rank's names
-    dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=ddp.pg_collection.world)
-    bad = [name for name, flag in zip(names, differs.tolist(), strict=True) if flag]
-    if bad:
-        shown = ", ".join(bad[:_NAMES_SHOWN]) + (", ..." if len(bad) > _NAMES_SHOWN else "")
-        raise ReplicaError(
-            f"{len(bad)} of {len(names)} parameters differ between data-parallel replicas: "
-            f"{shown}. All ranks must start from the same --seed and the same checkpoint"
-        )
+    shown += "; ..." if len(bad) > _NAMES_SHOWN else ""
+    if iteration is None:
+        when = "before the first step"
+        advice = "all ranks must start from the same --seed and the same checkpoint"
+    else:
+        when = f"after iteration {iteration}"
+        advice = "this step is not saved; go back to an older checkpoint and check these ranks"
+    return (
+        f"replicas differ {when} in {len(bad)} tensor{'s' if len(bad) > 1 else ''}, from the first "
+        f"rank that holds a copy: {shown}. {advice[0].upper()}{advice[1:]}"
+    )
 
 
 def _check_layouts(ddp: DistributedDataParallel) -> None:
@@ -64,5 +136,5 @@ def _check_layouts(ddp: DistributedDataParallel) -> None:
         )
 
 
-def _bits(flat: Tensor) -> Tensor:
-    return flat.view(_BITS[flat.element_size()])
+def _device(ddp: DistributedDataParallel) -> torch.device:
+    return ddp.grad_buffers[0].param_data.device

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megatron.core.tensor_parallel.random import SampleRng
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.core.transformer.moe.router_replay import RouterReplay
+    from megatron.core.transformer.moe.router_trace import RouterTracer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,23 @@ class ForwardContext:
     """Steps made before this one, for what is drawn anew in each."""
     moe_metrics: "MoEMetricsTracker | None" = None
     """Where routers write their counts; None records nothing."""
+    router_tracer: "RouterTracer | None" = None
+    """Where MoE layers write what each token chose; None traces nothing."""
     aux_loss_scale: float | Tensor = 1.0
     """Gradient with which auxiliary losses enter backward: 1 / (microbatches x data ranks)."""
+    padding_mask: Tensor | None = None
+    """[b, s] bool, True where a token is padding: it is routed like any other, but is in no
+    balance loss, count, entropy or expert bias. None for none."""
+    mean_valid_tokens: Tensor | None = None
+    """[] tokens of a microbatch of a rank that are no padding, mean over the global batch; losses
+    that are means over tokens divide by it. None: by the tokens of each microbatch."""
     kv_cache: "KVCache | None" = None
     """Keys and values of earlier positions, in generation."""
     router_replay: "Mapping[int, RouterReplay] | None" = None
     """Layer number -> what its router records or replays, in place of what the router owns."""
     token_ids: Tensor | None = None
     """[b, s], ids of the tokens that this forward reads; the model fills them in."""
+
+    def padding_rows(self) -> Tensor | None:
+        """Return the padding mask in the order of a router's rows, [s*b] bool, or None."""
+        return None if self.padding_mask is None else self.padding_mask.t().reshape(-1)

@@ -1,7 +1,9 @@
 """Options of the machine: devices, backends, process groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from megatron.core.config_field import flag
 
 
 @dataclass(kw_only=True)
@@ -16,3 +18,11 @@ class DistributedConfig:
 
     distributed_timeout_minutes: int = 10
     """Minutes after which a collective that some rank never joins ends the run."""
+
+    check_replica_hash: int | None = field(
+        default=None,
+        metadata=flag("--check-replica-hash", "--check-weight-hash-across-dp-replicas-interval"),
+    )
+    """Iterations between checks that ranks with copies of a weight or expert bias hold the same
+    bits; a difference ends the run and names tensor and ranks. Checked at the start only when not
+    set."""

@@ -82,7 +82,18 @@ def saving(check: Check) -> Iterator[str]:
         yield from check.useless(
             "save_interval keep_last no_save_optim no_save_rng", "without --save"
         )
-    for name in ("save", "log_dir", "tensorboard_dir", "data_cache_path"):
+    if check.config.logging.moe_routing_trace_path is None:
+        yield from check.useless(
+            "moe_routing_trace_max_training_iters moe_routing_trace_max_mb",
+            "without --moe-routing-trace-path",
+        )
+    for name in (
+        "save",
+        "log_dir",
+        "tensorboard_dir",
+        "data_cache_path",
+        "moe_routing_trace_path",
+    ):
         if check.value(name) is not None:
             yield from _unusable_folder(check, name)
     if folder is not None:
@@ -139,6 +150,8 @@ def machine(check: Check) -> Iterator[str]:
     where = check.config.distributed
     if where.device == "cpu" and where.distributed_backend == "nccl":
         yield "--distributed-backend nccl needs --device cuda; on cpu leave it out or say gloo"
+    if check.world_size == 1:
+        yield from check.useless("check_replica_hash", "on one rank, which has no replicas")
     if check.config.logging.tensorboard_dir is None:
         yield from check.useless(
             "tensorboard_log_interval tensorboard_queue_size", "without --tensorboard-dir"

@@ -22,11 +22,17 @@ class Batch:
     """[b, 1, s, s] bool, True where a token may not attend; None for plain causal attention."""
     sample_ids: tuple[int, ...]
     """[b]: numbers of the samples in the global order; dropout masks depend on them."""
+    padding_mask: Tensor | None = None
+    """[b, s] bool, True where a token is padding; None when no sample has any. Samples of the
+    data sets here have none; a data set of your own gives ``padding_mask`` [s] with a sample."""
 
     @classmethod
     def of_samples(cls, samples: list[dict[str, Tensor]], sample_ids: tuple[int, ...]) -> "Batch":
-        """Stack samples."""
+        """Stack samples; those without a padding mask have no padding."""
         names = [field.name for field in fields(cls) if field.name != "sample_ids"]
+        if any("padding_mask" in sample for sample in samples):
+            none = torch.zeros_like(samples[0]["tokens"], dtype=torch.bool)
+            samples = [{"padding_mask": none} | sample for sample in samples]
         stacked = {
             name: torch.stack([sample[name] for sample in samples]) if name in samples[0] else None
             for name in names

@@ -136,7 +136,9 @@ def _counting() -> None:
     run = tiny_run("--micro-batch-size 2")
     data = tiny_batches(run)
     mine = [next(data) for _ in range(run.num_microbatches)]
-    assert count_tokens(mine, run.world).item() == masks().sum().item()
+    counts = count_tokens(mine, run.world)
+    assert counts.loss.item() == masks().sum().item()
+    assert counts.valid.item() == SAMPLES * SEQ
     losses = torch.full((2,), float(dist.get_rank() + 1), dtype=torch.float64)
     loss, notes = agree(losses, torch.tensor(3.0), (1.0, 0.0), run.world)
     assert loss == 2.0  # (1 + 1 + 2 + 2) / 3

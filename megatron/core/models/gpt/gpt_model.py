@@ -74,6 +74,7 @@ class GPTModel(nn.Module):
         labels: Tensor | None = None,
         *,
         context: ForwardContext = _PLAIN,
+        padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Predict the next token at each position.
 
@@ -85,6 +86,9 @@ class GPTModel(nn.Module):
                 of causality; None forbids nothing more.
             labels: [b, s], int64.
             context: Random numbers, metrics, cache; the default is evaluation without a cache.
+            padding_mask: [b, s] bool, True where a token is padding: MoE layers count it nowhere.
+                Replaces ``context.padding_mask``; None leaves that as it is. Attention and loss
+                have masks of their own.
 
         Returns:
             With labels the loss of each token [b, s], in fp32 (fp64 in fp64); otherwise logits
@@ -93,6 +97,8 @@ class GPTModel(nn.Module):
         Raises:
             ConfigError: The sequence is longer than the table of learned positions.
         """
+        if padding_mask is not None:
+            context = replace(context, padding_mask=padding_mask)
         offset = 0 if context.kv_cache is None else context.kv_cache.length
         length = input_ids.shape[1]
         self._check_length(offset + length)

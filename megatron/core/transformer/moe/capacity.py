@@ -64,9 +64,14 @@ def apply_router_token_dropping(
     return Routing(probs, chosen.contiguous() if pad_to_capacity else kept)
 
 
-def dropped_fraction(routing_map: Tensor, kept_map: Tensor) -> Tensor:
+def dropped_fraction(
+    routing_map: Tensor, kept_map: Tensor, padding: Tensor | None = None
+) -> Tensor:
     """Return the share of the pairs of ``routing_map`` that are not in ``kept_map``; a scalar.
 
-    Both are [num_tokens, num_experts], bool; 0 for no tokens.
+    Both are [num_tokens, num_experts], bool; 0 for no tokens. ``padding`` [num_tokens], bool, says
+    which rows are left out.
     """
+    if padding is not None:
+        routing_map = routing_map & ~padding.unsqueeze(1)
     return (routing_map & ~kept_map).sum() / routing_map.sum().clamp(min=1)

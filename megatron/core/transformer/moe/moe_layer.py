@@ -1,7 +1,7 @@
 """The MoE layer: route, permute, compute, unpermute. Each part is a slot and knows no other."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -106,15 +106,32 @@ class MoELayer(nn.Module):
             )
 
     def forward(
-        self, hidden_states: Tensor, context: ForwardContext = _PLAIN
+        self,
+        hidden_states: Tensor,
+        context: ForwardContext = _PLAIN,
+        *,
+        padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Apply to ``hidden_states`` [s, b, h].
 
+        Args:
+            hidden_states: [s, b, h].
+            context: Of the forward.
+            padding_mask: [b, s] bool, True where a token is padding, as
+                ``ForwardContext.padding_mask``, which it replaces; None leaves that as it is.
+
         Returns:
-            The output [s, b, h]; and None, for no bias is left to add.
+            The output [s, b, h], of padding too; and None, for no bias is left to add.
         """
+        if padding_mask is not None:
+            context = replace(context, padding_mask=padding_mask)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [s*b, h]
-        probs, routing_map = self._limit(self.router(hidden_states, context), context)
+        routing = self.router(hidden_states, context)
+        probs, routing_map = self._limit(routing, context)
+        if context.router_tracer is not None:
+            context.router_tracer.record_indices(
+                self.layer_number, context.microbatch, probs, routing.routing_map
+            )
         narrow = _project(self.fc1_latent_proj, tokens)
         sent = self.token_dispatcher.token_permutation(
             narrow, probs, routing_map, num_pairs=self._num_pairs(len(tokens), context)
@@ -155,7 +172,9 @@ class MoELayer(nn.Module):
             self.config.moe_pad_expert_input_to_capacity,
         )
         if context.moe_metrics is not None:
-            share = dropped_fraction(routing.routing_map, limited.routing_map)
+            share = dropped_fraction(
+                routing.routing_map, limited.routing_map, context.padding_rows()
+            )
             context.moe_metrics.record_dropped(self.layer_number, context.microbatch, share)
         return limited
 

@@ -55,6 +55,14 @@ from megatron.core.transformer.moe.sinkhorn import sinkhorn_ranking
 from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+_LOSS_NAMES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+    "z_loss": "z_loss",
+}
+"""Balancing type -> name of its loss in reports."""
+
 
 class TopKRouter(nn.Module):
     """Route each token to its top-k experts; keeps nothing of a forward.
@@ -123,6 +131,7 @@ class TopKRouter(nn.Module):
         """Route ``hidden_states`` [s, b, h], or the [num_tokens, h] of one sample.
 
         The routing's rows are the tokens in order: sample by sample for each position.
+        Padding is routed too, but is in no loss and no count (``context.padding_mask``).
         The routing's probs carry the balance losses into backward. Counts, losses and entropy go
         to ``context.moe_metrics`` if there is one, without waiting for the device.
         """
@@ -142,12 +151,10 @@ class TopKRouter(nn.Module):
             context.moe_metrics.record(
                 self.layer_number,
                 context.microbatch,
-                tokens_per_expert=routing_map.sum(dim=0),
-                load_balancing_loss=_detached(losses.get("aux_loss")),
-                z_loss=_detached(losses.get("z_loss")),
-                entropy=router_entropy(scores),
-                seq_load_balancing_loss=_detached(losses.get("seq_aux_loss")),
-                global_load_balancing_loss=_detached(losses.get("global_aux_loss")),
+                tokens_per_expert=_without_padding(routing_map, context.padding_rows()).sum(dim=0),
+                expert_bias=self.expert_bias,
+                entropy=router_entropy(scores, context.padding_rows()),
+                **{_LOSS_NAMES[kind]: loss for kind, loss in losses.items()},
             )
         return Routing(probs, routing_map)
 
@@ -267,19 +274,25 @@ class TopKRouter(nn.Module):
         num_samples: int,
         context: ForwardContext,
     ) -> dict[str, Tensor]:
-        """Return name -> loss, without coefficients, of those in force and of aux_loss."""
+        """Return name -> loss, without coefficients, of those in force."""
+        padding, mean_valid = context.padding_rows(), context.mean_valid_tokens
+        mean_valid = None if mean_valid is None else mean_valid.to(scores.dtype)
+        losses = {}
+        if "z_loss" in self.coeffs:
+            losses["z_loss"] = router_z_loss(logits, padding, mean_valid)
+        if self.coeffs.keys() <= losses.keys():
+            return losses
         best = routing_map
         if self.num_groups is not None or self.expert_bias is not None:
             best = map_of_largest(logits, self.topk)  # balance losses know no groups and no bias
+        best = _without_padding(best, padding)
         counts = best.sum(dim=0)
-        own = scores if "aux_loss" in self.coeffs else scores.detach()
-        losses = {}
-        if self.router_type != "expert_choice":  # which is even by construction
-            losses["aux_loss"] = switch_load_balancing_loss(own, counts, self.topk)
-        if "z_loss" in self.coeffs:
-            losses["z_loss"] = router_z_loss(logits)
+        if "aux_loss" in self.coeffs:
+            losses["aux_loss"] = switch_load_balancing_loss(scores, counts, self.topk, padding)
         if "seq_aux_loss" in self.coeffs:
-            losses["seq_aux_loss"] = sequence_balance_loss(scores, best, self.topk, num_samples)
+            losses["seq_aux_loss"] = sequence_balance_loss(
+                scores, best, self.topk, num_samples, padding
+            )
         if "global_aux_loss" in self.coeffs and self.training:
             if context.moe_metrics is not None:
                 counts = context.moe_metrics.counts_so_far(
@@ -287,7 +300,7 @@ class TopKRouter(nn.Module):
                 )
             counts = all_reduce_sum(self.data_group, counts).to(scores.dtype)
             shares = counts / counts.sum().clamp(min=1.0)
-            losses["global_aux_loss"] = balance_loss_of_shares(scores, shares)
+            losses["global_aux_loss"] = balance_loss_of_shares(scores, shares, padding, mean_valid)
         return losses
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":
@@ -345,8 +358,9 @@ def update_quantile_betas(
         beta.copy_(torch.where(num_tokens > 0, new, beta))
 
 
-def _detached(loss: Tensor | None) -> Tensor | None:
-    return None if loss is None else loss.detach()
+def _without_padding(routing_map: Tensor, padding: Tensor | None) -> Tensor:
+    """Return the bool map [num_tokens, num_experts] without the rows that are padding."""
+    return routing_map if padding is None else routing_map & ~padding.unsqueeze(1)
 
 
 class _WideLinear(torch.autograd.Function):

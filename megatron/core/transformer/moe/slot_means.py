@@ -27,11 +27,11 @@ class SlotMeans:
         Args:
             row: Of the layer.
             microbatch: Within the step.
-            values: [width].
+            values: [width], or fewer.
             weight: What they count for, such as the number of tokens; 0 leaves them out.
         """
         slot = self._sums[row, microbatch]
-        slot[:-1] = values.double() * weight
+        slot[: len(values)] = values.double() * weight
         slot[-1] = weight
 
     def means(self, group: ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,16 @@
-"""Expert use: slots, intervals, sums over ranks, and what is said about it."""
+"""Expert use: slots, intervals, sums over ranks, what is not finite."""
+
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, MoEReport
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from tests.helpers.ranks import run_ranks
 from tests.unit_tests.core.transformer.moe.layers import make_groups
+
+NAN = math.nan
 
 
 def _record(tracker: MoEMetricsTracker, layer: int, microbatch: int, counts: list[int]) -> None:
@@ -30,73 +34,24 @@ def _two_steps(ep: int) -> None:
                 _record(tracker, 3, microbatch, [2, 2, 2, 2 + 4 * dist.get_rank()])
         tracker.end_step()
     report = tracker.report(groups)
+    first, second = report.layers
     world = dist.get_world_size()
     forwards = 4 * world
-    assert report.moe_layers == (1, 3)
-    assert report.tokens_per_expert.dtype == torch.int64
-    assert report.tokens_per_expert[0].tolist() == [4 * forwards, 2 * forwards, 2 * forwards, 0]
-    assert report.tokens_per_expert[1].tolist()[:3] == [2 * forwards] * 3
-    assert report.max_violation[0] == pytest.approx(1.0)
-    assert report.min_violation[0] == pytest.approx(-1.0)
-    assert report.dead_experts == (1, 0)
-    assert report.load_balancing_loss == pytest.approx(3.0)  # mean of layers 1 and 3
-    assert report.z_loss is None
-    assert report.entropy == pytest.approx((0.5, 0.5))
+    assert (first.layer, second.layer) == (1, 3)
+    assert first.tokens_per_expert.dtype == torch.int64
+    assert first.tokens_per_expert.tolist() == [4 * forwards, 2 * forwards, 2 * forwards, 0]
+    assert second.tokens_per_expert.tolist()[:3] == [2 * forwards] * 3
+    assert first.max_violation == pytest.approx(1.0)
+    assert report.losses() == {"load_balancing_loss": pytest.approx(3.0)}  # layers 1 and 3
+    assert first.means == {"load_balancing_loss": 2.0, "entropy": 0.5}
     assert report.ep_load_ratio == pytest.approx(1.0 if ep == 1 else 1.5)
-    assert int(tracker.report(groups).tokens_per_expert.sum()) == 0, "a new interval begins"
+    again = tracker.report(groups)
+    assert sum(int(x.tokens_per_expert.sum()) for x in again.layers) == 0, "a new interval begins"
 
 
 @pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 1), (2, 2)])
 def test_report_sums_over_microbatches_steps_and_ranks_and_counts_recompute_once(world_size, ep):
     run_ranks(_two_steps, world_size, ep)
-
-
-def _report(counts: list[list[int]], dropped: tuple[float, ...] | None = None) -> MoEReport:
-    return MoEReport(
-        moe_layers=tuple(range(len(counts))),
-        tokens_per_expert=torch.tensor(counts),
-        load_balancing_loss=1.25,
-        z_loss=None,
-        max_violation=tuple(max(c) / (sum(c) / len(c)) - 1 for c in counts),
-        min_violation=tuple(min(c) / (sum(c) / len(c)) - 1 for c in counts),
-        dead_experts=tuple(c.count(0) for c in counts),
-        entropy=(0.5,) * len(counts),
-        dropped_fraction=dropped,
-        ep_load_ratio=1.0,
-    )
-
-
-def test_lines_show_every_layer_and_no_warning_when_all_is_well():
-    lines = _report([[3, 3, 2, 4], [3, 3, 3, 3]]).lines()
-    assert len(lines) == 2
-    assert lines[0].startswith("MoE layer 0: tokens/expert [3 3 2 4] | max violation +33.3%")
-
-
-def test_dead_experts_and_collapse_are_warned_of_by_layer():
-    lines = _report([[3, 3, 3, 3], [12, 0, 0, 0]]).warnings()
-    assert lines[0].startswith("experts without tokens in MoE layers 1 (3 of 4)")
-    assert lines[1].startswith("routing collapses in MoE layers 1 (4.0 x the mean)")
-    assert _report([[3, 3, 2, 4], [3, 3, 3, 3]]).warnings() == []
-
-
-def test_many_experts_are_shown_as_a_range():
-    assert "min 1 median 32 max 64 of 64 experts" in _report([list(range(1, 65))]).lines()[0]
-
-
-def test_scalars_leave_out_what_is_off_and_name_each_layer():
-    scalars = _report([[3, 3, 2, 4]]).scalars()
-    assert scalars["moe/load_balancing_loss"] == 1.25
-    assert scalars["moe/layer_0/dead_experts"] == 0.0
-    assert "moe/z_loss" not in scalars
-    assert all(isinstance(value, float) for value in scalars.values())
-    assert not any("dropped" in name for name in scalars)
-
-
-def test_the_dropped_share_is_in_the_lines_and_scalars():
-    report = _report([[3, 3, 2, 4], [12, 0, 0, 0]], dropped=(0.0, 0.25))
-    assert report.lines()[1].endswith("dropped 25.00%")
-    assert report.scalars()["moe/layer_1/dropped_fraction"] == 0.25
-    assert report.scalars()["moe/dropped_fraction_mean"] == 0.125
 
 
 def _dropped() -> None:
@@ -108,10 +63,114 @@ def _dropped() -> None:
             share = torch.tensor(0.25 * microbatch + 0.5 * dist.get_rank())
             tracker.record_dropped(3, microbatch, share)
     tracker.end_step()
-    report = tracker.report(make_groups(1))
-    assert report.dropped_fraction == pytest.approx((0.0, 0.375))
-    assert report.entropy == pytest.approx((0.5, 0.5))
+    first, second = tracker.report(make_groups(1)).layers
+    assert "dropped_fraction" not in first.means
+    assert second.means["dropped_fraction"] == pytest.approx(0.375)
 
 
 def test_the_dropped_share_is_a_mean_over_microbatches_and_ranks():
     run_ranks(_dropped, 2)
+
+
+def _not_finite() -> None:
+    rank, groups = dist.get_rank(), make_groups(1)
+    tracker = MoEMetricsTracker([0, 5], 2, 1, 2, "cpu")
+    for step in range(3):
+        for microbatch in range(2):
+            bad = step == 1 and microbatch == 1 and rank == 1
+            tracker.record(
+                0,
+                microbatch,
+                tokens_per_expert=torch.tensor([8, 0] if bad else [3, 5]),
+                entropy=torch.tensor(NAN if bad else 0.25),
+                z_loss=torch.tensor(NAN if bad else 2.0 + rank),
+            )
+            tracker.record(
+                5,
+                microbatch,
+                tokens_per_expert=torch.tensor([4, 4]),
+                entropy=torch.tensor(0.5),
+                z_loss=torch.tensor(math.inf if bad else 4.0),
+            )
+        tracker.end_step()
+    first, last = tracker.report(groups).layers
+    assert first.tokens_per_expert.tolist() == [33, 55], (
+        "11 of 12: counts of NaN logits say nothing"
+    )
+    assert first.means == {"entropy": 0.25, "z_loss": pytest.approx((6 * 2 + 5 * 3) / 11)}
+    assert last.tokens_per_expert.tolist() == [48, 48], "only its z-loss overflowed"
+    assert last.means == {"entropy": 0.5, "z_loss": 4.0}
+    assert (first.left_out, last.left_out) == (1, 1)
+    assert "left out: 1 microbatches" in first.line()
+
+
+def test_one_bad_step_on_one_rank_is_counted_and_left_out_of_the_interval():
+    run_ranks(_not_finite, 2)
+
+
+def _all_bad() -> None:
+    tracker = MoEMetricsTracker([0], 2, 1, 1, "cpu")
+    tracker.record(0, 0, tokens_per_expert=torch.tensor([2, 0]), entropy=torch.tensor(NAN))
+    tracker.end_step()
+    (use,) = tracker.report(make_groups(1)).layers
+    assert math.isnan(use.means["entropy"])
+    assert use.left_out == 1
+    assert "entropy nan nats" in use.line()
+
+
+def test_an_interval_without_a_finite_value_says_nan():
+    run_ranks(_all_bad, 1)
+
+
+def _padding_only() -> None:
+    tracker = MoEMetricsTracker([0], 2, 1, 2, "cpu")
+    tracker.record(
+        0, 0, tokens_per_expert=torch.tensor([3, 1]), entropy=torch.tensor(0.5),
+        z_loss=torch.tensor(2.0),
+    )  # fmt: skip
+    tracker.record(
+        0, 1, tokens_per_expert=torch.tensor([0, 0]), entropy=torch.tensor(0.0),
+        z_loss=torch.tensor(0.0),
+    )  # fmt: skip
+    tracker.end_step()
+    (use,) = tracker.report(make_groups(1)).layers
+    assert use.means == {"entropy": 0.5, "z_loss": 2.0}
+    assert use.left_out == 0
+
+
+def test_a_microbatch_of_padding_is_in_no_mean():
+    run_ranks(_padding_only, 1)
+
+
+def _ragged(ep: int) -> None:
+    groups, rank = make_groups(ep), dist.get_rank()
+    tracker = MoEMetricsTracker([0, 2], [2, 6], [1, 3], 1, "cpu")
+    for _recompute in range(2):
+        tracker.record(
+            0, 0, tokens_per_expert=torch.tensor([3, 1]), expert_bias=torch.tensor([-0.5, 0.25])
+        )
+        counts = torch.tensor([1, 2, 3, 2, 2, 2])
+        tracker.record(2, 0, tokens_per_expert=counts, entropy=torch.tensor(1.0 + rank))
+        best = tracker.counts_so_far(0, 0, torch.tensor([4, 0]))
+    assert best.tolist() == [4, 0]
+    world = dist.get_world_size()
+    sums = tracker.step_counts(groups.dp_cp)
+    assert sums[0].tolist() == [3 * world, world]
+    assert sums[2].tolist() == [world * count for count in counts.tolist()]
+    tracker.end_step()
+    small, large = tracker.report(groups).layers
+    assert small.tokens_per_expert.tolist() == [3 * world, world]
+    assert (small.topk, large.topk) == (1, 3)
+    assert small.dead_experts == large.dead_experts == 0, "padding is no expert"
+    assert small.expert_bias == (-0.5, 0.25)
+    assert large.expert_bias is None
+    assert small.means == {}
+    assert large.means == {"entropy": (1 + world) / 2}
+    if ep == 2:
+        assert small.ep_load_ratio == 1.5
+        assert large.ep_load_ratio == 1.0
+
+
+@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2)])
+def test_layers_may_differ_in_experts_topk_and_what_they_record(world_size, ep):
+    run_ranks(_ragged, world_size, ep)

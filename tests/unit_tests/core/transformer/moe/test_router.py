@@ -101,14 +101,22 @@ def test_a_second_forward_routes_the_same_and_is_counted_once():
     assert torch.equal(first.probs, second.probs)
 
 
-@pytest.mark.parametrize("balancing", ["aux_loss", "none"])
-def test_counts_and_balance_are_recorded_with_and_without_balancing(balancing):
-    router = _router(moe_router_load_balancing_type=[balancing], moe_aux_loss_coeff=[0.01])
+@pytest.mark.parametrize("balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss", "none"])
+@pytest.mark.parametrize("z_loss", [None, 1e-3])
+def test_counts_are_always_recorded_and_the_losses_in_force_alone(balancing, z_loss):
+    router = _router(
+        moe_router_load_balancing_type=[balancing],
+        moe_aux_loss_coeff=[0.01],
+        moe_z_loss_coeff=z_loss,
+    )
     tracker = MoEMetricsTracker([1], NUM_EXPERTS, 2, 1, "cpu")
     router(make_tokens(12, torch.float32), ForwardContext(moe_metrics=tracker))
     tracker.end_step()
     assert int(tracker._count_sums.sum()) == 24
-    assert tracker._loss_sums[0, 0] > 0.9  # about 1 when balanced
+    want = {"entropy"} | ({"z_loss"} if z_loss else set())
+    if balancing != "none":
+        want.add(balancing.replace("aux_loss", "load_balancing_loss"))
+    assert {name for _, name in tracker._has} == want
 
 
 BIASED: dict[str, Any] = {

@@ -1,0 +1,91 @@
+"""From options to the routing trace of a run: where it goes, and how much of it is left."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron.core.errors import ConfigError, DataError
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.core.transformer.moe.router_trace import RouterTracer, TraceLimits
+from megatron.core.transformer.moe.router_trace_files import (
+    RoutingTrace,
+    TraceIndex,
+    next_start,
+    write_index,
+)
+from megatron.training.config.logging import LoggingConfig
+from megatron.training.initialize import World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What rank 0 found out and all ranks go by."""
+
+    start: str = ""
+    """Name of the folder of this start."""
+    steps: int = 0
+    """Traced by earlier starts, up to the one that this start goes on from."""
+    size: int = 0
+    """Bytes of rank 0 in them."""
+    error: str = ""
+    """Why the folder cannot be used; empty when it can."""
+
+
+def open_tracer(
+    config: LoggingConfig, world: World, metrics: MoEMetricsTracker | None, iteration: int
+) -> RouterTracer | None:
+    """Begin a new part of the trace after ``iteration``; None when none is wanted.
+
+    Collective over all ranks.
+
+    Raises:
+        ConfigError: --moe-routing-trace-path cannot be written or holds something else.
+    """
+    if config.moe_routing_trace_path is None or metrics is None:
+        return None
+    folder = Path(config.moe_routing_trace_path)
+    found = [_plan(folder, world, metrics, iteration) if world.is_first else None]
+    dist.broadcast_object_list(found, src=0)
+    plan = found[0]
+    assert plan is not None, "rank 0 made a plan"
+    if plan.error:
+        raise ConfigError(f"--moe-routing-trace-path {folder} cannot be used: {plan.error}")
+    most = config.moe_routing_trace_max_training_iters
+    limits = TraceLimits(
+        max_steps=None if most is None else max(most - plan.steps, 0),
+        max_bytes=config.moe_routing_trace_max_mb * 1_000_000 - plan.size,
+    )
+    try:
+        return RouterTracer(
+            folder / plan.start,
+            world.rank,
+            moe_layers=metrics.moe_layers,
+            num_experts=metrics.num_experts,
+            topk=metrics.topk,
+            limits=limits,
+        )
+    except OSError as error:
+        raise ConfigError(f"--moe-routing-trace-path {folder} cannot be written: {error}") from None
+
+
+def _plan(folder: Path, world: World, metrics: MoEMetricsTracker, iteration: int) -> _Plan:
+    start = next_start(folder, iteration)
+    index = TraceIndex(
+        first_step=iteration,
+        world_size=world.world_size,
+        moe_layers=list(metrics.moe_layers),
+        num_experts=list(metrics.num_experts),
+        topk=list(metrics.topk),
+    )
+    try:
+        write_index(folder / start, index)
+        trace = RoutingTrace(folder)  # without the steps that this start will make again
+        plan = _Plan(start=start, steps=len(trace.steps), size=trace.bytes_of(0))
+    except (OSError, DataError) as error:
+        return _Plan(error=str(error))
+    log.info(" > routing trace: %s (%d steps of earlier starts)", folder / start, plan.steps)
+    return plan
