@@ -68,7 +68,7 @@ def build_moe_metrics(
     return MoEMetricsTracker(
         model.moe_layers,
         num_experts=model.moe_experts_by_layer,
-        topk=max(model.moe_topk_by_layer),
+        topk=model.moe_topk_by_layer,
         num_microbatches=num_microbatches,
         device=world.device,
     )

@@ -189,10 +189,9 @@ def _recorded() -> None:
     assert torch.equal(first, again)
     tracker.end_step()
     report = tracker.report(make_groups())
-    assert report.tokens_per_expert[0].tolist() == [6] * NUM_EXPERTS
-    assert report.load_balancing_loss is None
-    assert report.z_loss is not None
-    assert report.max_violation == (0.0,)
+    assert report.layers[0].tokens_per_expert.tolist() == [6] * NUM_EXPERTS
+    assert list(report.losses()) == ["z_loss"]
+    assert report.layers[0].max_violation == 0.0
 
 
 def test_counts_are_even_and_there_is_no_balance_loss():

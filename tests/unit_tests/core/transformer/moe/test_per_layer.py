@@ -158,20 +158,23 @@ def _metrics() -> None:
     groups = make_groups()
     config = _config(**SIGMOID, moe_router_enable_expert_bias=True)
     model = tiny_gpt(config, pg_collection=groups)
-    tracker = MoEMetricsTracker(config.moe_layers, config.moe_experts_by_layer, 3, 2, "cpu")
+    tracker = MoEMetricsTracker(
+        config.moe_layers, config.moe_experts_by_layer, config.moe_topk_by_layer, 2, "cpu"
+    )
     _tracked(model, tracker, 2)
     update_expert_biases(model, tracker, groups.dp_cp)
     tracker.end_step()
     report = tracker.report(groups)
-    assert report.num_experts == (4, 8, 6)
+    assert [use.num_experts for use in report.layers] == [4, 8, 6]
     tokens = 2 * 2 * 11
-    for row, (layer, own) in enumerate(zip((1, 2, 3), report.counts_by_layer(), strict=True)):
-        assert len(own) == EXPERTS[layer]
+    for row, use in enumerate(report.layers):
+        layer, own = use.layer, use.tokens_per_expert
+        assert (len(own), use.topk) == (EXPERTS[layer], TOPK[layer])
         assert int(own.sum()) == tokens * TOPK[layer]
         mean = tokens * TOPK[layer] / EXPERTS[layer]
-        assert report.max_violation[row] == pytest.approx(own.max().item() / mean - 1)
-        assert report.min_violation[row] == pytest.approx(own.min().item() / mean - 1)
-        assert report.dead_experts[row] == own.tolist().count(0)
+        assert use.max_violation == pytest.approx(own.max().item() / mean - 1)
+        assert use.min_violation == pytest.approx(own.min().item() / mean - 1)
+        assert use.dead_experts == own.tolist().count(0)
         assert f"[{' '.join(map(str, own.tolist()))}]" in report.lines()[row]
         bias = model.decoder.layers[str(layer)].mlp.router.expert_bias
         assert torch.equal(bias, 1e-3 * (mean - own.double()).sign().float())
@@ -226,10 +229,12 @@ def _global_balance() -> None:
         **SIGMOID, moe_router_load_balancing_type=["global_aux_loss"], moe_aux_loss_coeff=[0.1]
     )
     model = tiny_gpt(config, pg_collection=make_groups())
-    tracker = MoEMetricsTracker(config.moe_layers, config.moe_experts_by_layer, 3, 2, "cpu")
+    tracker = MoEMetricsTracker(
+        config.moe_layers, config.moe_experts_by_layer, config.moe_topk_by_layer, 2, "cpu"
+    )
     _tracked(model, tracker, 2)
     tracker.end_step()
-    assert tracker.report(make_groups()).global_load_balancing_loss >= 0.9
+    assert tracker.report(make_groups()).losses()["global_load_balancing_loss"] >= 0.9
 
 
 def test_balance_over_the_batch_keeps_counts_of_each_size():
@@ -244,7 +249,7 @@ def test_a_run_makes_its_metrics_from_the_patterns():
         f"{LINE} --moe-num-experts-per-layer [2,4,8,2] --moe-router-topk 1".split(), world_size=1
     )
     tracker: Any = build_moe_metrics(config, OnCpu(), 3)  # type: ignore[arg-type]
-    assert tracker._num_experts == (2, 4, 8, 2)
+    assert tracker.num_experts == (2, 4, 8, 2)
     assert tracker._counts.shape == (4, 3, 8)
 
 
