@@ -67,5 +67,6 @@ def updated_beta(beta: Tensor, quantiles: Tensor, ema: float) -> Tensor:
 
 def _largest(rows: Tensor, rank: int) -> Tensor:
     """Return the value of each row that ``rank`` others precede in descending order."""
-    length = rows.shape[1]
-    return rows.kthvalue(length - min(rank, length - 1), dim=1).values
+    # not kthvalue, which torch refuses on CUDA where only deterministic kernels are allowed
+    count = min(rank + 1, rows.shape[1])
+    return rows.topk(count, dim=1, sorted=False).values.amin(dim=1)
