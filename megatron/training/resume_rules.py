@@ -85,9 +85,10 @@ def architecture(config: TransformerConfig) -> dict[str, Any]:
         if getattr(config, name) != value:
             facts[flag] = None
     for flag, of_all in _BY_LAYER.items():
-        numbers = facts[flag]  # of the MoE layers
-        facts[of_all] = max(numbers, default=None)
-        facts[flag] = list(numbers) if len(set(numbers)) > 1 else None
+        numbers = dict(zip(config.moe_layers, facts[flag], strict=True))
+        facts[of_all] = max(numbers.values(), default=None)
+        by_layer = [numbers.get(layer, 0) for layer in range(config.num_layers)]
+        facts[flag] = by_layer if len(set(numbers.values())) > 1 else None
     if config.num_moe_experts is None:
         facts.update(dict.fromkeys(_ONLY_MOE))
     pattern = facts["--moe-layer-freq"]

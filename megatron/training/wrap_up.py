@@ -57,6 +57,6 @@ def describe(run: Run) -> str:
 
 
 def _span(numbers: Sequence[int]) -> str:
-    """Write numbers that are alike as one, others as their range: 8-16."""
+    """Write numbers that are alike as one, others as their range: 8 to 16."""
     low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low}-{high}"
+    return str(low) if low == high else f"{low} to {high}"

@@ -102,9 +102,14 @@ def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:
         ({}, {"bf16": True}, "--bf16"),
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_type": "hash"}, "is topk in"),
         (
-            {"num_moe_experts": 4, "moe_num_experts_per_layer": [2, 4]},
-            {"num_moe_experts": 4},
-            "--moe-num-experts-per-layer is [2, 4] in the checkpoint and None in this run",
+            {
+                "num_layers": 3,
+                "moe_layer_freq": [0, 1, 1],
+                "num_moe_experts": 4,
+                "moe_num_experts_per_layer": [0, 2, 4],
+            },
+            {"num_layers": 3, "moe_layer_freq": [0, 1, 1], "num_moe_experts": 4},
+            "--moe-num-experts-per-layer is [0, 2, 4] in the checkpoint and None in this run",
         ),
         (
             {"num_moe_experts": 4, "moe_router_topk_per_layer": [2, 1]},

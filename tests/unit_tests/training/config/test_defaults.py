@@ -199,3 +199,30 @@ def test_the_node_is_what_torchrun_started_unless_said():
     assert node_size() == 4
     assert node_size(moe_dispatcher_node_size=2) == 2
     assert node_size(moe_token_dispatcher_type="alltoall") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("expert_choice", ("none (experts take equal numbers of tokens)", "CAUSALITY")),
+        ("hash", ("none (a loss cannot move a hash)",)),
+    ],
+)
+def test_where_tokens_do_not_choose_there_is_no_balance_loss_and_it_is_said(kind, words):
+    run = _derive(num_moe_experts=4, moe_router_type=kind)
+    assert run.config.model.moe_router_load_balancing_type == ["none"]
+    assert run.config.model.aux_loss_coeffs == {}
+    told = [notice for notice in run.notices if any(word in notice for word in words)]
+    assert len(told) == len(words)
+    assert not any("load balancing" in notice for notice in run.notices)
+    asked = _derive(
+        num_moe_experts=4, moe_router_type=kind, moe_router_load_balancing_type=["aux_loss"]
+    )
+    assert any("excludes" in problem for problem in asked.config.model.moe_problems())
+
+
+def test_the_largest_layer_stands_for_all_where_one_number_is_asked():
+    run = _derive(moe_num_experts_per_layer=[4, 8], moe_router_topk_per_layer=[3, 1])
+    model = run.config.model
+    assert (model.num_moe_experts, model.moe_router_topk) == (8, 3)
+    assert _derive(moe_num_experts_per_layer=[0, 0]).config.model.num_moe_experts is None

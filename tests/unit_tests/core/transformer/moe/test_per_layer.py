@@ -143,7 +143,7 @@ def test_work_is_counted_layer_by_layer():
     alike = {"moe_router_topk_per_layer": None, "moe_num_experts_per_layer": None}
     per_expert = 6 * 2 * 32 * 128  # two matrices of h x 4 h
     assert flops() - flops(**alike, moe_router_topk=1) == per_expert * (0 + 2 + 1)
-    assert _span((4, 8, 6)) == "4-8"
+    assert _span((4, 8, 6)) == "4 to 8"
     assert _span((2, 2)) == "2"
 
 
