@@ -123,6 +123,43 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --moe-pad-expert-input-to-capacity --moe-token-drop-policy position",
         ["have no effect without --moe-expert-capacity-factor"],
     ),
+    "trace limits alone": (
+        1,
+        f"{MOE} --moe-routing-trace-max-training-iters 5 --moe-routing-trace-max-mb 3",
+        ["have no effect without --moe-routing-trace-path"],
+    ),
+    "trace of nothing": (1, f"{GOOD} --moe-routing-trace-path x", ["x needs a MoE layer"]),
+    "trace to a file": (
+        1,
+        f"{MOE} --moe-routing-trace-path {__file__}",
+        ["--moe-routing-trace-path", "is a file; a folder is needed"],
+    ),
+    "trace of 0 MB": (
+        1,
+        f"{MOE} --moe-routing-trace-path x --moe-routing-trace-max-mb 0",
+        ["--moe-routing-trace-max-mb 0 must be at least 1"],
+    ),
+    "trace of 0 steps": (
+        1,
+        f"{MOE} --moe-routing-trace-path x --moe-routing-trace-max-training-iters 0",
+        ["must be at least 1"],
+    ),
+    "trace of logits": (
+        1,
+        f"{MOE} --moe-routing-trace-path x --moe-routing-trace-capture-logits",
+        ["--moe-routing-trace-capture-logits", "experts and weights of each token"],
+    ),
+    "losses of no layer": (1, f"{GOOD} --moe-per-layer-logging", ["needs a MoE layer"]),
+    "replicas of one rank": (
+        1,
+        f"{GOOD} --check-replica-hash 10",
+        ["--check-replica-hash 10 has no effect on one rank"],
+    ),
+    "replicas every 0 steps": (
+        2,
+        f"{GOOD} --check-weight-hash-across-dp-replicas-interval 0",
+        ["--check-replica-hash 0 must be at least 1"],
+    ),
     "gate of no shared expert": (
         1,
         f"{MOE} --moe-shared-expert-gate",

@@ -70,11 +70,14 @@ class Step:
         self.tokens = torch.randint(VOCABULARY, (MICROBATCH, SEQUENCE + 1), device=device)
         self.positions = torch.arange(SEQUENCE, device=device).expand(MICROBATCH, SEQUENCE)
 
-    def __call__(self) -> None:
+    def __call__(self, context: ForwardContext | None = None) -> None:
         """Forward, backward, optimizer step."""
         self.ddp.zero_grad_buffer()
         losses = self.ddp(
-            self.tokens[:, :-1], self.positions, labels=self.tokens[:, 1:], context=ForwardContext()
+            self.tokens[:, :-1],
+            self.positions,
+            labels=self.tokens[:, 1:],
+            context=context or ForwardContext(),
         )
         losses.mean().backward()
         self.ddp.finish_grad_sync()
