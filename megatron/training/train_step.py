@@ -115,6 +115,7 @@ def forward_backward(
         rng=SampleRng(state.dropout_seed, batch.sample_ids),
         microbatch=index,
         moe_metrics=run.moe_metrics,
+        same_num_tokens=True,  # microbatches are of --micro-batch-size x --seq-length everywhere
         aux_loss_scale=1.0 / (run.num_microbatches * run.world.pg_collection.dp_cp.size()),
     )
     output, loss_func = run.forward_step(iter((batch,)), partial(run.model, context=context))

@@ -29,3 +29,5 @@ class ForwardContext:
     """Gradient with which auxiliary losses enter backward: 1 / (microbatches x data ranks)."""
     kv_cache: "KVCache | None" = None
     """Keys and values of earlier positions, in generation."""
+    same_num_tokens: bool = False
+    """Every data-parallel rank has as many tokens as this one, and knows it."""

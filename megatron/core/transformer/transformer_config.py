@@ -14,12 +14,19 @@ from megatron.core.transformer.config.attention import AttentionConfig
 from megatron.core.transformer.config.init import InitConfig
 from megatron.core.transformer.config.norm import NormConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
+from megatron.core.transformer.config.recompute import RecomputeConfig
 from megatron.core.transformer.moe.moe_config import MoEConfig
 
 
 @dataclass(kw_only=True)
 class TransformerConfig(
-    MoEConfig, AttentionConfig, NormConfig, InitConfig, PrecisionConfig, ModelParallelConfig
+    MoEConfig,
+    AttentionConfig,
+    NormConfig,
+    InitConfig,
+    PrecisionConfig,
+    RecomputeConfig,
+    ModelParallelConfig,
 ):
     """Model shape."""
 
@@ -60,6 +67,7 @@ class TransformerConfig(
         yield from self.attention_problems(self.hidden_size)
         yield from self.precision_problems()
         yield from self.moe_problems()
+        yield from self.recompute_problems()
         yield from self.layer_problems()
 
     def layer_problems(self) -> Iterator[str]:

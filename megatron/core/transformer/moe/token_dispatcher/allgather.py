@@ -25,6 +25,7 @@ from megatron.core.transformer.moe.permutation import (
 )
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
+    During,
     MoETokenDispatcher,
     rows_sent,
 )
@@ -44,11 +45,20 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
     """Gather tokens over ep -> pick those of local experts, and sum the ranks' parts back."""
 
     def token_permutation(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        during: During = None,
+        rows_per_expert: int | None = None,
     ) -> DispatchedTokens[AllGatherState]:
         """See ``MoETokenDispatcher.token_permutation``."""
+        _run(during)
         num_tokens = hidden_states.shape[0]
-        sizes, wanted = gather_sizes(self.ep_group, num_tokens, routing_map.sum(dim=0))
+        sizes, wanted = gather_sizes(
+            self.ep_group, num_tokens, routing_map.sum(dim=0), each=rows_per_expert
+        )
         if wanted is None:  # no other rank: every pair is ours
             wanted = rows_sent([], num_tokens, self.topk, exact=self.exact)
         tokens = all_gather_rows(self.ep_group, hidden_states, sizes)
@@ -63,9 +73,14 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
         )
 
     def token_unpermutation(
-        self, expert_output: Tensor, dispatched: DispatchedTokens[AllGatherState]
+        self,
+        expert_output: Tensor,
+        dispatched: DispatchedTokens[AllGatherState],
+        *,
+        during: During = None,
     ) -> Tensor:
         """See ``MoETokenDispatcher.token_unpermutation``."""
+        _run(during)
         state = dispatched.state
         wide = torch.promote_types(expert_output.dtype, torch.float32)
         parts = unpermute(expert_output, state.plan, dtype=wide)
@@ -81,3 +96,9 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
 
     def _max_rows(self) -> int:
         return min(self.topk or self.num_local_experts, self.num_local_experts)
+
+
+def _run(during: During) -> None:
+    """Compute what was to be computed meanwhile; this dispatcher overlaps nothing."""
+    if during is not None:
+        during()

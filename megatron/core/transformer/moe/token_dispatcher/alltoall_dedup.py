@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.permutation import (
 )
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
+    During,
     MoETokenDispatcher,
     rows_sent,
 )
@@ -38,9 +39,20 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
     """Pick by rank -> all-to-all over ep -> copy by local expert; sum there, and sum here."""
 
     def token_permutation(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        during: During = None,
+        rows_per_expert: int | None = None,
     ) -> DispatchedTokens[AllToAllDedupState]:
-        """See ``MoETokenDispatcher.token_permutation``."""
+        """See ``MoETokenDispatcher.token_permutation``.
+
+        How many rows a rank gets depends on which experts a token has in common with it, so
+        counts are exchanged whatever ``rows_per_expert`` says.
+        """
+        del rows_per_expert
         num_tokens = hidden_states.shape[0]
         blocks = self.num_experts // self.num_local_experts
         by_rank = routing_map.view(num_tokens, blocks, self.num_local_experts)
@@ -57,7 +69,7 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
             num_rows=rows_sent(splits.send, num_tokens, alone, exact=self.exact),
             max_rows_per_token=min(most, blocks),
         )
-        tokens = all_to_all(self.ep_group, permute(hidden_states, sent), splits)
+        tokens = all_to_all(self.ep_group, permute(hidden_states, sent), splits, during=during)
         marked = probs.masked_fill(~routing_map, -1.0).view(-1, self.num_local_experts)
         columns = marked.index_select(0, sent.pair_of_row)  # [rows sent, num_local_experts]
         columns = all_to_all(self.ep_group, columns, splits)
@@ -73,10 +85,14 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
         )
 
     def token_unpermutation(
-        self, expert_output: Tensor, dispatched: DispatchedTokens[AllToAllDedupState]
+        self,
+        expert_output: Tensor,
+        dispatched: DispatchedTokens[AllToAllDedupState],
+        *,
+        during: During = None,
     ) -> Tensor:
         """See ``MoETokenDispatcher.token_unpermutation``."""
         state = dispatched.state
         parts = unpermute(expert_output, state.copies)  # of each token that arrived, summed here
-        rows = all_to_all(self.ep_group, parts, state.splits.reversed())
+        rows = all_to_all(self.ep_group, parts, state.splits.reversed(), during=during)
         return unpermute(rows, state.sent)

@@ -5,7 +5,7 @@ receive, num_local_experts = num_experts / ep.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 StateT = TypeVar("StateT")
+
+During = Callable[[], None] | None
+"""What is to be computed while rows travel; None for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,13 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
 
     @abstractmethod
     def token_permutation(
-        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+        self,
+        hidden_states: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        during: During = None,
+        rows_per_expert: int | None = None,
     ) -> DispatchedTokens[StateT]:
         """Send tokens to the ranks of their experts.
 
@@ -73,13 +82,24 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
             hidden_states: [num_tokens, h]; any number of tokens, 0 included.
             probs: [num_tokens, num_experts], at least 0; differentiable.
             routing_map: [num_tokens, num_experts], bool.
+            during: Called once, while rows are under way where rows are sent at all.
+            rows_per_expert: True entries of every column of the routing map on every rank of
+                ``ep``, where all of them know it and have the same number of tokens: then no
+                counts need be exchanged.
         """
 
     @abstractmethod
     def token_unpermutation(
-        self, expert_output: Tensor, dispatched: DispatchedTokens[StateT]
+        self,
+        expert_output: Tensor,
+        dispatched: DispatchedTokens[StateT],
+        *,
+        during: During = None,
     ) -> Tensor:
-        """Bring ``expert_output`` [num_recv, h] back to its tokens and sum: [num_tokens, h]."""
+        """Bring ``expert_output`` [num_recv, h] back to its tokens and sum: [num_tokens, h].
+
+        ``during`` is as in ``token_permutation``.
+        """
 
 
 def local_expert_count(num_experts: int, ranks: int) -> int:
