@@ -51,11 +51,13 @@ class Flight:
         self._tensors = (x, out)
         return out
 
-    def land(self) -> None:
-        """Wait until the rows are there (on CUDA the current stream waits, not the host)."""
-        if self._work is not None:
-            self._work.wait()
+    def land(self) -> Tensor:
+        """Return the rows once they are there (on CUDA the current stream waits, not the host)."""
+        assert self._work is not None, "launch first"
+        self._work.wait()
+        _, out = self._tensors
         self._work, self._tensors = None, ()
+        return out
 
 
 class _Launch(torch.autograd.Function):
@@ -67,8 +69,8 @@ class _Launch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        ctx.flight.land()
-        return None, grad, None
+        del grad  # of the rows as they arrived; what was made of it is in the air
+        return None, ctx.flight.land(), None
 
 
 class _Land(torch.autograd.Function):
@@ -80,4 +82,5 @@ class _Land(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        return None, ctx.flight.launch(grad, ctx.splits.reversed()), None
+        ctx.flight.launch(grad, ctx.splits.reversed())
+        return None, grad, None
