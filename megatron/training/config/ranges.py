@@ -43,6 +43,7 @@ _NAMES_BY_RANGE = {
         vocab_size make_vocab_size_divisible_by padded_vocab_size save_interval keep_last
         ckpt_step eval_interval log_interval tensorboard_log_interval tensorboard_queue_size
         distributed_timeout_minutes bucket_size moe_dispatcher_node_size
+        moe_expert_chunk_tokens recompute_num_layers
     """,
     Range(0): """
         num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate

@@ -52,7 +52,8 @@ class GroupedMLP(nn.Module):
         """
         super().__init__()
         self.gated = config.swiglu
-        self.grouped_mm = resolve("grouped_mm")
+        self.grouped_mm = resolve("grouped_mm", config.moe_grouped_mm_backend)
+        self.loops_on_cpu = config.moe_grouped_mm_backend == "auto"
         ids = local_expert_ids(num_local_experts, pg_collection)
         hidden, ffn, dtype = config.moe_hidden_size, config.moe_ffn_size, params_dtype(config)
         inner = ffn * (2 if self.gated else 1)
@@ -97,7 +98,7 @@ class GroupedMLP(nn.Module):
         """
         rows = permuted_local_hidden_states
         probs = permuted_probs.to(compute_dtype(rows.dtype))
-        if rows.device.type == "cpu":
+        if self.loops_on_cpu and rows.device.type == "cpu":
             weights = ExpertWeights(self.weight1, self.weight2, self.bias1, self.bias2)
             output = looped_experts(rows, tokens_per_expert, probs, weights, gated=self.gated)
             return output, None

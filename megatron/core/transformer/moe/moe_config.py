@@ -112,6 +112,10 @@ class MoEConfig:
     """Expert bank: one stacked weight with grouped matrix products, or one plain MLP after
     another (readable, slow). Checkpoints are interchangeable."""
 
+    moe_grouped_mm_backend: Literal["auto", "torch_native", "grouped_gemm"] = "auto"
+    """What multiplies rows and weights of all experts: PyTorch's grouped product, or the package
+    grouped_gemm (CUDA and bf16 only). auto is PyTorch's, on CPUs one expert after another."""
+
     moe_expert_chunk_tokens: int | None = None
     """Send, compute and bring back this many tokens of a rank at a time, and each of these chunks
     again in backward: a rank whose experts are favoured then never holds more than one chunk's
