@@ -26,7 +26,7 @@ def evaluate(run: Run, data_iterator: Iterator[Batch], num_batches: int) -> floa
         num_batches: Global batches to read.
     """
     run.model.eval()
-    model = partial(run.model, context=ForwardContext())
+    model = partial(run.model, context=ForwardContext(same_num_tokens=True))
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
     for _ in range(num_batches * run.num_microbatches):
         batch = next(data_iterator).to(run.world.device)

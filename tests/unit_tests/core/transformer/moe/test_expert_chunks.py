@@ -34,6 +34,7 @@ SHAPES: list[dict[str, Any]] = [
     {"moe_latent_size": 12, "moe_expert_capacity_factor": 0.75},
     {"moe_expert_capacity_factor": 0.5, "moe_pad_expert_input_to_capacity": True},
     {"moe_experts_type": "sequential"},
+    {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
 ]
 
 
