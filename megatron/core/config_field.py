@@ -53,7 +53,8 @@ def choice_problems(config: Any) -> Iterator[str]:
     """
     for name, (is_list, choices) in _choices(type(config)).items():
         value = getattr(config, name)
-        wrong = [v for v in (value if is_list else [value]) if v not in choices]
+        values = [] if value is None else value if is_list else [value]
+        wrong = [v for v in values if v not in choices]
         if wrong:
             flag_name = f"--{name.replace('_', '-')}"
             yield f"{flag_name} {' '.join(map(str, wrong))} must be one of {', '.join(choices)}"
@@ -64,9 +65,16 @@ def _choices(config_cls: type) -> dict[str, tuple[bool, tuple[str, ...]]]:
     hints = typing.get_type_hints(config_cls)
     found = {}
     for entry in fields(config_cls):
-        hint = hints[entry.name]
+        hint = _without_none(hints[entry.name])
         is_list = typing.get_origin(hint) is list
         inner = typing.get_args(hint)[0] if is_list else hint
         if typing.get_origin(inner) is typing.Literal:
             found[entry.name] = is_list, typing.get_args(inner)
     return found
+
+
+def _without_none(hint: Any) -> Any:
+    """Take ``X`` of ``X | None``: whether a field may be left out is not for this module."""
+    inner = [part for part in typing.get_args(hint) if part is not type(None)]
+    is_optional = len(inner) == 1 and type(None) in typing.get_args(hint)
+    return inner[0] if is_optional else hint

@@ -29,7 +29,7 @@ def evaluate(run: Run, data_iterator: Iterator[Batch], num_batches: int) -> floa
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
     for _ in range(num_batches * run.num_microbatches):
         batch = next(data_iterator).to(run.world.device)
-        context = ForwardContext(padding_mask=batch.padding_mask)
+        context = ForwardContext(padding_mask=batch.padding_mask, same_num_tokens=True)
         model = partial(run.model, context=context)
         output, loss_func = run.forward_step(iter((batch,)), model)
         loss_sum, num_tokens = checked_loss(loss_func(output))

@@ -38,7 +38,7 @@ def tell_options(config: RunConfig) -> None:
         rows.append((name, str(value) if source == "default" else f"{value}  ({source})"))
     log.info("%s", banner("arguments", rows))
     log.info("  %-16s %-14s %s", "op", "chosen", "why (also known)")
-    for choice in registry.table():
+    for choice in registry.table({"grouped_mm": config.model.moe_grouped_mm_backend}):
         why = f"{choice.why} ({choice.also_known})"
         log.info("  %-16s %-14s %s", choice.op, choice.chosen, why)
     for notice in config.notices:

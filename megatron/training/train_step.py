@@ -133,6 +133,7 @@ def forward_backward(
         iteration=state.iteration,
         moe_metrics=run.moe_metrics,
         router_tracer=run.router_tracer if run.is_tracing else None,
+        same_num_tokens=True,  # microbatches are of --micro-batch-size x --seq-length everywhere
         aux_loss_scale=1.0 / forwards,
         padding_mask=batch.padding_mask,
         mean_valid_tokens=counts.valid / forwards,

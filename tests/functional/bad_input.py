@@ -20,7 +20,86 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "flex dispatcher": (
         1,
         f"{MOE} --moe-token-dispatcher-type flex",
-        ["alltoall_dedup"],
+        ["alltoall_dedup", "DeepEP (deep_ep)", "use --moe-token-dispatcher-type alltoall"],
+    ),
+    "deepep backend": (
+        1,
+        f"{MOE} --moe-flex-dispatcher-backend deepep --moe-enable-deepep",
+        ["DeepEP (deep_ep)", "--moe-enable-deepep is a Megatron-LM flag not offered here"],
+    ),
+    "chunks of 0 tokens": (1, f"{MOE} --moe-expert-chunk-tokens 0", ["must be at least 1"]),
+    "overlap without shared experts": (
+        1,
+        f"{MOE} --moe-shared-expert-overlap",
+        ["needs shared experts: add --moe-shared-expert-intermediate-size"],
+    ),
+    "overlap without all-to-all": (
+        1,
+        f"{MOE} --moe-shared-expert-overlap --moe-shared-expert-intermediate-size 8 "
+        "--moe-token-dispatcher-type allgather",
+        ["needs an all-to-all to hide behind"],
+    ),
+    "overlap of chunks": (
+        1,
+        f"{MOE} --moe-shared-expert-overlap --moe-shared-expert-intermediate-size 8 "
+        "--moe-expert-chunk-tokens 8",
+        ["contradicts --moe-expert-chunk-tokens 8"],
+    ),
+    "grouped_gemm": (
+        1,
+        f"{MOE} --bf16 --moe-grouped-mm-backend grouped_gemm",
+        ["needs the package grouped_gemm, which is not installed", "torch_native"],
+    ),
+    "products of no group": (
+        1,
+        f"{MOE} --moe-grouped-mm-backend torch_native --moe-experts-type sequential",
+        ["no effect with --moe-experts-type sequential"],
+    ),
+    "full without method": (
+        1,
+        f"{MOE} --recompute-granularity full",
+        ["needs --recompute-method and --recompute-num-layers; uniform and 1"],
+    ),
+    "method without full": (
+        1,
+        f"{MOE} --recompute-method uniform --recompute-num-layers 1",
+        ["have no effect without --recompute-granularity full"],
+    ),
+    "modules without selective": (
+        1,
+        f"{MOE} --recompute-modules moe",
+        ["no effect without --recompute-granularity selective"],
+    ),
+    "recomputed norms": (
+        1,
+        f"{MOE} --recompute-granularity selective --recompute-modules layernorm",
+        ["must be one of core_attn, moe_act", "or recompute whole layers"],
+    ),
+    "recomputed experts of a dense model": (
+        1,
+        f"{GOOD} --recompute-granularity selective --recompute-modules moe",
+        ["--recompute-modules moe needs a MoE layer"],
+    ),
+    "recomputed MLPs of none": (
+        1,
+        f"{MOE} --recompute-granularity selective --recompute-modules mlp",
+        ["there is no dense MLP"],
+    ),
+    "recomputed shared experts of none": (
+        1,
+        f"{MOE} --recompute-granularity selective --recompute-modules shared_experts",
+        ["needs shared experts"],
+    ),
+    "shared experts twice": (
+        1,
+        f"{MOE} --recompute-granularity selective --recompute-modules moe shared_experts "
+        "--moe-shared-expert-intermediate-size 8",
+        ["moe recomputes shared experts as well"],
+    ),
+    "moe-layer-recompute": (
+        1,
+        f"{MOE} --moe-layer-recompute",
+        ["--recompute-granularity selective --recompute-modules moe"],
     ),
     "pre-softmax of sigmoid": (
         1,

@@ -37,6 +37,13 @@ CASES = {
         "normalization": "RMSNorm",
         "add_bias_linear": False,
     },
+    "chunks": {"moe_expert_chunk_tokens": 5, "overlap_grad_reduce": True, "bucket_size": 700},
+    "shared_experts_overlapped": {
+        "moe_shared_expert_intermediate_size": 20,
+        "moe_shared_expert_overlap": True,
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe"],
+    },
     "capacity": {"moe_expert_capacity_factor": 0.75},
     "capacity_padded": {
         "moe_expert_capacity_factor": 0.5,

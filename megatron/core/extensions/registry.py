@@ -5,14 +5,14 @@ never in a forward. The one from torch always exists.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from megatron.core.errors import BackendError
 
-_MODULES = ("torch_native", "apex")
+_MODULES = ("torch_native", "apex", "grouped_gemm")
 """Files of this folder that register implementations."""
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -85,11 +85,19 @@ def resolve(op: str, wanted: str = "auto") -> Callable[..., Any]:
     return _choose(op, wanted).function
 
 
-def table() -> list[Choice]:
-    """Return what ``auto`` chooses for each op, for the start-up banner."""
+def table(wanted: Mapping[str, str] | None = None) -> list[Choice]:
+    """Return what is chosen for each op, for the start-up banner.
+
+    Args:
+        wanted: Op -> what ``resolve`` is asked for; ``auto`` for those it leaves out.
+
+    Raises:
+        BackendError: See ``resolve``.
+    """
+    asked = wanted or {}
     rows = []
     for op in sorted(_known()):
-        chosen = _choose(op, "auto")
+        chosen = _choose(op, asked.get(op, "auto"))
         others = [one for one in _known()[op] if one.name != chosen.name]
         rows.append(
             Choice(

@@ -51,7 +51,7 @@ class _GroupedMM(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
         rows = rows.contiguous()
         ctx.save_for_backward(rows, weight, tokens_per_expert)
-        return _product(rows, weight.transpose(1, 2), tokens_per_expert)
+        return grouped_product(rows, weight.transpose(1, 2), tokens_per_expert)
 
     @staticmethod
     @once_differentiable
@@ -60,14 +60,17 @@ class _GroupedMM(torch.autograd.Function):
         grad = grad.contiguous()
         need_rows, need_weight, _ = ctx.needs_input_grad
         return (
-            _product(grad, weight, tokens_per_expert) if need_rows else None,
-            _weight_grad(grad, rows, tokens_per_expert) if need_weight else None,
+            grouped_product(grad, weight, tokens_per_expert) if need_rows else None,
+            grouped_weight_grad(grad, rows, tokens_per_expert) if need_weight else None,
             None,
         )
 
 
-def _product(rows: Tensor, matrices: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Return rows of group e @ matrices[e], where matrices is [num_experts, in, out]."""
+def grouped_product(rows: Tensor, matrices: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Return rows of group e @ matrices[e], where matrices is [num_experts, in, out].
+
+    Without autograd.
+    """
     if _fits_grouped_mm(rows, matrices.shape[1], matrices.shape[2]):
         return nn.functional.grouped_mm(rows, matrices, offs=_ends(tokens_per_expert))
     out = rows.new_empty(rows.shape[0], matrices.shape[2])
@@ -77,8 +80,11 @@ def _product(rows: Tensor, matrices: Tensor, tokens_per_expert: Tensor) -> Tenso
     return out
 
 
-def _weight_grad(grad: Tensor, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """Return grad.T @ rows for each group: [num_experts, out, in]; zeros for an empty one."""
+def grouped_weight_grad(grad: Tensor, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Return grad.T @ rows for each group: [num_experts, out, in]; zeros for an empty one.
+
+    Without autograd.
+    """
     if _fits_grouped_mm(rows, grad.shape[1], rows.shape[1]):
         result = nn.functional.grouped_mm(grad.t(), rows, offs=_ends(tokens_per_expert))
         if (

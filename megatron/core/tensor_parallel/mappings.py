@@ -4,7 +4,7 @@ Rows are dim 0; sizes and splits are host integers, one for each rank of the gro
 group must make the same calls in the same order, also with zero rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import all_gather_single
+from megatron.core.tensor_parallel.flight import all_to_all_during
 
 
 class RowSplits(NamedTuple):
@@ -29,19 +30,31 @@ class RowSplits(NamedTuple):
         return RowSplits(send=self.recv, recv=self.send)
 
 
-def all_to_all(group: ProcessGroup, x: Tensor, splits: RowSplits) -> Tensor:
+def all_to_all(
+    group: ProcessGroup,
+    x: Tensor,
+    splits: RowSplits,
+    *,
+    during: Callable[[], None] | None = None,
+) -> Tensor:
     """Send blocks of rows to the ranks of ``group``; the gradient takes the way back.
 
     Args:
         group: In a group of one rank ``x`` itself is returned.
         x: [sum(splits.send), ...], the rows for rank 0 first.
         splits: Rows to and from each rank; ignored in a group of one.
+        during: Called once while the rows are under way, and must not change ``x``. What it
+            computes is differentiated while the gradient is under way, too.
 
     Returns:
         [sum(splits.recv), ...], the rows of rank 0 first.
     """
     if group.size() == 1:
+        if during is not None:
+            during()
         return x
+    if during is not None:
+        return all_to_all_during(group, x, splits, during)
     out: Tensor = _AllToAll.apply(group, x, splits)
     return out
 
@@ -91,6 +104,15 @@ def all_reduce_sum(group: ProcessGroup, x: Tensor) -> Tensor:
     return total
 
 
+def largest_over_ranks(group: ProcessGroup, number: int, device: torch.device) -> int:
+    """Return the largest ``number`` of all ranks; one all-reduce, none in a group of one."""
+    if group.size() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return int(largest)
+
+
 class CountExchange(NamedTuple):
     """What all ranks of a group are about to send this one."""
 
@@ -100,16 +122,23 @@ class CountExchange(NamedTuple):
     """Sums of the counts for ``all_to_all``; empty lists in a group of one, which needs none."""
 
 
-def exchange_counts(group: ProcessGroup, counts: Tensor) -> CountExchange:
+def exchange_counts(
+    group: ProcessGroup, counts: Tensor, *, each: int | None = None
+) -> CountExchange:
     """Tell each rank how many rows it gets: one all-to-all and one device-to-host copy.
 
-    In a group of one rank there is neither.
+    In a group of one rank there is neither, nor where ``each`` says it all.
 
     Args:
         group: Rank r owns the r-th of ``group.size()`` equal blocks of experts.
         counts: [num_experts], int64, rows that this rank has for each expert.
+        each: What all counts of all ranks are, where all of them know it. ``splits`` are then
+            filled in also in a group of one.
     """
     ranks = group.size()
+    if each is not None:
+        rows = [each * (counts.shape[0] // ranks)] * ranks
+        return CountExchange(torch.full_like(counts, each).view(ranks, -1), RowSplits(rows, rows))
     if ranks == 1:
         return CountExchange(counts.view(1, -1), RowSplits([], []))
     received = torch.empty_like(counts)
@@ -164,7 +193,11 @@ class HopCounts(NamedTuple):
 
 
 def exchange_counts_in_hops(
-    node_group: ProcessGroup, across_group: ProcessGroup, counts: Tensor
+    node_group: ProcessGroup,
+    across_group: ProcessGroup,
+    counts: Tensor,
+    *,
+    each: int | None = None,
 ) -> HopCounts:
     """Do ``exchange_counts`` in two hops: two small all-to-alls, one device-to-host copy.
 
@@ -174,9 +207,20 @@ def exchange_counts_in_hops(
         node_group: Ranks of this node; its rank is the place.
         across_group: Ranks at this place of all nodes.
         counts: [num_experts], int64, in the order of nodes, then of places.
+        each: See ``exchange_counts``.
     """
     places, nodes = node_group.size(), across_group.size()
     table = counts.view(nodes, places, -1)
+    if each is not None:
+        handed = torch.full_like(table.transpose(0, 1), each)
+        block = each * table.shape[2]
+        return HopCounts(
+            sent=torch.full_like(table[..., 0], block),
+            passed=torch.full_like(handed[..., 0], block),
+            received=torch.full_like(table, each).flatten(0, 1),
+            within=RowSplits([block * nodes] * places, [block * nodes] * places),
+            across=RowSplits([block * places] * nodes, [block * places] * nodes),
+        )
     handed = _swap_counts(node_group, table.transpose(0, 1))  # [places, nodes, num_local]
     received = _swap_counts(across_group, handed.transpose(0, 1))  # [nodes, places, num_local]
     sent, passed = table.sum(dim=2), handed.sum(dim=2)
@@ -200,17 +244,23 @@ class GatheredSizes(NamedTuple):
     asks nobody."""
 
 
-def gather_sizes(group: ProcessGroup, num_rows: int, counts: Tensor) -> GatheredSizes:
+def gather_sizes(
+    group: ProcessGroup, num_rows: int, counts: Tensor, *, each: int | None = None
+) -> GatheredSizes:
     """Learn the rows of all ranks: one all-gather and one device-to-host copy.
 
-    In a group of one rank there is neither.
+    In a group of one rank there is neither, nor where ``each`` says it all.
 
     Args:
         group: Rank r owns the r-th of ``group.size()`` equal blocks of experts.
         num_rows: Rows of this rank.
         counts: [num_experts], int64, (row, expert) pairs of this rank for each expert.
+        each: What all counts of all ranks are, where all of them know it, and that all have
+            ``num_rows``.
     """
     ranks = group.size()
+    if each is not None:
+        return GatheredSizes([num_rows] * ranks, each * counts.shape[0])
     if ranks == 1:
         return GatheredSizes([num_rows], None)
     own = torch.cat([counts.view(ranks, -1).sum(dim=1), counts.new_full((1,), num_rows)])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.precision import params_dtype
+from megatron.core.transformer.recompute import recomputed
 from megatron.core.transformer.rotary import RotaryTables, split_and_rotate
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -55,6 +56,7 @@ class SelfAttention(nn.Module):
             dtype=params_dtype(config),
             bias=config.add_bias_linear or config.add_qkv_bias,
         )
+        self.recomputes_core = "core_attn" in config.recomputed_modules
         self.core_attention = build_module(
             submodules.core_attention, config, layer_number=layer_number
         )
@@ -91,6 +93,8 @@ class SelfAttention(nn.Module):
             mixed = mixed + bias
         mixed = mixed.unflatten(-1, (self.groups, self.slots, self.head_dim))
         query, key, value = split_and_rotate(mixed, rotary)
-        attended = self.core_attention(query, key, value, attention_mask, context)  # [s, b, h]
+        attended = recomputed(  # [s, b, h]
+            self.core_attention, self.recomputes_core, query, key, value, attention_mask, context
+        )
         output: tuple[Tensor, Tensor | None] = self.linear_proj(attended)
         return output

@@ -42,6 +42,8 @@ class ForwardContext:
     that are means over tokens divide by it. None: by the tokens of each microbatch."""
     kv_cache: "KVCache | None" = None
     """Keys and values of earlier positions, in generation."""
+    same_num_tokens: bool = False
+    """Every data-parallel rank has as many tokens as this one, and knows it."""
     router_replay: "Mapping[int, RouterReplay] | None" = None
     """Layer number -> what its router records or replays, in place of what the router owns."""
     token_ids: Tensor | None = None

@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.precision import params_dtype
+from megatron.core.transformer.recompute import recomputed
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -50,6 +51,7 @@ class MLP(nn.Module):
         del layer_number, pg_collection
         hidden, dtype = config.hidden_size, params_dtype(config)
         ffn = ffn_size or config.ffn_size
+        self.is_recomputed = "mlp" in config.recomputed_modules
         self.activation = submodules.activation
         self.linear_fc1 = build_module(
             submodules.linear_fc1,
@@ -77,8 +79,15 @@ class MLP(nn.Module):
             The output [s, b, h]; and the bias of linear_fc2 [h] if that was left to the caller.
         """
         del context  # for MLPs with a router
+        return recomputed(self._transform, self.is_recomputed, hidden_states)
+
+    def _transform(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(self.activated(hidden_states))
+        return output
+
+    def activated(self, hidden_states: Tensor) -> Tensor:
+        """Return what linear_fc2 reads, [s, b, ffn], of ``hidden_states`` [s, b, h]."""
         inner, bias = self.linear_fc1(hidden_states)
         if bias is not None:
             inner = inner + bias
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(self.activation(inner))
-        return output
+        return self.activation(inner)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.recompute import recomputed
 from megatron.core.transformer.rotary import RotaryTables
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -47,6 +48,7 @@ class TransformerBlock(nn.Module):
                 for number, spec in enumerate(submodules.layer_specs)
             }
         )
+        self.spans = _spans(config)
         self.final_layernorm = build_module(submodules.layer_norm, config, config.hidden_size)
 
     def forward(
@@ -57,7 +59,29 @@ class TransformerBlock(nn.Module):
         context: ForwardContext,
     ) -> Tensor:
         """Transform ``hidden_states`` [s, b, h]; see ``SelfAttention.forward`` for the rest."""
-        for layer in self.layers.values():
-            hidden_states = layer(hidden_states, attention_mask, rotary, context)
+        for span, is_recomputed in self.spans:
+            hidden_states = recomputed(
+                self._through, is_recomputed, span, hidden_states, attention_mask, rotary, context
+            )
         output: Tensor = self.final_layernorm(hidden_states)
         return output
+
+    def _through(
+        self,
+        span: range,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary: RotaryTables | None,
+        context: ForwardContext,
+    ) -> Tensor:
+        """Go through the layers of ``span``."""
+        for number in span:
+            hidden_states = self.layers[str(number)](hidden_states, attention_mask, rotary, context)
+        return hidden_states
+
+
+def _spans(config: TransformerConfig) -> list[tuple[range, bool]]:
+    """Cut the layers into spans, each with whether it is recomputed in backward as a whole."""
+    spans = [(span, True) for span in config.recomputed_spans(config.num_layers)]
+    first_kept = spans[-1][0].stop if spans else 0
+    return [*spans, (range(first_kept, config.num_layers), False)]

@@ -14,6 +14,7 @@ from megatron.core.transformer.config.attention import AttentionConfig
 from megatron.core.transformer.config.init import InitConfig
 from megatron.core.transformer.config.norm import NormConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
+from megatron.core.transformer.config.recompute import RecomputeConfig
 from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 
 
@@ -24,6 +25,7 @@ class TransformerConfig(
     NormConfig,
     InitConfig,
     PrecisionConfig,
+    RecomputeConfig,
     ModelParallelConfig,
 ):
     """Model shape."""
@@ -65,6 +67,7 @@ class TransformerConfig(
         yield from self.attention_problems(self.hidden_size)
         yield from self.precision_problems()
         yield from self.moe_problems()
+        yield from self.recompute_problems()
         yield from self.layer_problems()
 
     def layer_problems(self) -> Iterator[str]:

@@ -94,7 +94,12 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--vocab-extra-ids": NoEffect("no ids are added", ("0",), "leave it out"),
 }
 
-_KEPT = "activations are kept; lower --micro-batch-size to save memory"
+_KEPT = "activations stay where they are; --recompute-granularity saves memory"
+_RECOMPUTE = "use --recompute-granularity "
+_FLEX = (
+    "kernels of the packages DeepEP (deep_ep), HybridEP and NCCL EP are not used here, installed "
+    "or not; use --moe-token-dispatcher-type alltoall"
+)
 _SAMPLES = "the run is counted in iterations of --global-batch-size samples; give "
 _JSONL = "metrics are in metrics.jsonl under --log-dir, and in --tensorboard-dir"
 _SHARDED = "optimizer state is not sharded yet; leave it out, each rank keeps the whole state"
@@ -104,7 +109,8 @@ SUBSTITUTES: dict[str, str] = {
     "--async-save": "checkpoints are saved in the run itself; leave it out",
     "--auto-detect-ckpt-format": "there is one checkpoint format; leave it out",
     "--batch-size": "use --micro-batch-size",
-    "--checkpoint-activations": _KEPT,
+    "--checkpoint-activations": _RECOMPUTE
+    + "full --recompute-method uniform --recompute-num-layers 1",
     "--cp-comm-type": "only --context-parallel-size 1 is offered so far",
     "--data-args-path": "put the words of the file after --data-path",
     "--data-parallel-random-init": "initial weights depend on --seed alone, never on a rank",
@@ -136,7 +142,8 @@ SUBSTITUTES: dict[str, str] = {
     "--lr-warmup-samples": _SAMPLES + "--lr-warmup-iters",
     "--lr-wsd-decay-samples": _SAMPLES + "--lr-wsd-decay-iters",
     "--model-parallel-size": "use --tensor-model-parallel-size",
-    "--moe-enable-deepep": "use --moe-token-dispatcher-type alltoall",
+    "--moe-enable-deepep": _FLEX,
+    "--moe-layer-recompute": _RECOMPUTE + "selective --recompute-modules moe",
     "--no-ckpt-fully-parallel-save": "every rank always writes its own part; leave it out",
     "--no-mmap-bin-files": "data files are always memory-mapped; leave it out",
     "--no-pad-vocab-size": "use --make-vocab-size-divisible-by 1",
@@ -145,7 +152,7 @@ SUBSTITUTES: dict[str, str] = {
     "--qk-layernorm": "queries and keys are not normalised yet",
     "--quick-geglu": "use --swiglu",
     "--rampup-batch-size": "the batch size is constant; use --global-batch-size",
-    "--recompute-activations": _KEPT,
+    "--recompute-activations": _RECOMPUTE + "selective",
     "--rope-type": "use --position-embedding-type rope",
     "--save-retain-interval": "use --keep-last",
     "--spec": "the layers follow from the options of --help",
@@ -164,6 +171,12 @@ SUBSTITUTES: dict[str, str] = {
     "--window-size": "attention sees all earlier tokens",
 }
 
+CHOICES: dict[tuple[str, str], str] = {
+    ("moe_token_dispatcher_type", "flex"): _FLEX,
+    ("recompute_modules", "layernorm"): "give mlp, moe or core_attn, or recompute whole layers",
+}
+"""(option, choice of Megatron-LM that it has not) -> what to say beside those it has."""
+
 _GPU_LIB = "it tunes a package that is not used here; leave it out"
 _PIPELINE = "only --pipeline-model-parallel-size 1 is offered so far"
 _BF16 = "number formats offered are fp32, --bf16 and --fp64"
@@ -181,7 +194,6 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--initial-loss-scale", "--bf16 needs no loss scaling; leave it out"),
     ("--min-loss-scale", "--bf16 needs no loss scaling; leave it out"),
     ("--hysteresis", "--bf16 needs no loss scaling; leave it out"),
-    ("--recompute-", _KEPT),
     ("--distribute-saved-activations", _KEPT),
     ("--cpu-offload", _KEPT),
     ("--fine-grained-", _KEPT),
@@ -200,14 +212,10 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--no-overlap-p2p", _PIPELINE),
     ("--hierarchical-context", "only --context-parallel-size 1 is offered so far"),
     ("--hybrid-context", "only --context-parallel-size 1 is offered so far"),
-    (
-        "--moe-shared-expert",
-        "see --moe-shared-expert-intermediate-size; this way of running them is not offered",
-    ),
-    ("--moe-flex", "use --moe-token-dispatcher-type alltoall"),
-    ("--moe-deepep", "use --moe-token-dispatcher-type alltoall"),
-    ("--moe-hybridep", "use --moe-token-dispatcher-type alltoall"),
-    ("--moe-ncclep", "use --moe-token-dispatcher-type alltoall"),
+    ("--moe-flex", _FLEX),
+    ("--moe-deepep", _FLEX),
+    ("--moe-hybridep", _FLEX),
+    ("--moe-ncclep", _FLEX),
     ("--moe-permute-fusion-into", "use --moe-token-dispatcher-type alltoall"),
     (
         "--moe-routing-trace",

@@ -1,5 +1,6 @@
 """Rules of the model, the MoE layer and the parallel sizes; each yields sentences."""
 
+import importlib.util
 import math
 from collections.abc import Iterator
 
@@ -172,6 +173,51 @@ def capacity(check: Check) -> Iterator[str]:
         )
 
 
+def recomputation(check: Check) -> Iterator[str]:
+    """What is recomputed must be there, and options must be of the granularity that reads them."""
+    model = check.config.model
+    yield from model.recompute_problems()
+    if model.recompute_granularity != "full":
+        yield from check.useless(
+            "recompute_method recompute_num_layers", "without --recompute-granularity full"
+        )
+    if model.recompute_granularity != "selective":
+        yield from check.useless("recompute_modules", "without --recompute-granularity selective")
+        return
+    modules = model.recomputed_modules
+    has_experts, layers = model.num_moe_experts is not None, model.moe_layer_pattern
+    shown = f"--recompute-modules {' '.join(sorted(modules))}"
+    if modules & {"moe", "moe_act"} and not has_experts:
+        yield f"{shown} needs a MoE layer: add --num-experts, or leave it out"
+    if "moe_act" in modules and model.moe_experts_type == "sequential":
+        yield f"{shown}: moe_act needs --moe-experts-type grouped"
+    if "mlp" in modules and all(layers):
+        yield f"{shown}: there is no dense MLP, every layer is a MoE layer; give moe instead"
+    no_shared = not has_experts or model.moe_shared_expert_intermediate_size is None
+    if "shared_experts" in modules and no_shared:
+        yield f"{shown} needs shared experts: add --moe-shared-expert-intermediate-size"
+    elif "shared_experts" in modules and model.moe_shared_expert_overlap:
+        yield f"{shown} contradicts --moe-shared-expert-overlap; leave one out, or give moe"
+
+
+def grouped_products(check: Check) -> Iterator[str]:
+    """A package that is asked for must be there, before anything is started."""
+    model = check.config.model
+    if model.num_moe_experts is None or model.moe_grouped_mm_backend == "auto":
+        return
+    shown = check.show("moe_grouped_mm_backend")
+    if model.moe_experts_type != "grouped":
+        yield f"{shown} has no effect with --moe-experts-type {model.moe_experts_type}"
+    elif model.moe_grouped_mm_backend == "grouped_gemm":
+        if importlib.util.find_spec("grouped_gemm") is None:
+            yield (
+                f"{shown} needs the package grouped_gemm, which is not installed: install it, or "
+                "use --moe-grouped-mm-backend torch_native"
+            )
+        elif model.params_dtype_name != "bfloat16":
+            yield f"{shown} multiplies bf16 only: add --bf16, or use torch_native"
+
+
 def nodes(check: Check) -> Iterator[str]:
     """Nodes and expert-parallel groups must not cut each other."""
     model = check.config.model
@@ -203,4 +249,6 @@ MODEL_RULES: tuple[Rule, ...] = (
     balancing,
     capacity,
     nodes,
+    recomputation,
+    grouped_products,
 )

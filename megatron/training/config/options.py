@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron.core.config_field import FLAG_KEY, Flag
+from megatron.training.config.flag_answers import CHOICES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,9 @@ class Option:
             return self.parse(text)
         if self.choices is not None:
             if text not in self.choices:
-                raise ValueError(f"must be {self.wants()}{did_you_mean(text, self.choices)}")
+                answer = CHOICES.get((self.name, text))
+                hint = f"; {answer}" if answer else did_you_mean(text, self.choices)
+                raise ValueError(f"must be {self.wants()}{hint}")
             return text
         try:
             value = self.kind(text)

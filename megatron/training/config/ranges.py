@@ -44,6 +44,7 @@ _NAMES_BY_RANGE = {
         ckpt_step eval_interval log_interval tensorboard_log_interval tensorboard_queue_size
         distributed_timeout_minutes bucket_size moe_dispatcher_node_size
         check_replica_hash moe_routing_trace_max_training_iters moe_routing_trace_max_mb
+        moe_expert_chunk_tokens recompute_num_layers
     """,
     Range(0): """
         num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate

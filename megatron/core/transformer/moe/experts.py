@@ -10,11 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from megatron.core.extensions import torch_native
 from megatron.core.extensions.registry import resolve
 from megatron.core.param_role import Init, ParamRole, role_of, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers.linear import Linear
 from megatron.core.transformer.init_rules import input_init, output_init
+from megatron.core.transformer.moe.activated_product import activated_product
 from megatron.core.transformer.moe.expert_activation import weighted_activation
 from megatron.core.transformer.moe.expert_loop import ExpertWeights, looped_experts
 from megatron.core.transformer.precision import compute_dtype, params_dtype
@@ -52,7 +54,8 @@ class GroupedMLP(nn.Module):
         """
         super().__init__()
         self.gated = config.swiglu
-        self.grouped_mm = resolve("grouped_mm")
+        self.grouped_mm = resolve("grouped_mm", config.moe_grouped_mm_backend)
+        self.loops_on_cpu = config.moe_grouped_mm_backend == "auto"
         ids = local_expert_ids(num_local_experts, pg_collection)
         hidden, ffn, dtype = config.moe_hidden_size, config.moe_ffn_size, params_dtype(config)
         inner = ffn * (2 if self.gated else 1)
@@ -97,7 +100,7 @@ class GroupedMLP(nn.Module):
         """
         rows = permuted_local_hidden_states
         probs = permuted_probs.to(compute_dtype(rows.dtype))
-        if rows.device.type == "cpu":
+        if self.loops_on_cpu and rows.device.type == "cpu":
             weights = ExpertWeights(self.weight1, self.weight2, self.bias1, self.bias2)
             output = looped_experts(rows, tokens_per_expert, probs, weights, gated=self.gated)
             return output, None
@@ -110,14 +113,21 @@ class GroupedMLP(nn.Module):
         """
         inner = self.grouped_mm(rows, self.weight1, tokens_per_expert)
         if self.bias1 is None or self.bias2 is None:
-            active = weighted_activation(inner, probs, gated=self.gated)
-            output: Tensor = self.grouped_mm(active, self.weight2, tokens_per_expert)
-            return output
+            return self._second_product(inner, probs, tokens_per_expert)
         member = self._membership(tokens_per_expert, rows)
         inner = torch.addmm(inner, member, self.bias1)
-        active = weighted_activation(inner, probs, gated=self.gated)
-        output = self.grouped_mm(active, self.weight2, tokens_per_expert)
+        output = self._second_product(inner, probs, tokens_per_expert)
         return torch.addmm(output, member * probs.unsqueeze(1).to(member.dtype), self.bias2)
+
+    def _second_product(self, inner: Tensor, probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """Activate ``inner`` [num_rows, ffn or 2 * ffn] and multiply by the second matrices."""
+        if self.grouped_mm is torch_native.grouped_mm:
+            return activated_product(
+                inner, probs, self.weight2, tokens_per_expert, gated=self.gated
+            )
+        active = weighted_activation(inner, probs, gated=self.gated)  # which the package keeps
+        output: Tensor = self.grouped_mm(active, self.weight2, tokens_per_expert)
+        return output
 
     @staticmethod
     def _membership(tokens_per_expert: Tensor, rows: Tensor) -> Tensor:

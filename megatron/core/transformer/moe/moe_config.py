@@ -127,6 +127,19 @@ class MoEConfig(RouterChoiceConfig):
     """Expert bank: one stacked weight with grouped matrix products, or one plain MLP after
     another (readable, slow). Checkpoints are interchangeable."""
 
+    moe_grouped_mm_backend: Literal["auto", "torch_native", "grouped_gemm"] = "auto"
+    """What multiplies rows and weights of all experts: PyTorch's grouped product, or the package
+    grouped_gemm (CUDA and bf16 only). auto is PyTorch's, on CPUs one expert after another."""
+
+    moe_expert_chunk_tokens: int | None = None
+    """Send, compute and bring back this many tokens of a rank at a time, and each of these chunks
+    again in backward: a rank whose experts are favoured then never holds more than one chunk's
+    rows. All tokens go at once, and nothing is computed twice, when not set."""
+
+    moe_shared_expert_overlap: bool = False
+    """Compute shared experts while the rows of the routed experts are under way, out and back;
+    backward likewise. Results are the same, bit for bit."""
+
     def __post_init__(self) -> None:
         """Take Megatron-LM's single values as lists of one: ``moe_aux_loss_coeff=0.01``."""
         self.moe_aux_loss_coeff = _listed(self.moe_aux_loss_coeff)
@@ -156,6 +169,7 @@ class MoEConfig(RouterChoiceConfig):
                 "--moe-shared-expert-gate needs shared experts: add "
                 "--moe-shared-expert-intermediate-size, or leave it out"
             )
+        yield from self._overlap_problems()
         yield from self._balancing_problems()
         yield from self.router_choice_problems()
 
@@ -188,6 +202,26 @@ class MoEConfig(RouterChoiceConfig):
             yield (
                 f"--moe-router-type {self.moe_router_type} excludes {', '.join(found)}: {why}; "
                 "leave one or the other out"
+            )
+
+    def _overlap_problems(self) -> Iterator[str]:
+        if not self.moe_shared_expert_overlap:
+            return
+        flag = "--moe-shared-expert-overlap"
+        if self.moe_shared_expert_intermediate_size is None:
+            yield (
+                f"{flag} needs shared experts: add --moe-shared-expert-intermediate-size, or leave "
+                "it out"
+            )
+        if self.moe_token_dispatcher_type == "allgather":
+            yield (
+                f"{flag} needs an all-to-all to hide behind: use --moe-token-dispatcher-type "
+                "alltoall"
+            )
+        if self.moe_expert_chunk_tokens is not None:
+            yield (
+                f"{flag} contradicts --moe-expert-chunk-tokens {self.moe_expert_chunk_tokens}: "
+                "chunks travel one by one, shared experts are one piece; leave one out"
             )
 
     def _group_problems(self, num_experts: int) -> Iterator[str]:

@@ -4,21 +4,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import largest_over_ranks
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init, output_init
-from megatron.core.transformer.moe.capacity import apply_router_token_dropping, dropped_fraction
+from megatron.core.transformer.moe.capacity import (
+    apply_router_token_dropping,
+    dropped_fraction,
+    get_capacity,
+)
 from megatron.core.transformer.moe.expert_choice import expert_capacity, takes_by_expert
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.routing import Routing
+from megatron.core.transformer.moe.shared_experts import SharedExpertsMeanwhile
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAlltoAllTokenDispatcher,
     MoETokenDispatcher,
 )
-from megatron.core.transformer.moe.token_dispatcher.base import local_expert_count
+from megatron.core.transformer.moe.token_dispatcher.base import During, local_expert_count
 from megatron.core.transformer.precision import params_dtype
+from megatron.core.transformer.recompute import recomputed
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -76,6 +84,8 @@ class MoELayer(nn.Module):
         assert config.num_moe_experts is not None, "a MoE layer needs num_moe_experts"
         self.config = config
         self.layer_number = layer_number
+        self.ep_group = pg_collection.ep
+        self.is_recomputed = "moe" in config.recomputed_modules
         self.router = build_module(
             submodules.router, config, layer_number=layer_number, pg_collection=pg_collection
         )
@@ -125,44 +135,94 @@ class MoELayer(nn.Module):
         """
         if padding_mask is not None:
             context = replace(context, padding_mask=padding_mask)
+        return recomputed(self._mix, self.is_recomputed, hidden_states, context), None
+
+    def _mix(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
+        """Route, send, compute and bring back: the layer itself."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [s*b, h]
-        routing = self.router(hidden_states, context)
-        probs, routing_map = self._limit(routing, context)
+        chosen = self.router(hidden_states, context)
+        routing = self._limit(chosen, context)
         if context.router_tracer is not None:
             context.router_tracer.record_indices(
-                self.layer_number, context.microbatch, probs, routing.routing_map
+                self.layer_number, context.microbatch, routing.probs, chosen.routing_map
             )
         narrow = _project(self.fc1_latent_proj, tokens)
-        sent = self.token_dispatcher.token_permutation(
-            narrow, probs, routing_map, num_pairs=self._num_pairs(len(tokens), context)
-        )
-        output, _ = self.experts(sent.hidden_states, sent.tokens_per_expert, sent.probs)
-        combined = self.token_dispatcher.token_unpermutation(output, sent)
+        if self.shared_experts is not None and self.config.moe_shared_expert_overlap:
+            meanwhile = SharedExpertsMeanwhile(self.shared_experts, tokens)
+            combined = self._routed(
+                narrow,
+                *routing,
+                meanwhile=(meanwhile.first_half, meanwhile.second_half),
+                rows_per_expert=self._rows_per_expert(len(tokens), context),
+            )
+            combined = _project(self.fc2_latent_proj, combined) + meanwhile.output
+            return combined.view(hidden_states.shape)
+        if self.config.moe_expert_chunk_tokens is not None:
+            combined = self._in_chunks(narrow, routing, self.config.moe_expert_chunk_tokens)
+        else:
+            each = self._rows_per_expert(len(tokens), context)
+            combined = self._routed(narrow, *routing, rows_per_expert=each)
         combined = _project(self.fc2_latent_proj, combined)
         if self.shared_experts is not None:
             shared, _ = self.shared_experts(tokens, context)
             combined = combined + shared
-        return combined.view(hidden_states.shape), None
+        return combined.view(hidden_states.shape)
 
-    def _num_pairs(self, num_tokens: int, context: ForwardContext) -> int | None:
-        """Return how many (token, expert) pairs there are where ``topk`` alone does not say it."""
-        config = self.config
-        if not config.chooses_by_expert:
-            return None
-        assert config.num_moe_experts is not None, "a MoE layer needs num_moe_experts"
-        if not takes_by_expert(self.router.training, context):
-            return num_tokens * config.moe_router_topk
-        return config.num_moe_experts * expert_capacity(
-            num_tokens,
-            config.num_moe_experts,
-            config.moe_router_topk,
-            config.moe_expert_capacity_factor,
+    def _routed(
+        self,
+        tokens: Tensor,
+        probs: Tensor,
+        routing_map: Tensor,
+        *,
+        meanwhile: tuple[During, During] = (None, None),
+        rows_per_expert: int | None = None,
+    ) -> Tensor:
+        """Send ``tokens`` [num_tokens, moe_hidden_size] to their experts and sum what comes back.
+
+        ``meanwhile`` is what to compute on the way out, and on the way back.
+        """
+        sent = self.token_dispatcher.token_permutation(
+            tokens, probs, routing_map, during=meanwhile[0], rows_per_expert=rows_per_expert
         )
+        output, _ = self.experts(sent.hidden_states, sent.tokens_per_expert, sent.probs)
+        return self.token_dispatcher.token_unpermutation(output, sent, during=meanwhile[1])
+
+    def _in_chunks(self, tokens: Tensor, routing: Routing, size: int) -> Tensor:
+        """Do ``_routed`` for ``size`` tokens at a time, and again in backward.
+
+        Every rank of ``ep`` makes as many chunks as the one with most tokens, empty ones at last.
+        One chunk is not recomputed: it is what there would be without.
+        """
+        wanted = -(-len(tokens) // size)
+        count = max(1, largest_over_ranks(self.ep_group, wanted, tokens.device))
+        sizes = [max(0, min(size, len(tokens) - start * size)) for start in range(count)]
+        pieces = zip(*(x.split(sizes) for x in (tokens, *routing)), strict=True)
+        outputs = [recomputed(self._routed, count > 1, x, p, m) for x, p, m in pieces]
+        return torch.cat(outputs)
+
+    def _rows_per_expert(self, num_tokens: int, context: ForwardContext) -> int | None:
+        """Rows that every expert gets from each rank, if that needs no exchange to be known."""
+        config = self.config
+        if not context.same_num_tokens and self.ep_group.size() > 1:
+            return None
+        factor, num_experts = self._capacity_factor(context), self.token_dispatcher.num_experts
+        if config.chooses_by_expert:
+            if not takes_by_expert(self.router.training, context):
+                return None
+            return expert_capacity(num_tokens, num_experts, config.moe_router_topk, factor)
+        if factor is None or not config.moe_pad_expert_input_to_capacity:
+            return None
+        pairs = num_tokens * config.moe_router_topk
+        return min(num_tokens, get_capacity(pairs, num_experts, factor))
+
+    def _capacity_factor(self, context: ForwardContext) -> float | None:
+        """Generated text must not depend on its neighbours: there is no capacity then."""
+        return self.config.moe_expert_capacity_factor if context.kv_cache is None else None
 
     def _limit(self, routing: Routing, context: ForwardContext) -> Routing:
-        """Drop what is over the capacity; generated text must not depend on its neighbours."""
-        factor = self.config.moe_expert_capacity_factor
-        if factor is None or context.kv_cache is not None or self.config.chooses_by_expert:
+        """Drop what is over the capacity."""
+        factor = self._capacity_factor(context)
+        if factor is None or self.config.chooses_by_expert:
             return routing
         limited = apply_router_token_dropping(
             *routing,

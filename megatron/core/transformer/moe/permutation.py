@@ -133,27 +133,37 @@ def reorder(rows: Tensor, order: ChunkOrder | None, *, back: bool = False) -> Te
 
 
 class _Permute(torch.autograd.Function):
+    """Keeps tensors by autograd's own means, so that they are not kept where recomputed."""
+
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, plan: RowPlan) -> Tensor:
-        ctx.plan = plan
+        slots = None if _adds_in_order(tokens, plan, tokens.dtype) else plan.slots
+        ctx.save_for_backward(plan.token_of_row, slots)
+        ctx.num_tokens = plan.num_tokens
         return tokens.index_select(0, plan.token_of_row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_rows(grad, ctx.plan, grad.dtype), None
+        token_of_row, slots = ctx.saved_tensors
+        if slots is None:
+            return _add_in_order(grad, token_of_row, ctx.num_tokens), None
+        return _sum_slots(grad, slots, grad.dtype), None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
-        ctx.plan, ctx.dtype = plan, rows.dtype
-        return _sum_rows(rows, plan, dtype)
+        # Kept by itself: saved, it would make a recomputation bring the rows home once more.
+        ctx.token_of_row, ctx.dtype = plan.token_of_row, rows.dtype
+        if _adds_in_order(rows, plan, dtype):
+            return _add_in_order(rows, plan.token_of_row, plan.num_tokens)
+        return _sum_slots(rows, plan.slots, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.to(ctx.dtype).index_select(0, ctx.plan.token_of_row), None, None
+        return grad.to(ctx.dtype).index_select(0, ctx.token_of_row), None, None
 
 
 class _Reorder(torch.autograd.Function):
@@ -171,20 +181,27 @@ class _Reorder(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
-def _sum_rows(rows: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
-    """Sum the rows of each token in fp32 or wider, in the order of the experts."""
+def _adds_in_order(rows: Tensor, plan: RowPlan, dtype: torch.dtype) -> bool:
+    """Whether rows may be added where they lie; CUDA adds atomically, in any order."""
     few = plan.max_rows_per_token <= 2  # one addition rounds once, whatever it is done in
     wide = rows.dtype in (torch.float32, torch.float64)
-    shape = (plan.num_tokens, *rows.shape[1:])
-    if rows.device.type == "cpu" and rows.dtype == dtype and (few or wide):
-        # In order on a CPU. CUDA adds atomically, in any order.
-        return rows.new_zeros(shape).index_add_(0, plan.token_of_row, rows)
-    total = rows.new_zeros(shape, dtype=torch.promote_types(rows.dtype, torch.float32))
-    num_rows = rows.shape[0]
+    return rows.device.type == "cpu" and rows.dtype == dtype and (few or wide)
+
+
+def _add_in_order(rows: Tensor, token_of_row: Tensor, num_tokens: int) -> Tensor:
+    """Sum the rows of each token, in the order of the experts."""
+    return rows.new_zeros(num_tokens, *rows.shape[1:]).index_add_(0, token_of_row, rows)
+
+
+def _sum_slots(rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum the rows of each token in fp32 or wider, in the order of the experts."""
+    num_rows, num_tokens = rows.shape[0], slots.shape[1]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    total = rows.new_zeros(num_tokens, *rows.shape[1:], dtype=wide)
     if num_rows == 0:
         return total.to(dtype)
-    full = num_rows == plan.num_tokens * plan.max_rows_per_token
-    for row_of_token in plan.slots:
+    full = num_rows == slots.numel()
+    for row_of_token in slots:
         picked = rows.index_select(0, row_of_token.clamp(max=num_rows - 1))
         if not full:
             picked.masked_fill_((row_of_token == num_rows).unsqueeze(1), 0.0)

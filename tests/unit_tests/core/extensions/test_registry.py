@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from megatron.core.errors import BackendError
-from megatron.core.extensions import apex, torch_native
+from megatron.core.extensions import apex, grouped_gemm, torch_native
 from megatron.core.extensions.registry import Choice, resolve, table
 
 
@@ -24,7 +24,7 @@ def test_the_table_names_each_op_its_choice_and_the_others():
         why="torch.optim.AdamW, fused",
         also_known=f"apex ({apex.unusable()})",
     )
-    assert rows[1].also_known == "-"
+    assert rows[1].also_known == f"grouped_gemm ({grouped_gemm.unusable()})"
 
 
 @pytest.mark.skipif(apex.unusable() is None, reason="apex can be used here")

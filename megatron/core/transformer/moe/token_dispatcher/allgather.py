@@ -25,6 +25,7 @@ from megatron.core.transformer.moe.permutation import (
 )
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
+    During,
     MoETokenDispatcher,
     rows_sent,
 )
@@ -49,13 +50,17 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
         probs: Tensor,
         routing_map: Tensor,
         *,
-        num_pairs: int | None = None,
+        during: During = None,
+        rows_per_expert: int | None = None,
     ) -> DispatchedTokens[AllGatherState]:
         """See ``MoETokenDispatcher.token_permutation``."""
+        _run(during)
         num_tokens = hidden_states.shape[0]
-        sizes, wanted = gather_sizes(self.ep_group, num_tokens, routing_map.sum(dim=0))
+        sizes, wanted = gather_sizes(
+            self.ep_group, num_tokens, routing_map.sum(dim=0), each=rows_per_expert
+        )
         if wanted is None:  # no other rank: every pair is ours
-            wanted = rows_sent([], num_tokens, self.topk, exact=self.exact, num_pairs=num_pairs)
+            wanted = rows_sent([], num_tokens, self.topk, exact=self.exact)
         tokens = all_gather_rows(self.ep_group, hidden_states, sizes)
         columns = self._own_columns(probs, routing_map, sizes)  # [sum(sizes), num_local_experts]
         routed = ~(columns.detach() < 0.0)  # so written, a NaN stays routed
@@ -68,9 +73,14 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
         )
 
     def token_unpermutation(
-        self, expert_output: Tensor, dispatched: DispatchedTokens[AllGatherState]
+        self,
+        expert_output: Tensor,
+        dispatched: DispatchedTokens[AllGatherState],
+        *,
+        during: During = None,
     ) -> Tensor:
         """See ``MoETokenDispatcher.token_unpermutation``."""
+        _run(during)
         state = dispatched.state
         wide = torch.promote_types(expert_output.dtype, torch.float32)
         parts = unpermute(expert_output, state.plan, dtype=wide)
@@ -86,3 +96,9 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
 
     def _max_rows(self) -> int:
         return min(self.topk or self.num_local_experts, self.num_local_experts)
+
+
+def _run(during: During) -> None:
+    """Compute what was to be computed meanwhile; this dispatcher overlaps nothing."""
+    if during is not None:
+        during()

@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.permutation import (
 )
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
+    During,
     MoETokenDispatcher,
     rows_sent,
 )
@@ -46,15 +47,19 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
         probs: Tensor,
         routing_map: Tensor,
         *,
-        num_pairs: int | None = None,
+        during: During = None,
+        rows_per_expert: int | None = None,
     ) -> DispatchedTokens[AllToAllState]:
         """See ``MoETokenDispatcher.token_permutation``."""
-        received, splits = exchange_counts(self.ep_group, routing_map.sum(dim=0))
-        num_rows = rows_sent(
-            splits.send, len(hidden_states), self.topk, exact=self.exact, num_pairs=num_pairs
+        received, splits = exchange_counts(
+            self.ep_group, routing_map.sum(dim=0), each=rows_per_expert
         )
-        plan = plan_rows(routing_map, num_rows=num_rows, max_rows_per_token=self.topk)
-        rows = all_to_all(self.ep_group, permute(hidden_states, plan), splits)
+        plan = plan_rows(
+            routing_map,
+            num_rows=rows_sent(splits.send, hidden_states.shape[0], self.topk, exact=self.exact),
+            max_rows_per_token=self.topk,
+        )
+        rows = all_to_all(self.ep_group, permute(hidden_states, plan), splits, during=during)
         weights = all_to_all(self.ep_group, permute_probs(probs, plan), splits)
         # Rows arrive rank-major, the block of each rank expert-major; experts need expert-major.
         order = rank_major_to_expert_major(received, rows.shape[0])
@@ -66,10 +71,14 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
         )
 
     def token_unpermutation(
-        self, expert_output: Tensor, dispatched: DispatchedTokens[AllToAllState]
+        self,
+        expert_output: Tensor,
+        dispatched: DispatchedTokens[AllToAllState],
+        *,
+        during: During = None,
     ) -> Tensor:
         """See ``MoETokenDispatcher.token_unpermutation``."""
         state = dispatched.state
         arrived = reorder(expert_output, state.order, back=True)
-        rows = all_to_all(self.ep_group, arrived, state.splits.reversed())
+        rows = all_to_all(self.ep_group, arrived, state.splits.reversed(), during=during)
         return unpermute(rows, state.plan)

@@ -6,7 +6,6 @@ destination, -1 where it is not routed. Bytes are saved when topk is large again
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all, exchange_rows_and_pairs
@@ -19,6 +18,7 @@ from megatron.core.transformer.moe.permutation import (
 )
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
+    During,
     MoETokenDispatcher,
     rows_sent,
 )
@@ -44,9 +44,15 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
         probs: Tensor,
         routing_map: Tensor,
         *,
-        num_pairs: int | None = None,
+        during: During = None,
+        rows_per_expert: int | None = None,
     ) -> DispatchedTokens[AllToAllDedupState]:
-        """See ``MoETokenDispatcher.token_permutation``."""
+        """See ``MoETokenDispatcher.token_permutation``.
+
+        How many rows a rank gets depends on which experts a token has in common with it, so
+        counts are exchanged whatever ``rows_per_expert`` says.
+        """
+        del rows_per_expert
         num_tokens = hidden_states.shape[0]
         blocks = self.num_experts // self.num_local_experts
         by_rank = routing_map.view(num_tokens, blocks, self.num_local_experts)
@@ -55,19 +61,15 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
             self.ep_group, wanted.sum(dim=0), by_rank.sum(dim=(0, 2))
         )
         if pairs is None:  # no other rank: every pair is ours
-            pairs = rows_sent([], num_tokens, self.topk, exact=self.exact, num_pairs=num_pairs)
+            pairs = rows_sent([], num_tokens, self.topk, exact=self.exact)
         most = self.topk or self.num_experts
         alone = self.topk and 1  # rows of each token in a group of one
-        exact = self.exact
-        if pairs is not None and not exact and not splits.send:
-            # how many tokens have an expert is not known: keep all, those without cost a copy
-            wanted, exact = torch.ones_like(wanted), True
         sent = plan_rows(
             wanted,
-            num_rows=rows_sent(splits.send, num_tokens, alone, exact=exact),
+            num_rows=rows_sent(splits.send, num_tokens, alone, exact=self.exact),
             max_rows_per_token=min(most, blocks),
         )
-        tokens = all_to_all(self.ep_group, permute(hidden_states, sent), splits)
+        tokens = all_to_all(self.ep_group, permute(hidden_states, sent), splits, during=during)
         marked = probs.masked_fill(~routing_map, -1.0).view(-1, self.num_local_experts)
         columns = marked.index_select(0, sent.pair_of_row)  # [rows sent, num_local_experts]
         columns = all_to_all(self.ep_group, columns, splits)
@@ -83,10 +85,14 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
         )
 
     def token_unpermutation(
-        self, expert_output: Tensor, dispatched: DispatchedTokens[AllToAllDedupState]
+        self,
+        expert_output: Tensor,
+        dispatched: DispatchedTokens[AllToAllDedupState],
+        *,
+        during: During = None,
     ) -> Tensor:
         """See ``MoETokenDispatcher.token_unpermutation``."""
         state = dispatched.state
         parts = unpermute(expert_output, state.copies)  # of each token that arrived, summed here
-        rows = all_to_all(self.ep_group, parts, state.splits.reversed())
+        rows = all_to_all(self.ep_group, parts, state.splits.reversed(), during=during)
         return unpermute(rows, state.sent)

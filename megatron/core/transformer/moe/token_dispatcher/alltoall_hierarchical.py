@@ -27,6 +27,7 @@ from megatron.core.transformer.moe.permutation import (
 )
 from megatron.core.transformer.moe.token_dispatcher.base import (
     DispatchedTokens,
+    During,
     MoETokenDispatcher,
     rows_sent,
 )
@@ -73,25 +74,27 @@ class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
         probs: Tensor,
         routing_map: Tensor,
         *,
-        num_pairs: int | None = None,
+        during: During = None,
+        rows_per_expert: int | None = None,
     ) -> DispatchedTokens[HierarchicalState]:
         """See ``MoETokenDispatcher.token_permutation``."""
-        hops = exchange_counts_in_hops(self.node_group, self.across_group, routing_map.sum(dim=0))
-        num_rows = rows_sent(
-            hops.within.send, len(hidden_states), self.topk, exact=self.exact, num_pairs=num_pairs
+        hops = exchange_counts_in_hops(
+            self.node_group, self.across_group, routing_map.sum(dim=0), each=rows_per_expert
         )
+        num_rows = rows_sent(hops.within.send, hidden_states.shape[0], self.topk, exact=self.exact)
         plan = plan_rows(routing_map, num_rows=num_rows, max_rows_per_token=self.topk)
         by_place = rank_major_to_expert_major(hops.sent, sum(hops.within.send))
         by_node = rank_major_to_expert_major(hops.passed, sum(hops.across.send))
         by_expert = rank_major_to_expert_major(hops.received, sum(hops.across.recv))
 
-        def send(rows: Tensor) -> Tensor:
+        def send(rows: Tensor, during: During = None) -> Tensor:
             halfway = all_to_all(self.node_group, reorder(rows, by_place), hops.within)
-            arrived = all_to_all(self.across_group, reorder(halfway, by_node), hops.across)
+            halfway = reorder(halfway, by_node)
+            arrived = all_to_all(self.across_group, halfway, hops.across, during=during)
             return reorder(arrived, by_expert)
 
         return DispatchedTokens(
-            hidden_states=send(permute(hidden_states, plan)),
+            hidden_states=send(permute(hidden_states, plan), during),
             probs=send(permute_probs(probs, plan)),
             tokens_per_expert=hops.received.sum(dim=0),
             state=HierarchicalState(
@@ -105,12 +108,16 @@ class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
         )
 
     def token_unpermutation(
-        self, expert_output: Tensor, dispatched: DispatchedTokens[HierarchicalState]
+        self,
+        expert_output: Tensor,
+        dispatched: DispatchedTokens[HierarchicalState],
+        *,
+        during: During = None,
     ) -> Tensor:
         """See ``MoETokenDispatcher.token_unpermutation``."""
         state = dispatched.state
         arrived = reorder(expert_output, state.by_expert, back=True)
-        halfway = all_to_all(self.across_group, arrived, state.across.reversed())
+        halfway = all_to_all(self.across_group, arrived, state.across.reversed(), during=during)
         passed = reorder(halfway, state.by_node, back=True)
         rows = all_to_all(self.node_group, passed, state.within.reversed())
         return unpermute(reorder(rows, state.by_place, back=True), state.plan)

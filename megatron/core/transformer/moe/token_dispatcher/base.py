@@ -5,7 +5,7 @@ receive, num_local_experts = num_experts / ep.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 StateT = TypeVar("StateT")
+
+During = Callable[[], None] | None
+"""What is to be computed while rows travel; None for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,8 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
         probs: Tensor,
         routing_map: Tensor,
         *,
-        num_pairs: int | None = None,
+        during: During = None,
+        rows_per_expert: int | None = None,
     ) -> DispatchedTokens[StateT]:
         """Send tokens to the ranks of their experts.
 
@@ -78,15 +82,24 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
             hidden_states: [num_tokens, h]; any number of tokens, 0 included.
             probs: [num_tokens, num_experts], at least 0; differentiable.
             routing_map: [num_tokens, num_experts], bool.
-            num_pairs: Number of True entries of it, where the host knows it and ``topk`` does not
-                say it.
+            during: Called once, while rows are under way where rows are sent at all.
+            rows_per_expert: True entries of every column of the routing map on every rank of
+                ``ep``, where all of them know it and have the same number of tokens: then no
+                counts need be exchanged.
         """
 
     @abstractmethod
     def token_unpermutation(
-        self, expert_output: Tensor, dispatched: DispatchedTokens[StateT]
+        self,
+        expert_output: Tensor,
+        dispatched: DispatchedTokens[StateT],
+        *,
+        during: During = None,
     ) -> Tensor:
-        """Bring ``expert_output`` [num_recv, h] back to its tokens and sum: [num_tokens, h]."""
+        """Bring ``expert_output`` [num_recv, h] back to its tokens and sum: [num_tokens, h].
+
+        ``during`` is as in ``token_permutation``.
+        """
 
 
 def local_expert_count(num_experts: int, ranks: int) -> int:
@@ -95,14 +108,7 @@ def local_expert_count(num_experts: int, ranks: int) -> int:
     return num_experts // ranks
 
 
-def rows_sent(
-    send: Sequence[int],
-    num_tokens: int,
-    topk: int | None,
-    *,
-    exact: bool,
-    num_pairs: int | None = None,
-) -> int | None:
+def rows_sent(send: Sequence[int], num_tokens: int, topk: int | None, *, exact: bool) -> int | None:
     """Return the (token, expert) pairs of this rank if the host knows them, else None.
 
     Args:
@@ -110,10 +116,7 @@ def rows_sent(
         num_tokens: Tokens of this rank.
         topk: Experts of a token, None when unknown.
         exact: Whether every token has ``topk`` of them.
-        num_pairs: The result, where the caller knows it.
     """
     if send:
         return sum(send)
-    if num_pairs is not None:
-        return num_pairs
     return num_tokens * topk if exact and topk is not None else None

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from megatron.core.extensions.torch_native import grouped_mm
+from megatron.core.transformer.moe.activated_product import activated_product
 from megatron.core.transformer.moe.expert_activation import weighted_activation
+from megatron.core.transformer.precision import compute_dtype
 
 
 def _plain(inner: torch.Tensor, probs: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -44,3 +47,22 @@ def test_bf16_is_computed_in_fp32_and_rounded_once(gated):
     got = weighted_activation(narrow, probs.detach().float(), gated=gated)
     want = _plain(narrow.float(), probs.detach().float(), gated).bfloat16()
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_activation_and_product_in_one_give_the_bits_of_one_after_the_other(gated, dtype):
+    rng = torch.Generator().manual_seed(3)
+    sizes, ffn = torch.tensor([3, 0, 9, 4]), 8
+    inner = torch.randn(16, ffn * (2 if gated else 1), generator=rng).to(dtype)
+    probs = torch.rand(16, generator=rng).to(compute_dtype(dtype))
+    weight = torch.randn(4, 24, ffn, generator=rng).to(dtype)
+    results = []
+    for fused in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (inner, probs, weight)]
+        if fused:
+            out = activated_product(*leaves, sizes, gated=gated)
+        else:
+            out = grouped_mm(weighted_activation(*leaves[:2], gated=gated), leaves[2], sizes)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -8,7 +8,7 @@ from megatron.core.param_role import logical_tensors, role_of
 from megatron.core.tensor_parallel.weight_init import init_weights, tensor_hashes
 from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
 from tests.helpers.ranks import run_ranks
-from tests.unit_tests.core.transformer.moe.layers import H, make_groups, moe_config
+from tests.unit_tests.core.transformer.moe.layers import FFN, H, make_groups, moe_config
 
 SHAPES = [
     {"swiglu": True},
@@ -107,3 +107,24 @@ def _bf16() -> None:
 
 def test_bf16_experts_agree_too():
     run_ranks(_bf16, 1)
+
+
+def _backends() -> None:
+    for bias in (False, True):
+        found = []
+        for backend, loops in (("auto", True), ("torch_native", False)):
+            config = moe_config(add_bias_linear=bias, moe_grouped_mm_backend=backend)
+            bank, _ = _banks(config)
+            kinds = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, kinds=kinds: kinds.append(x.shape) or x, lambda x: x
+            ):
+                out, gradients = _run(bank, config, (5, 0, 7, 0))
+            # one product of all experts keeps one tensor of all rows, a loop keeps one of each
+            assert ((12, 2 * FFN) in kinds) is not loops
+            found.append((out, gradients))
+        torch.testing.assert_close(*found)
+
+
+def test_the_backend_asked_for_is_what_computes():
+    run_ranks(_backends, 1)

@@ -1,0 +1,59 @@
+"""Activation and second product of grouped experts in one autograd function, by torch alone.
+
+Kept is the input of the activation only: its gradient needs that anyway, and gives the activation
+once more on the way, for the gradient of the weight.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron.core.extensions.torch_native import grouped_product, grouped_weight_grad
+from megatron.core.transformer.moe.expert_activation import activate, differentiate
+
+
+def activated_product(
+    inner: Tensor, probs: Tensor, weight: Tensor, tokens_per_expert: Tensor, *, gated: bool
+) -> Tensor:
+    """Return ``grouped_mm(weighted_activation(inner, probs), weight, tokens_per_expert)``.
+
+    Args:
+        inner: [num_rows, ffn or 2 * ffn], grouped by expert; see ``weighted_activation``.
+        probs: [num_rows], fp32 or fp64.
+        weight: [num_experts, h, ffn]; gets zeros where an expert has no rows.
+        tokens_per_expert: [num_experts], int64; sums to num_rows.
+        gated: SwiGLU instead of GELU.
+
+    Returns:
+        [num_rows, h].
+    """
+    out: Tensor = _ActivatedProduct.apply(inner, probs, weight, tokens_per_expert, gated)
+    return out
+
+
+class _ActivatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inner: Tensor,
+        probs: Tensor,
+        weight: Tensor,
+        tokens_per_expert: Tensor,
+        gated: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(inner, probs, weight, tokens_per_expert)
+        ctx.gated = gated
+        active = activate(inner, probs, gated=gated)
+        return grouped_product(active, weight.transpose(1, 2), tokens_per_expert)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        inner, probs, weight, tokens_per_expert = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_active = grouped_product(grad, weight, tokens_per_expert)
+        found = differentiate(inner, probs, grad_active, gated=ctx.gated)
+        grad_weight = grouped_weight_grad(grad, found.activated, tokens_per_expert)
+        return found.inner, found.probs, grad_weight, None, None
