@@ -177,8 +177,8 @@ def _plan_of_capacity(routing_map: Tensor, num_out_tokens: int | None) -> RowPla
     """Order the rows of experts that all take the same number of tokens."""
     if num_out_tokens is None:
         raise ConfigError("drop_and_pad needs num_out_tokens: capacity x experts")
-    num_tokens, num_experts = routing_map.shape
-    capacity = min(num_out_tokens // num_experts, num_tokens)
+    num_experts = routing_map.shape[1]
+    capacity = num_out_tokens // num_experts  # above the number of tokens: all of them
     by_expert = routing_map.t().to(torch.uint8)
     token = by_expert.sort(dim=1, descending=True, stable=True).indices[:, :capacity]
     taken = torch.zeros_like(by_expert, dtype=torch.bool).scatter_(1, token, True)

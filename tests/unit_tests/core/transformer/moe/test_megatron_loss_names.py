@@ -66,6 +66,15 @@ def test_the_balance_loss_equals_a_loop_over_tokens_and_experts(score, padded):
     assert not gradient[torch.tensor(padding)].any()
 
 
+def test_scores_of_padding_do_not_count_although_they_are_there():
+    logits, mask = _logits(), torch.tensor(PADDING)
+    counts = torch.tensor([4, 2, 0, 5, 3])
+    got = switch_load_balancing_loss_func(logits.softmax(dim=1), counts, 7, 2, 5, 0.3, False, mask)
+    want = plain.balance_loss(logits.softmax(dim=1), counts.tolist(), 7, 2, 0.3, PADDING)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, logits), torch.autograd.grad(want, logits))
+
+
 def test_the_balance_loss_is_that_of_our_router():
     logits = _logits()
     routing_map, scores = compute_routing_scores_for_aux_loss(logits, 2, "softmax")
