@@ -1,4 +1,4 @@
-"""Megatron's functions give the same on a CUDA device as on the CPU. Skipped where there is none."""
+"""Megatron's functions give the same on a CUDA device as on the CPU; skipped without one."""
 
 import pytest
 import torch
