@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install quickstart fix check test test-all bench docs clean
+.PHONY: help install quickstart fix check test test-all planted bench docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ test: check ## all tests that need no GPU and no patience
 
 test-all: check ## the slow ones too, and those on a GPU where there is one
 	$(PYTEST) --ignore tests/architecture
+
+planted: $(STAMPS)/dev ## plant the silent bugs of MoE training one by one, and see the tests catch them: minutes
+	$(TEST_ENV) $(BIN)/python -m tests.planted.run
 
 bench: $(STAMPS)/dev ## speed against the machine's limits; tables here, JSON in runs/bench
 	$(BIN)/python tools/bench/run_all.py --output runs/bench

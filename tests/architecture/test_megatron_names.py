@@ -1,8 +1,13 @@
 """Import paths that Megatron-LM users type exist, also the short ones that packages re-export."""
 
 import importlib
+import re
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]
+MOE = "megatron.core.transformer.moe"
 
 NAMES = [
     "megatron.core.ModelParallelConfig",
@@ -55,3 +60,33 @@ def test_the_name_can_be_imported(name):
 def test_a_name_that_is_not_there_is_an_attribute_error(package):
     with pytest.raises(AttributeError, match="nonsense"):
         _ = importlib.import_module(package).nonsense
+
+
+def _moe_names() -> list[tuple[str, bool]]:
+    """(name within the MoE package, whether it is there) of the table in docs/differences.md."""
+    text = (ROOT / "docs/differences.md").read_text().split("## Names of Megatron's MoE package")[1]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return [
+        (f"{module.strip('`')}.{name}", is_there)
+        for module, *columns in rows
+        for cell, is_there in zip(columns, (True, False), strict=True)
+        for name in re.findall(r"`([\w.]+)`", cell)
+    ]
+
+
+@pytest.mark.parametrize(("name", "is_there"), _moe_names())
+def test_names_of_the_moe_package_are_there_or_said_not_to_be(name, is_there):
+    module, *path = name.split(".")
+    found = importlib.import_module(f"{MOE}.{module}")
+    for part in path:
+        if not hasattr(found, part):
+            assert not is_there, f"{name} is not there; move it in docs/differences.md"
+            return
+        found = getattr(found, part)
+    assert is_there, f"{name} is there; move it in docs/differences.md"
+
+
+def test_every_function_of_moe_utils_is_in_the_table():
+    exported = importlib.import_module(f"{MOE}.moe_utils").__all__
+    listed = {name.partition(".")[2] for name, there in _moe_names() if there}
+    assert set(exported) - listed == {"topk_routing"}  # ours
