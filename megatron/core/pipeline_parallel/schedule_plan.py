@@ -29,8 +29,8 @@ def build_schedule(
         name: One of ``SCHEDULES``.
         pp: Pipeline ranks (``--pipeline-model-parallel-size``).
         num_microbatches: Microbatches of one optimizer step on this data-parallel rank.
-        vpp: Chunks a rank holds (``--num-virtual-stages-per-pipeline-rank``). Every schedule but
-            ``interleaved`` has its own number; None means that number.
+        vpp: Chunks a rank holds (``--num-virtual-stages-per-pipeline-rank``). ``1f1b`` with
+            several is ``interleaved``; the others have a number of their own, which None means.
         group_size: ``--microbatch-group-size-per-virtual-pipeline-stage`` of ``interleaved``:
             microbatches that go through a chunk before the next chunk's turn. None means ``pp``.
 
@@ -38,7 +38,7 @@ def build_schedule(
         ConfigError: An unknown name, or numbers that do not make a schedule; all problems at once.
     """
     ConfigError.raise_if_any(_problems(name, pp, num_microbatches, vpp, group_size))
-    if name == "interleaved":
+    if name == "interleaved" or (vpp or 1) > _CHUNKS.get(name, 1):
         return interleaved(pp, num_microbatches, vpp=vpp or 1, group_size=group_size)
     return _BUILDERS[name](pp, num_microbatches)
 
@@ -165,13 +165,12 @@ def _problems(
     }
     yield from (f"{what} is {n}, must be at least 1" for what, n in sizes.items() if _below(n, 1))
     own = _CHUNKS.get(name)
-    if own and vpp is not None and vpp != own:
-        other = " (interleaved takes any number)"
-        yield f"schedule {name} has {own} virtual stage(s) a rank, not {vpp}{other}"
-    if name == "interleaved" and _below(vpp or 1, 2):
+    if name != "1f1b" and own and vpp is not None and vpp != own:
+        yield f"schedule {name} has {own} virtual stage(s) a rank, not {vpp}; 1f1b takes any number"
+    if name == "interleaved" and (vpp or 1) == 1:
         yield "schedule interleaved needs at least 2 virtual stages a rank; with 1 it is 1f1b"
-    if own and group_size is not None:
-        yield f"the microbatch group size {group_size} is for interleaved only, not for {name}"
+    if group_size is not None and (vpp or 1) == 1:
+        yield f"the microbatch group size {group_size} needs at least 2 virtual stages a rank"
     elif group_size is not None and 1 <= group_size < pp:
         yield (
             f"the microbatch group size {group_size} must be at least the number of pipeline "

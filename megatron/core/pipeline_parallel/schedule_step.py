@@ -41,8 +41,8 @@ class Product(NamedTuple):
     stage: int
 
     def __str__(self) -> str:
-        """Write ``activation of microbatch 3 from stage 1``."""
-        return f"{self.kind} of microbatch {self.microbatch} from stage {self.stage}"
+        """Write ``activation of microbatch 3, stage 1``."""
+        return f"{self.kind} of microbatch {self.microbatch}, stage {self.stage}"
 
 
 class Home(NamedTuple):

@@ -23,9 +23,9 @@ class Transfer(NamedTuple):
     product: Product
 
     def __str__(self) -> str:
-        """Write ``send activation of microbatch 3 from stage 1 to rank 2``."""
+        """Write ``send activation of microbatch 3, stage 1, to rank 2``."""
         way = "to" if self.direction == "send" else "from"
-        return f"{self.direction} {self.product} {way} rank {self.peer}"
+        return f"{self.direction} {self.product}, {way} rank {self.peer}"
 
 
 _TIME: dict[StepKind, int] = {"F": 1, "B": 2, "I": 1, "W": 1}
