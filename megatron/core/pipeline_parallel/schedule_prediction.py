@@ -45,8 +45,8 @@ def predicted_idle(name: str, *, pp: int, vpp: int = 1, costs: Costs | None = No
     """Return the time that each rank waits in a step of training whose ranks end together.
 
     It is the same for any number of microbatches that fills the pipeline: any for ``1f1b``;
-    multiples of ``pp`` in groups of ``pp`` for ``interleaved``; ``pp`` for ``zb-h1`` and
-    ``2 * pp - 1`` for ``zb-h2``, both if a forward takes at least as long as a weight gradient;
+    multiples of ``pp`` in groups of ``pp`` for ``interleaved``; and, if a forward takes at least
+    as long as a weight gradient, ``pp`` for ``zb-h1``, ``2 * pp - 1`` for ``zb-h2`` and
     ``2 * pp`` for ``dualpipev``. That one's is for pairs of a forward and a backward that run as
     one, as if nothing of a pair left before its end: step by step it is less, half with even costs.
     Messages take no time here.
