@@ -1,7 +1,10 @@
 """Split a chain of parts into stages so that the most expensive stage costs least. Exact, pure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -62,44 +65,46 @@ def minimax_partition(costs: Sequence[float], num_stages: int) -> tuple[int, ...
         AssertionError: Fewer parts than stages, or no stage.
     """
     assert 1 <= num_stages <= len(costs), f"{len(costs)=} cannot fill {num_stages=}"
-    up_to = [0.0]
-    for cost in costs:
-        up_to.append(up_to[-1] + cost)
-    largest = _best(up_to, num_stages, limit=None)[0][0]
-    # Sums of the same costs differ in the last digits with where they begin.
-    cuts = _best(up_to, num_stages, limit=largest + 1e-9 * up_to[-1])[1]
+    up_to = [0, *accumulate(_whole(costs))]
+    largest = _best(up_to, num_stages, limit=None)[0]
+    cuts = _best(up_to, num_stages, limit=largest)[1]
     result = [0]
     for after in cuts:
         result.append(after[result[-1]])
     return tuple(result)
 
 
+def _whole(costs: Sequence[float]) -> list[int]:
+    """Scale to whole numbers without rounding: sums of floats would break ties by their error."""
+    exact = [Fraction(cost) for cost in costs]
+    scale = math.lcm(*(cost.denominator for cost in exact))
+    return [int(cost * scale) for cost in exact]
+
+
 def _best(
-    up_to: Sequence[float], num_stages: int, *, limit: float | None
-) -> tuple[list[float], list[dict[int, int]]]:
+    up_to: Sequence[int], num_stages: int, *, limit: int | None
+) -> tuple[int, list[dict[int, int]]]:
     """Solve for every beginning, from the last stage to the first.
 
     With no ``limit`` the value of a cut is its largest stage, else the sum of squares of its
     stages, none of which may be above ``limit``.
 
     Returns:
-        The least value of the parts from each position on; for each stage, where it ends if it
-        begins at a position.
+        The least value of all; for each stage, where it ends if it begins at a position.
     """
     total = len(up_to) - 1
-    infinite = float("inf")
-    value = [infinite] * total + [0.0]  # of no stage: only nothing can be left
+    value: dict[int, int] = {total: 0}  # of no stage: only nothing can be left
     ends: list[dict[int, int]] = []
     for left in range(1, num_stages + 1):
-        before, value, end_of = value, [infinite] * (total + 1), {}
-        for begin in range(total - left, -1, -1):
+        before, value, end_of = value, {}, {}
+        for begin in range(total - left + 1):
             for end in range(total - left + 1, begin, -1):
                 cost = up_to[end] - up_to[begin]
-                if limit is None:
-                    candidate = max(cost, before[end])
-                else:
-                    candidate = cost * cost + before[end] if cost <= limit else infinite
-                if candidate < value[begin]:
+                if end not in before or (limit is not None and cost > limit):
+                    continue
+                rest = before[end]
+                candidate = max(cost, rest) if limit is None else cost * cost + rest
+                if begin not in value or candidate < value[begin]:
                     value[begin], end_of[begin] = candidate, end
         ends.append(end_of)
-    return value, ends[::-1]
+    return value[0], ends[::-1]

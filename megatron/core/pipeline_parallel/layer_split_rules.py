@@ -66,7 +66,10 @@ def ends_text(ends: Ends) -> str:
 def legal_ends(num_layers: int, pp: int, vpp: int, ends: Ends) -> str:
     """Name the legal values of the given ends that are nearest."""
     choices = [
-        [None] if end is None else list(range(max(end - _REACH, 1), end + _REACH)) for end in ends
+        [None]
+        if end is None
+        else list(range(max(end - _REACH, 1), min(end + _REACH, num_layers) + 1))
+        for end in ends
     ]
     legal = [
         tried

@@ -48,8 +48,8 @@ def predicted_idle(name: str, *, pp: int, vpp: int = 1, costs: Costs | None = No
     multiples of ``pp`` in groups of ``pp`` for ``interleaved``; and, if a forward takes at least
     as long as a weight gradient, ``pp`` for ``zb-h1``, ``2 * pp - 1`` for ``zb-h2`` and
     ``2 * pp`` for ``dualpipev``. That one's is for pairs of a forward and a backward that run as
-    one, as if nothing of a pair left before its end: step by step it is less, half with even costs.
-    Messages take no time here.
+    one, as if nothing of a pair left before its end, where an input gradient takes at least as
+    long as a forward; step by step it is less, half with even costs. Messages take no time here.
 
     Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2; Qi et al. 2023
     (arXiv:2401.10241), table 1, where the last rank's late start, ``pp - 1`` forwards, is a bound
