@@ -105,7 +105,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--costs", type=_costs, default=Costs(), metavar="F,I,W[,COMM]",
         help="Times of one microbatch through a rank's layers: forward, gradient of inputs, "
         "gradient of weights; and of a message. 1,1,1,0 if not given.")  # fmt: skip
-    add("--stage-shares", type=_numbers, metavar="S,S,...",
+    add("--stage-shares", type=_shares, metavar="S,S,...",
         help="What each stage costs, in parts of a rank's layers, in the order of the model."
     )  # fmt: skip
     add("--sends", choices=("buffered", "blocking"), default="buffered",
@@ -129,6 +129,13 @@ def _numbers(text: str) -> list[float]:
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         raise argparse.ArgumentTypeError(f"{text!r}: times are numbers of at least 0")
     return numbers
+
+
+def _shares(text: str) -> list[float]:
+    shares = _numbers(text)
+    if 0 in shares:
+        raise argparse.ArgumentTypeError(f"{text!r}: shares must be more than 0")
+    return shares
 
 
 def _costs(text: str) -> Costs:
