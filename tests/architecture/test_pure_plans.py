@@ -35,6 +35,13 @@ TORCH_FREE = [
         for p in (ROOT / "megatron/core/datasets/indexed_dataset").glob("*.py")
     ),
     *(str(p.relative_to(ROOT)) for p in (ROOT / "megatron/core/tokenizers").glob("*.py")),
+    *(
+        str(p.relative_to(ROOT))
+        for folder in ("megatron/core/pipeline_parallel", "tools/schedules")
+        for pattern in ("schedule_*.py", "lay*.py", "svg.py", "text.py", "compare.py")
+        for p in (ROOT / folder).glob(pattern)
+    ),
+    "tools/show_schedule.py",
 ]
 
 
