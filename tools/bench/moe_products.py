@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.core.transformer.moe.expert_loop import ROW_MULTIPLE
+from megatron.core.transformer.moe.expert_loop import padded_size
 
 
 class Sums(NamedTuple):
@@ -40,7 +40,7 @@ class ProductLimit:
             sums: See the class.
         """
         self.weights = (weight1.detach(), weight2.detach())
-        self.sizes = [size + -size % ROW_MULTIPLE for size in sizes]
+        self.sizes = [padded_size(size, weight1.dtype) for size in sizes]
         self.sums = sums
         self.one = (torch.empty_like(self.weights[0][0]), torch.empty_like(self.weights[1][0]))
         width, hidden = weight1.shape[1:]
