@@ -1,137 +1,171 @@
-"""Forward and backward of one MoE layer: grouped, sequential, the textbook loop, and the limit.
+"""Forward and backward of one MoE layer: ours, others', and the limit of its matrix products.
 
-The limit is the time its matrix products would take at the rate of one large product. Routing is
-new in each call, as in training; "in training" is the grouped layer with the gradient buffers of
-DistributedDataParallel, zeroed in each call.
+Every call sees new tokens, so new numbers of rows for each expert; all contenders see the same
+ones, over the same weights, in turn. The limit is the time of exactly the products of one such
+call, whose shapes never change (``ProductLimit``). The default is moe-L, which takes about an hour
+on one core and 7 GB; ``--preset small`` takes a minute.
 """
 
 import argparse
+import gc
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
-from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.weight_init import init_weights
-from megatron.core.transformer.forward_context import ForwardContext
-from megatron.core.transformer.spec_utils import build_module
-from megatron.core.transformer.transformer_config import TransformerConfig
-from tests.reference.moe import ReferenceMoE
-from tools.bench.timing import alternate, gemm_gflops, report
+from tools.bench.moe_contenders import DTYPES, Contenders
+from tools.bench.moe_parts import Parts
+from tools.bench.moe_products import ProductLimit, Sums
+from tools.bench.timing import Timing, alternate, report
 from tools.bench.world import world_of_one
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPES = {"moe-L": (4096, 1024, 2048), "small": (1024, 256, 512)}
+"""Preset -> tokens, hidden size, width of an expert."""
+CASES = {"moe-L": ["8x2", "32x2", "64x2", "64x8"], "small": ["8x2", "32x4"]}
+ROUTINGS = ("balanced", "skewed")
+MODES = ("training", "standalone")
 
 
-def moe_config(args: argparse.Namespace, dtype: str, experts: str) -> TransformerConfig:
-    """Return the configuration of one layer."""
-    return TransformerConfig(
-        num_layers=1,
-        hidden_size=args.hidden_size,
-        num_attention_heads=1,
-        moe_ffn_hidden_size=args.moe_ffn_hidden_size,
-        num_moe_experts=args.num_experts,
-        moe_router_topk=args.moe_router_topk,
-        moe_experts_type=experts,
-        moe_aux_loss_coeff=[0.01],
-        swiglu=True,
-        add_bias_linear=False,
-        bf16=dtype == "bf16",
-    )
+class Tokens:
+    """New tokens for each round; those of skewed routing prefer some experts, each time others."""
 
-
-class Bench:
-    """Layers of one dtype, called with tokens that route anew each time."""
-
-    def __init__(self, args: argparse.Namespace, dtype: str, device: str) -> None:
+    def __init__(self, args: argparse.Namespace, dtype: str, routing: str) -> None:
         self.shape = (args.tokens, 1, args.hidden_size)
-        self.dtype, self.device = DTYPES[dtype], device
-        groups = ProcessGroupCollection.create(moe_config(args, dtype, "grouped").layout(1))
-        self.layers = {
-            f"layer, {experts}": self._layer(moe_config(args, dtype, experts), groups)
-            for experts in ("grouped", "sequential")
-        }
-        self.trained = DistributedDataParallel(
-            DistributedDataParallelConfig(),
-            self._layer(moe_config(args, dtype, "grouped"), groups),
-            pg_collection=groups,
-        )
-        self.reference = ReferenceMoE(
-            args.hidden_size, args.moe_ffn_hidden_size, args.num_experts, args.moe_router_topk
-        ).to(device, self.dtype)
+        self.dtype, self.topk = DTYPES[dtype], args.moe_router_topk
+        self.rng = torch.Generator().manual_seed(1)
+        shape = (args.num_experts, args.hidden_size)
+        self.gate = torch.randn(shape, generator=self.rng) / args.hidden_size**0.5
+        rank = torch.arange(1, args.num_experts + 1, dtype=torch.float32)
+        self.popularity = -rank.log() if routing == "skewed" else torch.zeros_like(rank)
+        self.grad = torch.randn(self.shape, generator=self.rng).to(self.dtype)
+        self.tokens = self.draw()
 
-    def calls(self) -> dict[str, Callable[[], object]]:
-        """Return one forward and backward by name."""
-        context = ForwardContext()
-        found: dict[str, Callable[[], object]] = {
-            name: lambda layer=layer: self._step(layer, lambda x: layer(x, context)[0])
-            for name, layer in self.layers.items()
-        }
-        found["grouped, in training"] = lambda: self._step(
-            self.trained, lambda x: self.trained(x, context)[0]
-        )
-        found["textbook loop"] = lambda: self._step(
-            self.reference, lambda x: self.reference(x.flatten(0, 1)).output
-        )
-        return found
+    def draw(self) -> Tensor:
+        """Return new tokens, which the next steps take."""
+        order = torch.randperm(len(self.popularity), generator=self.rng)
+        wanted = self.popularity[order]
+        shift = torch.linalg.lstsq(self.gate, wanted.unsqueeze(1)).solution.flatten()
+        tokens = torch.randn(self.shape, generator=self.rng) + shift
+        self.tokens = tokens.to(self.dtype)
+        return self.tokens
 
-    def _layer(self, config: TransformerConfig, groups: ProcessGroupCollection) -> nn.Module:
-        with torch.device(self.device):
-            layer = build_module(
-                get_moe_module_spec(config), config, layer_number=0, pg_collection=groups
-            )
-        init_weights(layer, seed=1)
-        return layer
+    def sizes(self) -> list[int]:
+        """Return the rows of each expert in this round."""
+        logits = self.tokens.flatten(0, 1).float() @ self.gate.t()
+        chosen = logits.topk(self.topk, dim=1).indices
+        return chosen.flatten().bincount(minlength=len(self.gate)).tolist()
 
-    def _step(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-        if isinstance(module, DistributedDataParallel):
-            module.zero_grad_buffer()
-        else:
-            module.zero_grad(set_to_none=True)
-        tokens = torch.randn(self.shape, device=self.device, dtype=self.dtype, requires_grad=True)
-        output = forward(tokens)
-        output.backward(torch.ones_like(output))
+    def step(self, forward: Callable[[Tensor], Tensor]) -> None:
+        """Do one forward and backward."""
+        forward(self.tokens.detach().requires_grad_()).backward(self.grad)
+
+
+def bench(
+    args: argparse.Namespace, dtype: str, routing: str, mode: str, peers: ModuleType | None
+) -> list[dict[str, object]]:
+    """Return the rows of one case."""
+    tokens = Tokens(args, dtype, routing)
+    made = Contenders(args, dtype, tokens.gate, peers, trains=mode == "training")
+    _, weight1, weight2 = made.stacks
+    sums = Sums(weight1.main_grad, weight2.main_grad) if made.trains else None
+    sizes = tokens.sizes()
+    calls: dict[str, Callable[[], object]] = {"limit": ProductLimit(weight1, weight2, sizes, sums)}
+    if sums is not None and sums.weight1.dtype != weight1.dtype:
+        calls["products alone"] = ProductLimit(weight1, weight2, sizes, None)
+    for name, forward in made.forwards.items():
+        calls[name] = lambda forward=forward: (made.forget_gradients(), tokens.step(forward))
+    whole = Parts(made.ours, tokens.tokens, tokens.grad)
+    parts = whole.calls() if made.trains else {}
+
+    def renew() -> None:
+        whole.take(tokens.draw())
+        made.forget_gradients()
+
+    timings = alternate(calls | parts, args.rounds, before=renew)
+    work = 18e-9 * sum(sizes) * args.hidden_size * args.moe_ffn_hidden_size  # 3 matrices x 3 x 2
+    case = {
+        "case": f"{args.num_experts}x{args.moe_router_topk}",
+        "dtype": dtype,
+        "routing": routing,
+        "mode": mode,
+    }
+    rows = [case | _row(name, timings[name], timings["limit"], work) for name in calls]
+    if parts:
+        ours = timings["grouped"].busy
+        spent = {name: timings[name].busy for name in parts}
+        spent["parts in all"] = sum(spent.values())
+        rows += [
+            case | {"what": f"- {name}", "ms": 1e3 * busy, "of_layer": busy / ours}
+            for name, busy in spent.items()
+        ]
+    return rows
+
+
+def _row(name: str, timing: Timing, limit: Timing, work: float) -> dict[str, object]:
+    return {
+        "what": name,
+        "ms": 1e3 * timing.busy,
+        "wall_ms": 1e3 * timing.median,
+        "gflops": work / timing.busy,
+        "share_of_limit": limit.busy / timing.busy,
+        "of_layer": None,
+    }
+
+
+def peers_installed() -> ModuleType | None:
+    """Return transformers' Mixtral module; None where it is not installed."""
+    try:
+        return importlib.import_module("transformers.models.mixtral.modeling_mixtral")
+    except ImportError:
+        return None
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(SHAPES), default="moe-L", help="Default shapes.")
+    parser.add_argument("--tokens", type=int, help="Rows of one microbatch.")
+    parser.add_argument("--hidden-size", type=int, help="Width of a token.")
+    parser.add_argument("--moe-ffn-hidden-size", type=int, help="Width of an expert.")
+    parser.add_argument("--cases", nargs="+", help="Experts x top-k, such as 8x2.")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--rounds", type=int, default=5, help="Timed calls of each.")
+    parser.add_argument("--output", type=Path, default=None, help="Folder for the JSON file.")
+    args = parser.parse_args(words)
+    names = ("tokens", "hidden_size", "moe_ffn_hidden_size")
+    for name, value in zip(names, SHAPES[args.preset], strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.cases = args.cases or CASES[args.preset]
+    return args
 
 
 def main() -> None:
-    """Time the layers and report tokens per second and the share of the limit."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--tokens", type=int, default=2048, help="Rows of one microbatch.")
-    parser.add_argument("--hidden-size", type=int, default=512, help="Width of a token.")
-    parser.add_argument("--moe-ffn-hidden-size", type=int, default=1024, help="Width of an expert.")
-    parser.add_argument("--num-experts", type=int, default=8, help="Experts of the layer.")
-    parser.add_argument("--moe-router-topk", type=int, default=2, help="Experts of a token.")
-    parser.add_argument("--rounds", type=int, default=7, help="Timed calls of each.")
-    parser.add_argument("--output", type=Path, default=None, help="Folder for the JSON file.")
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Print one table for each case, and all together at the end."""
+    args = parse()
+    torch.set_num_threads(1)  # one core is what a rank has, and what processor time measures
+    peers = peers_installed()
+    if peers is None:
+        print("transformers is not installed: its Mixtral layer is left out")
     rows: list[dict[str, object]] = []
     with world_of_one():
-        for dtype in DTYPES:
-            pairs = args.tokens * args.moe_router_topk
-            work = 9 * 2e-9 * pairs * args.hidden_size * args.moe_ffn_hidden_size  # 3 matrices x 3
-            shape = (pairs, args.hidden_size, args.moe_ffn_hidden_size)
-            limit = gemm_gflops(*shape, DTYPES[dtype], device)
-            for name, timing in alternate(Bench(args, dtype, device).calls(), args.rounds).items():
-                rows.append(
-                    {
-                        "dtype": dtype,
-                        "what": name,
-                        "ms": timing.median * 1e3,
-                        "ms_low": timing.low * 1e3,
-                        "ms_high": timing.high * 1e3,
-                        "tokens_per_s": args.tokens / timing.median,
-                        "gflops": work / timing.median,
-                        "share_of_gemm": work / timing.median / limit,
-                    }
-                )
+        for case in args.cases:
+            args.num_experts, args.moe_router_topk = map(int, case.split("x"))
+            for dtype in args.dtypes:
+                for routing in args.routings:
+                    for mode in args.modes:
+                        found = bench(args, dtype, routing, mode, peers)
+                        report(f"{case} {dtype} {routing} {mode}", found, None)
+                        rows += found
+                        gc.collect()
     report("moe_layer", rows, args.output)
 
 

@@ -5,7 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-NOT_BENCHES = {"run_all.py", "timing.py", "world.py", "__init__.py"}
+FOLDER = Path(__file__).resolve().parent
+
+
+def benches() -> list[Path]:
+    """Return the files that can be run, but this one."""
+    runs = (p for p in FOLDER.glob("*.py") if "\ndef main() -> " in p.read_text())
+    return sorted(p for p in runs if p.name != "run_all.py")
 
 
 def main() -> int:
@@ -13,11 +19,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, help="Folder for the JSON files.")
     args = parser.parse_args()
-    folder = Path(__file__).resolve().parent
-    benches = sorted(p for p in folder.glob("*.py") if p.name not in NOT_BENCHES)
     return sum(
         subprocess.run([sys.executable, bench, "--output", args.output]).returncode != 0
-        for bench in benches
+        for bench in benches()
     )
 
 

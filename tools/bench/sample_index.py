@@ -12,17 +12,18 @@ import numpy as np
 from megatron.core.datasets.sample_index import build_sample_indices, plan_epochs
 from tools.bench.timing import report
 
-DOCUMENTS, MEAN_TOKENS = 1_000_000, 1000
+MEAN_TOKENS = 1000
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=None, help="Folder for sample_index.json.")
+    parser.add_argument("--documents", type=int, default=1_000_000, help="Documents there are.")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 2 * MEAN_TOKENS, DOCUMENTS, dtype=np.int32)
-    documents = (0, DOCUMENTS)
+    lengths = rng.integers(1, 2 * MEAN_TOKENS, args.documents, dtype=np.int32)
+    documents = (0, args.documents)
     tokens = int(lengths.sum(dtype=np.int64))
     rows = []
     for seq_length in (128, 1024, 4096):
@@ -33,7 +34,7 @@ def main() -> None:
         )
         rows.append(
             {
-                "documents": DOCUMENTS,
+                "documents": args.documents,
                 "tokens": tokens,
                 "seq_length": seq_length,
                 "samples": len(indices.sample_index) - 1,

@@ -7,6 +7,7 @@ sequence 512, microbatch 4, AdamW, clip 1.0 (62.9M parameters).
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -25,16 +26,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from tools.bench.timing import alternate, gemm_gflops, report
 from tools.bench.world import world_of_one
 
-VOCABULARY, SEQUENCE, MICROBATCH = 8192, 512, 4
+
+class Size(NamedTuple):
+    """What can be made smaller; the rest is bench-S."""
+
+    hidden: int
+    vocabulary: int
+    sequence: int
+    microbatch: int
 
 
-def bench_s(*, bf16: bool) -> TransformerConfig:
-    """Return the configuration of bench-S."""
+def bench_s(hidden: int, *, bf16: bool) -> TransformerConfig:
+    """Return the configuration of bench-S, which has a ``hidden`` size of 512."""
     return TransformerConfig(
         num_layers=4,
-        hidden_size=512,
+        hidden_size=hidden,
         num_attention_heads=8,
-        ffn_hidden_size=1024,
+        ffn_hidden_size=2 * hidden,
         swiglu=True,
         normalization="RMSNorm",
         position_embedding_type="rope",
@@ -51,14 +59,14 @@ def bench_s(*, bf16: bool) -> TransformerConfig:
 class Step:
     """A model, its optimizer and one batch; calling it trains one step."""
 
-    def __init__(self, config: TransformerConfig, device: str) -> None:
+    def __init__(self, config: TransformerConfig, size: Size, device: str) -> None:
         groups = ProcessGroupCollection.create(config.layout(1))
         with torch.device(device):
             model = GPTModel(
                 config,
                 get_gpt_decoder_block_spec(config),
-                VOCABULARY,
-                SEQUENCE,
+                size.vocabulary,
+                size.sequence,
                 pg_collection=groups,
             )
         init_weights(model, 1234)
@@ -67,8 +75,9 @@ class Step:
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(lr=3e-4), self.ddp, pg_collection=groups
         )
-        self.tokens = torch.randint(VOCABULARY, (MICROBATCH, SEQUENCE + 1), device=device)
-        self.positions = torch.arange(SEQUENCE, device=device).expand(MICROBATCH, SEQUENCE)
+        batch = (size.microbatch, size.sequence)
+        self.tokens = torch.randint(size.vocabulary, (batch[0], batch[1] + 1), device=device)
+        self.positions = torch.arange(size.sequence, device=device).expand(batch)
 
     def __call__(self, context: ForwardContext | None = None) -> None:
         """Forward, backward, optimizer step."""
@@ -84,13 +93,15 @@ class Step:
         self.optimizer.step()
 
 
-def gemm_flops(config: TransformerConfig) -> float:
+def gemm_flops(config: TransformerConfig, size: Size) -> float:
     """Return the matrix-product FLOPs of one step: active experts, causal half, backward 2 x."""
-    tokens, hidden = MICROBATCH * SEQUENCE, config.hidden_size
-    attention = 4 * hidden * hidden + SEQUENCE * hidden  # projections, causal half of 2 * s * h
+    tokens, hidden = size.microbatch * size.sequence, config.hidden_size
+    attention = (
+        4 * hidden * hidden + size.sequence * hidden
+    )  # projections, causal half of 2 * s * h
     experts = config.moe_router_topk * 3 * hidden * config.moe_ffn_size
     layer = attention + experts + config.num_moe_experts * hidden
-    return 6.0 * tokens * (config.num_layers * layer + hidden * VOCABULARY)
+    return 6.0 * tokens * (config.num_layers * layer + hidden * size.vocabulary)
 
 
 def main() -> None:
@@ -98,23 +109,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=None, help="Folder for step.json.")
     parser.add_argument("--rounds", type=int, default=5, help="Timed steps of each dtype.")
+    parser.add_argument("--hidden-size", type=int, default=512, help="Width of a token.")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="Tokens there are.")
+    parser.add_argument("--seq-length", type=int, default=512, help="Tokens of a sample.")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="Samples of a step.")
     args = parser.parse_args()
+    size = Size(args.hidden_size, args.vocab_size, args.seq_length, args.micro_batch_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     with world_of_one():
         for name, bf16 in (("fp32", False), ("bf16", True)):
-            config = bench_s(bf16=bf16)
-            timing = alternate({"step": Step(config, device)}, args.rounds)["step"]
+            config = bench_s(size.hidden, bf16=bf16)
+            timing = alternate({"step": Step(config, size, device)}, args.rounds)["step"]
             dtype = torch.bfloat16 if bf16 else torch.float32
             limit = gemm_gflops(512, 512, 2048, dtype, device)
-            gflops = 1e-9 * gemm_flops(config) / timing.median
+            gflops = 1e-9 * gemm_flops(config, size) / timing.busy
             rows.append(
                 {
                     "dtype": name,
-                    "step_ms": 1e3 * timing.median,
+                    "step_ms": 1e3 * timing.busy,
+                    "wall_ms": 1e3 * timing.median,
                     "low_ms": 1e3 * timing.low,
                     "high_ms": 1e3 * timing.high,
-                    "tokens_per_s": MICROBATCH * SEQUENCE / timing.median,
+                    "tokens_per_s": size.microbatch * size.sequence / timing.busy,
                     "gflops": gflops,
                     "gemm_limit_gflops": limit,
                     "share": gflops / limit,

@@ -1,6 +1,7 @@
 """Time alternatives side by side in one run: alternated call by call, medians and spread.
 
-Machines are shared and noisy, so only ratios within one run mean anything.
+Machines are shared and noisy: only ratios within one run mean anything. On a CPU the time is that
+of the process on its cores, which others' load moves less than it moves the clock.
 """
 
 import json
@@ -15,31 +16,57 @@ import torch
 
 
 class Timing(NamedTuple):
-    """Seconds of one call."""
+    """Seconds of one call by the wall clock, and of processor time of all threads."""
 
     median: float
     low: float
     high: float
+    cpu: float
+    """Median of processor time."""
+
+    @property
+    def busy(self) -> float:
+        """What is to be compared: processor time of one thread, wall clock of several or CUDA."""
+        one_thread = not torch.cuda.is_available() and torch.get_num_threads() == 1
+        return self.cpu if one_thread else self.median
 
 
-def alternate(calls: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, Timing]:
+def alternate(
+    calls: dict[str, Callable[[], object]],
+    rounds: int = 7,
+    *,
+    before: Callable[[], object] | None = None,
+) -> dict[str, Timing]:
     """Call each of ``calls`` in turn, ``rounds`` times after one warm-up, and time every call.
 
-    On CUDA each call is bracketed by a synchronisation; on CPU the wall clock is used.
+    On CUDA each call is bracketed by a synchronisation.
+
+    Args:
+        calls: By name.
+        rounds: Timed calls of each.
+        before: Called once before each round, untimed; makes new inputs, say.
 
     Returns:
-        Name -> median, lowest and highest seconds.
+        Name -> timing.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
+        if before is not None:
+            before()
         for name, call in calls.items():
             _synchronize()
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             call()
             _synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {n: Timing(statistics.median(s), min(s), max(s)) for n, s in seconds.items()}
+                spent = (time.perf_counter() - wall, time.process_time() - cpu)
+                seconds[name].append(spent)
+    return {name: _timing(spent) for name, spent in seconds.items()}
+
+
+def _timing(spent: list[tuple[float, float]]) -> Timing:
+    wall, cpu = zip(*spent, strict=True)
+    return Timing(statistics.median(wall), min(wall), max(wall), statistics.median(cpu))
 
 
 def _synchronize() -> None:
@@ -50,12 +77,24 @@ def _synchronize() -> None:
 def machine() -> dict[str, object]:
     """Describe the device, so that a figure is never quoted without it."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    facts = _cpu_facts()
+    kinds = [kind for kind in ("avx512_bf16", "amx_bf16") if kind in facts.get("flags", "").split()]
     return {
-        "device": gpu or platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": gpu or facts.get("model name") or platform.processor() or platform.machine(),
+        "cpu_capability": " ".join([torch.backends.cpu.get_cpu_capability(), *kinds]),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def _cpu_facts() -> dict[str, str]:
+    """Return what Linux tells of the first core; nothing elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def gemm_gflops(rows: int, inner: int, columns: int, dtype: torch.dtype, device: str) -> float:
@@ -63,7 +102,7 @@ def gemm_gflops(rows: int, inner: int, columns: int, dtype: torch.dtype, device:
     x = torch.randn(rows, inner, dtype=dtype, device=device)
     weight = torch.randn(columns, inner, dtype=dtype, device=device)
     timing = alternate({"gemm": lambda: torch.nn.functional.linear(x, weight)}, rounds=9)["gemm"]
-    return 2e-9 * rows * inner * columns / timing.median
+    return 2e-9 * rows * inner * columns / timing.busy
 
 
 def report(name: str, rows: list[dict[str, object]], output: Path | None) -> None:
@@ -83,4 +122,6 @@ def report(name: str, rows: list[dict[str, object]], output: Path | None) -> Non
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

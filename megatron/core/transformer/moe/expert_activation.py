@@ -1,13 +1,15 @@
 """The activation inside an expert, weighted by the probability of each row.
 
 Weighting before the second matrix saves a tensor of rows x hidden. Computed in fp32 or wider, and
-in backward from the input alone.
+in backward from the input alone, block by block: each of its dozen passes finds the block in the
+cache.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.core.transformer.precision import compute_dtype
@@ -39,18 +41,32 @@ class ActivationGradient(NamedTuple):
     """[num_rows, ffn], what the forward returned."""
 
 
-def activate(inner: Tensor, probs: Tensor, *, gated: bool) -> Tensor:
-    """Compute ``weighted_activation`` without autograd."""
-    wide = _widen(inner)
-    if gated:
-        gate, up = wide.chunk(2, dim=1)
-        active = nn.functional.silu(gate).mul_(up)
-    else:
-        active = nn.functional.gelu(wide)
-    return active.mul_(probs.unsqueeze(1)).to(inner.dtype)
+def activate(inner: Tensor, probs: Tensor, *, gated: bool, out: Tensor | None = None) -> Tensor:
+    """Compute ``weighted_activation`` without autograd, into ``out`` if given."""
+    if out is None:
+        out = inner.new_empty(len(inner), inner.shape[1] // (2 if gated else 1))
+    scratch = _Scratch(out)
+    for rows in scratch.blocks(len(out)):
+        active = scratch.wide_like(out[rows], 0)
+        if gated:
+            gate, up = inner[rows].chunk(2, dim=1)
+            torch.ops.aten.silu.out(scratch.widened(gate, 0), out=active)
+            active.mul_(scratch.widened(up, 1))
+        else:
+            torch.ops.aten.gelu.out(scratch.widened(inner[rows], 0), out=active)
+        active.mul_(probs[rows].unsqueeze(1))
+        scratch.put(active, out[rows])
+    return out
 
 
-def differentiate(inner: Tensor, probs: Tensor, grad: Tensor, *, gated: bool) -> ActivationGradient:
+def differentiate(
+    inner: Tensor,
+    probs: Tensor,
+    grad: Tensor,
+    *,
+    gated: bool,
+    out: ActivationGradient | None = None,
+) -> ActivationGradient:
     """Compute the gradients of ``weighted_activation``, and its output once more.
 
     Args:
@@ -58,25 +74,94 @@ def differentiate(inner: Tensor, probs: Tensor, grad: Tensor, *, gated: bool) ->
         probs: See ``inner``.
         grad: [num_rows, ffn], gradient of its output.
         gated: See ``inner``.
+        out: Where to, all of them; new tensors when None.
     """
-    wide, grad, weight = _widen(inner), _widen(grad), probs.unsqueeze(1)
-    if not gated:
-        active = nn.functional.gelu(wide)
-        grad_probs = torch.linalg.vecdot(active, grad)
-        grad_inner = torch.ops.aten.gelu_backward(grad * weight, wide)
-        return ActivationGradient(
-            grad_inner.to(inner.dtype), grad_probs, active.mul_(weight).to(inner.dtype)
+    if out is None:
+        out = ActivationGradient(
+            torch.empty_like(inner), torch.empty_like(probs), torch.empty_like(grad)
         )
-    gate, up = wide.chunk(2, dim=1)
-    grad_inner = torch.empty_like(inner)
-    grad_gate, grad_up = grad_inner.chunk(2, dim=1)
-    silu = nn.functional.silu(gate)
-    active = silu * up
-    grad_probs = torch.linalg.vecdot(active, grad)
-    weighted = grad * weight
-    torch.mul(weighted, silu, out=grad_up)
-    torch.ops.aten.silu_backward(weighted.mul_(up), gate, grad_input=grad_gate)
-    return ActivationGradient(grad_inner, grad_probs, active.mul_(weight).to(inner.dtype))
+    scratch = _Scratch(out.activated)
+    differentiate_block = _differentiate_gated if gated else _differentiate_gelu
+    for rows in scratch.blocks(len(inner)):
+        block = ActivationGradient(out.inner[rows], out.probs[rows], out.activated[rows])
+        differentiate_block(inner[rows], probs[rows], grad[rows], block, scratch)
+    return out
+
+
+def _differentiate_gated(
+    inner: Tensor, probs: Tensor, grad: Tensor, out: ActivationGradient, scratch: "_Scratch"
+) -> None:
+    weight = probs.unsqueeze(1)
+    gate, up = (scratch.widened(x, n) for n, x in enumerate(inner.chunk(2, dim=1)))
+    grad = scratch.widened(grad, 2)
+    silu = torch.ops.aten.silu.out(gate, out=scratch.like(gate, 3))
+    active = torch.mul(silu, up, out=scratch.wide_like(out.activated, 4))
+    torch.linalg.vecdot(active, grad, out=out.probs)
+    scratch.put(active.mul_(weight), out.activated)
+    weighted = torch.mul(grad, weight, out=scratch.like(gate, 5))
+    out_gate, out_up = out.inner.chunk(2, dim=1)
+    grad_up = torch.mul(weighted, silu, out=scratch.wide_like(out_up, 3))
+    scratch.put(grad_up, out_up)
+    grad_gate = scratch.wide_like(out_gate, 5)
+    torch.ops.aten.silu_backward.grad_input(weighted.mul_(up), gate, grad_input=grad_gate)
+    scratch.put(grad_gate, out_gate)
+
+
+def _differentiate_gelu(
+    inner: Tensor, probs: Tensor, grad: Tensor, out: ActivationGradient, scratch: "_Scratch"
+) -> None:
+    weight = probs.unsqueeze(1)
+    wide, grad = scratch.widened(inner, 0), scratch.widened(grad, 1)
+    active = torch.ops.aten.gelu.out(wide, out=scratch.wide_like(out.activated, 2))
+    torch.linalg.vecdot(active, grad, out=out.probs)
+    scratch.put(active.mul_(weight), out.activated)
+    weighted = torch.mul(grad, weight, out=scratch.like(wide, 3))
+    grad_inner = scratch.wide_like(out.inner, 3)
+    torch.ops.aten.gelu_backward.grad_input(weighted, wide, grad_input=grad_inner)
+    scratch.put(grad_inner, out.inner)
+
+
+class _Scratch:
+    """Room for what is between input and output of a block of rows, in fp32 or wider.
+
+    On a CPU a block is so small that all of it stays in the second-level cache; elsewhere there is
+    one block. Views are numbered; one that was asked for twice is the same memory.
+    """
+
+    _BLOCK_NUMEL = 2**16
+
+    def __init__(self, like: Tensor) -> None:
+        num_rows, width = like.shape
+        on_cpu = like.device.type == "cpu"
+        self._num_rows = max(1, self._BLOCK_NUMEL // width) if on_cpu else max(1, num_rows)
+        self._shape = (min(self._num_rows, num_rows), width)
+        self._dtype, self._device = compute_dtype(like.dtype), like.device
+        self._rooms: dict[int, Tensor] = {}
+
+    def blocks(self, num_rows: int) -> Iterator[slice]:
+        """Yield the rows of each block."""
+        for start in range(0, num_rows, self._num_rows):
+            yield slice(start, min(start + self._num_rows, num_rows))
+
+    def like(self, block: Tensor, number: int) -> Tensor:
+        """Return room ``number`` for as many rows as ``block`` has."""
+        if number not in self._rooms:
+            self._rooms[number] = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        return self._rooms[number][: len(block)]
+
+    def wide_like(self, target: Tensor, number: int) -> Tensor:
+        """Return ``target`` itself where it is wide, else room ``number``."""
+        return target if target.dtype == self._dtype else self.like(target, number)
+
+    def widened(self, source: Tensor, number: int) -> Tensor:
+        """Return ``source`` itself where it is wide, else a wide copy in room ``number``."""
+        return source if source.dtype == self._dtype else self.like(source, number).copy_(source)
+
+    @staticmethod
+    def put(wide: Tensor, target: Tensor) -> None:
+        """Round ``wide`` into ``target``, unless it was computed there."""
+        if wide.dtype != target.dtype:
+            target.copy_(wide)
 
 
 class _WeightedActivation(torch.autograd.Function):
@@ -92,7 +177,3 @@ class _WeightedActivation(torch.autograd.Function):
         inner, probs = ctx.saved_tensors
         found = differentiate(inner, probs, grad, gated=ctx.gated)
         return found.inner, found.probs, None
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x.to(compute_dtype(x.dtype))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megatron.core.grad_sink import offer_grad_sink
 from megatron.core.tensor_parallel.weight_init import init_weights
-from megatron.core.transformer.moe.expert_loop import ROW_MULTIPLE
+from megatron.core.transformer.moe.expert_loop import ROW_MULTIPLE, padded_size
 from megatron.core.transformer.moe.experts import GroupedMLP
 from tests.helpers.ranks import run_ranks
 from tests.unit_tests.core.transformer.moe.layers import H, make_groups, moe_config
@@ -94,3 +94,40 @@ def _into_sums(shape: dict[str, Any], dtype: dict[str, bool]) -> None:
 @pytest.mark.parametrize("dtype", [{"fp64": True}, {}, {"bf16": True}])
 def test_gradients_added_to_sinks_are_those_that_would_be_returned(shape, dtype):
     run_ranks(_into_sums, 1, shape, dtype)
+
+
+def _bad_neighbour(dtype: dict[str, bool]) -> None:
+    bank = _bank(moe_config(**dtype))
+    sizes, bad = torch.tensor([5, 7, 0, 4]), 8  # a row of expert 1, which fills up expert 0
+    rows = torch.randn(16, H, generator=torch.Generator().manual_seed(6)).to(bank.weight1.dtype)
+    found = []
+    for value in (1.0, float("inf"), float("nan")):
+        rows[bad] = value
+        seen, probs = rows.clone().requires_grad_(), torch.ones(16).requires_grad_()
+        out, _ = bank(seen, sizes, probs)
+        upstream = torch.ones_like(out)
+        upstream[bad] = value
+        grads = torch.autograd.grad(out, (seen, probs, bank.weight1, bank.weight2), upstream)
+        rest = [torch.cat((t[:bad], t[bad + 1 :])) for t in (out.detach(), *grads[:2])]
+        found.append([*rest, *(grad[[0, 2, 3]] for grad in grads[2:])])
+        assert grads[2][1].isfinite().all() == (value == 1.0)
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [{"fp64": True}, {}, {"bf16": True}])
+def test_an_infinite_row_reaches_no_other_row_and_no_other_expert(dtype):
+    run_ranks(_bad_neighbour, 1, dtype)
+
+
+def test_few_numbers_of_rows_are_compiled_for_bf16():
+    sizes = range(1, 4097)
+    padded = [padded_size(size, torch.bfloat16) for size in sizes]
+    assert all(
+        size <= to and to % ROW_MULTIPLE == 0 for size, to in zip(sizes, padded, strict=True)
+    )
+    assert all(to - size < max(16, size / 16) for size, to in zip(sizes, padded, strict=True))
+    assert len({to for to in padded if to > 256}) == 4 * 16
+    assert padded_size(1025, torch.float32) == 1040  # nothing is compiled for fp32
+    assert padded_size(0, torch.bfloat16) == 0

@@ -1,0 +1,92 @@
+"""Every bench runs, at sizes that take no time, and tells of what it says it measures."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.ranks import run_ranks
+from tools.bench.moe_contenders import Contenders
+from tools.bench.moe_layer import Tokens, peers_installed
+from tools.bench.run_all import benches
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "moe_layer": "--tokens 32 --hidden-size 16 --moe-ffn-hidden-size 32 --cases 4x2 --rounds 1",
+    "sample_index": "--documents 100",
+    "step": "--hidden-size 32 --vocab-size 64 --seq-length 16 --micro-batch-size 2 --rounds 1",
+}
+
+
+@pytest.fixture(scope="module")
+def run_bench(tmp_path_factory):
+    """Return a function: name of a bench -> its rows."""
+    done = {}
+
+    def run(name: str) -> list[dict[str, object]]:
+        if name not in done:
+            folder = tmp_path_factory.mktemp("bench")
+            tool = ROOT / "tools" / "bench" / f"{name}.py"
+            words = [sys.executable, str(tool), *TINY[name].split(), "--output", str(folder)]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)
+            assert result.returncode == 0, result.stderr
+            done[name] = json.loads((folder / f"{name}.json").read_text())["rows"]
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", [path.stem for path in benches()])
+def test_bench_runs(run_bench, name):
+    rows = run_bench(name)
+    assert rows
+    for row in rows:
+        for key, value in row.items():
+            assert not key.endswith(("ms", "_s", "gflops")) or value is None or value > 0
+
+
+def test_the_layer_is_timed_beside_its_limit_and_others_in_every_case(run_bench):
+    rows = run_bench("moe_layer")
+    cases = {(r["dtype"], r["routing"], r["mode"]) for r in rows}
+    assert len(cases) == 2 * 2 * 2
+    for dtype, routing, mode in cases:
+        of_case = [
+            r for r in rows if (r["dtype"], r["routing"], r["mode"]) == (dtype, routing, mode)
+        ]
+        shares = {r["what"]: r["share_of_limit"] for r in of_case if "share_of_limit" in r}
+        assert {"limit", "grouped", "sequential", "textbook loop"} <= set(shares)
+        assert shares["limit"] == 1.0
+        parts = {r["what"] for r in of_case if r["what"].startswith("- ")}
+        assert bool(parts) == (mode == "training")
+
+
+def _same_layer(mode: str) -> None:
+    args = Namespace(
+        tokens=40, hidden_size=16, moe_ffn_hidden_size=32, num_experts=4, moe_router_topk=2
+    )
+    tokens = Tokens(args, "fp32", "skewed")
+    made = Contenders(args, "fp32", tokens.gate, peers_installed(), trains=mode == "training")
+    found = {}
+    for name, forward in made.forwards.items():
+        made.forget_gradients()
+        if made.trains:
+            made.ddp.zero_grad_buffer()
+        output = forward(tokens.tokens)
+        output.backward(tokens.grad)
+        stacks = [p for p in made.stacks if made.trains]
+        # the router's gradient holds the balance loss in our layers only
+        found[name] = [output.detach(), *(p.main_grad.clone() for p in stacks[1:])]
+    for name, tensors in found.items():
+        for got, want in zip(tensors, found["grouped"], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["training", "standalone"])
+def test_all_contenders_compute_the_same(mode):
+    run_ranks(_same_layer, 1, mode)
