@@ -62,6 +62,7 @@ _FREE = {
     "moe_dispatcher_node_size",
     "moe_experts_type",
     "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "exit_interval",
     "exit_duration_in_mins",
     "exit_signal_handler",

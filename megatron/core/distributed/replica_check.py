@@ -3,8 +3,10 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer
 from megatron.core.errors import MegatronError
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -12,14 +14,15 @@ _NAMES_SHOWN = 5
 
 
 class ReplicaError(MegatronError):
-    """Data-parallel ranks hold different parameters."""
+    """Ranks that should hold the same parameters hold different ones."""
 
 
 def check_replicas(ddp: DistributedDataParallel) -> None:
-    """Compare every parameter with that of the first rank of its data-parallel group.
+    """Compare every parameter with that of the first rank of each group that holds copies of it.
 
-    Collective over all ranks; moves the parameters once. Call it before the first step, when
-    weights were drawn or loaded.
+    Those are its data-parallel group, and the tensor-parallel one if it is not split over it.
+    Collective over all ranks; moves the parameters once for each group. Call it before the first
+    step, when weights were drawn or loaded.
 
     Raises:
         ReplicaError: On every rank, if any rank differs in any bit, or in how its parameters are
@@ -33,9 +36,11 @@ def check_replicas(ddp: DistributedDataParallel) -> None:
     for bucket in ddp.bucket_layout.buckets:
         buffer = ddp.grad_buffers[bucket.buffer]
         mine = buffer.param_data[bucket.start : bucket.end]
-        first = mine.clone()
-        dist.broadcast(first, group=buffer.group, group_src=0)
-        unequal = _bits(first) != _bits(mine)
+        unequal = torch.zeros_like(mine, dtype=torch.bool)
+        for group in _groups_of_copies(ddp, buffer):
+            first = mine.clone()
+            dist.broadcast(first, group=group, group_src=0)
+            unequal |= _bits(first) != _bits(mine)
         for span in buffer.layout.spans:
             if span.param in bucket.params:
                 found = unequal[span.start - bucket.start : span.end - bucket.start].any()
@@ -49,6 +54,15 @@ def check_replicas(ddp: DistributedDataParallel) -> None:
             f"{len(bad)} of {len(names)} parameters differ between data-parallel replicas: "
             f"{shown}. All ranks must start from the same --seed and the same checkpoint"
         )
+
+
+def _groups_of_copies(
+    ddp: DistributedDataParallel, buffer: ParamAndGradBuffer
+) -> list[ProcessGroup]:
+    key, groups = buffer.layout.key, ddp.pg_collection
+    sharing = groups.expt_tp if key.is_expert else groups.tp
+    copies = key.split_over is None and sharing.size() > 1
+    return [buffer.group, sharing] if copies else [buffer.group]
 
 
 def _check_layouts(ddp: DistributedDataParallel) -> None:

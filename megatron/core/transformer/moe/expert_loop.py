@@ -29,7 +29,13 @@ class ExpertWeights(NamedTuple):
 
 
 def looped_experts(
-    rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, weights: ExpertWeights, *, gated: bool
+    rows: Tensor,
+    tokens_per_expert: Tensor,
+    probs: Tensor,
+    weights: ExpertWeights,
+    *,
+    gated: bool,
+    adds_bias2: bool = True,
 ) -> Tensor:
     """Return ``prob * expert(row)`` for each row.
 
@@ -40,11 +46,13 @@ def looped_experts(
         weights: Of the experts; each gets a gradient, zeros where it had no rows. One that has
             a ``grad_sink_of`` gets it there, which saves a pass over memory as large as it.
         gated: SwiGLU instead of GELU.
+        adds_bias2: False when another rank adds ``bias2``; it gets its gradient all the same.
 
     Returns:
         [num_rows, h].
     """
-    out: Tensor = _LoopedExperts.apply(rows, probs, tokens_per_expert.tolist(), gated, *weights)
+    sizes = tokens_per_expert.tolist()
+    out: Tensor = _LoopedExperts.apply(rows, probs, sizes, gated, adds_bias2, *weights)
     return out
 
 
@@ -53,7 +61,13 @@ class _LoopedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, probs: Tensor, sizes: list[int], gated: bool, *weights: Tensor
+        ctx: Any,
+        rows: Tensor,
+        probs: Tensor,
+        sizes: list[int],
+        gated: bool,
+        adds_bias2: bool,
+        *weights: Tensor,
     ) -> Tensor:
         out = _room_for(rows)
         inners = []
@@ -63,10 +77,10 @@ class _LoopedExperts(torch.autograd.Function):
             active = activate(inner, p, gated=gated)
             y = out[place.padded]
             torch.mm(active, w2.t(), out=y)
-            if b2 is not None:
+            if b2 is not None and adds_bias2:
                 y.add_(p.to(y.dtype).unsqueeze(1) * b2)
             inners.append(inner)
-        ctx.sizes, ctx.gated = sizes, gated
+        ctx.sizes, ctx.gated, ctx.adds_bias2 = sizes, gated, adds_bias2
         ctx.sinks = [grad_sink_of(weight) for weight in weights]
         ctx.save_for_backward(rows, probs, *weights, *inners)
         return out.resize_(rows.shape)
@@ -98,13 +112,15 @@ class _LoopedExperts(torch.autograd.Function):
             torch.mm(found.inner, w1, out=grad_rows[place.padded])
             grad_p = found.probs
             if db1 is not None and db2 is not None:
-                grad_p = grad_p + (g @ b2).to(p.dtype)
+                if ctx.adds_bias2:
+                    grad_p = grad_p + (g @ b2).to(p.dtype)
                 db1.put(expert, found.inner.sum(dim=0))
                 db2.put(expert, torch.mv(g.t(), p.to(g.dtype)))
             grad_probs[place.own] = grad_p[: place.size]
         return (
             grad_rows.resize_(rows.shape),
             grad_probs,
+            None,
             None,
             None,
             *map(_GradientStack.returned, grads),
