@@ -33,26 +33,20 @@ def _expert_grid(check: Check, experts: int, etp: int) -> Iterator[str]:
     """Experts that are shared out in slices: etp x ep x pp ranks hold all of them once."""
     model, world = check.config.model, check.world_size
     ep, pp = model.expert_model_parallel_size, model.pipeline_model_parallel_size
-    ffn = model.moe_ffn_size
+    yield from model.expert_slice_problems()
     if experts % ep:
-        legal = [str(d) for d in divisors(experts) if world % (d * etp * pp) == 0]
+        legal = [str(size) for size in divisors(experts) if world % (size * etp * pp) == 0]
         yield (
             f"{check.show('expert_model_parallel_size')} does not divide "
             f"{check.show('num_moe_experts')}; valid --expert-model-parallel-size here: "
             f"{', '.join(legal) or 'none'}"
         )
-    if ffn % etp:
-        yield (
-            f"{check.show('expert_tensor_parallel_size')} must divide the ffn size of an expert, "
-            f"{ffn} (--moe-ffn-hidden-size, or --ffn-hidden-size); sizes that fit: "
-            f"{nearest(etp, divisors(ffn))}"
-        )
-    if world % (ep * etp * pp):
+    elif world % (ep * etp * pp):
         legal = [
-            f"{e} and {t}"
-            for t in divisors(world // pp)
-            for e in divisors(world // pp // t)
-            if experts % e == 0 and ffn % t == 0
+            f"{few} and {slices}"
+            for slices in divisors(world // pp)
+            for few in divisors(world // pp // slices)
+            if experts % few == 0 and model.moe_ffn_size % slices == 0
         ]
         yield (
             f"EP*ETP*PP = {ep}*{etp}*{pp} = {ep * etp * pp} does not divide the world size {world} "
