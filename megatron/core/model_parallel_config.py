@@ -23,12 +23,18 @@ class ModelParallelConfig:
     """Ranks that the experts of a layer are spread over; divides --num-experts."""
 
     expert_tensor_parallel_size: int | None = None
-    """Ranks that share each expert's matrices; --tensor-model-parallel-size when not set. Only 1
-    is offered so far."""
+    """Ranks that share each expert's matrices, each holding a part of the ffn; divides the experts'
+    ffn size. --tensor-model-parallel-size when not set."""
 
     moe_dispatcher_node_size: int | None = None
     """Ranks of one node for --moe-token-dispatcher-type alltoall_hierarchical; torchrun's
     LOCAL_WORLD_SIZE when not set."""
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert's matrices; follows tensor parallelism unless set."""
+        own = self.expert_tensor_parallel_size
+        return self.tensor_model_parallel_size if own is None else own
 
     def layout(self, world_size: int) -> ParallelLayout:
         """Return the rank layout of these sizes over ``world_size`` ranks."""
@@ -48,12 +54,15 @@ class ModelParallelConfig:
             "--tensor-model-parallel-size": self.tensor_model_parallel_size,
             "--pipeline-model-parallel-size": self.pipeline_model_parallel_size,
             "--context-parallel-size": self.context_parallel_size,
-            "--expert-tensor-parallel-size": self.expert_tensor_parallel_size or 1,
         }.items():
             if size != 1:
                 yield (
                     f"{flag} {size} is not offered yet, only 1; spread the model with "
                     "--expert-model-parallel-size and data parallelism instead"
                 )
-        if self.expert_model_parallel_size < 1:
-            yield f"--expert-model-parallel-size {self.expert_model_parallel_size} must be >= 1"
+        for flag, size in {
+            "--expert-model-parallel-size": self.expert_model_parallel_size,
+            "--expert-tensor-parallel-size": self.expert_tensor_size,
+        }.items():
+            if size < 1:
+                yield f"{flag} {size} must be >= 1"

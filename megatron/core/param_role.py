@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,45 @@ class Init:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Split:
+    """A logical tensor in equal slices over the ranks of a group, of which a rank holds one.
+
+    Each of ``parts`` is sliced on its own: rank 0 of 2 holds the first half of the gate and the
+    first half of up, one behind the other, and so can multiply them without asking anybody.
+    """
+
+    over: Literal["tp", "expt_tp"]
+    """The group, a field of ``ProcessGroupCollection``."""
+    index: int
+    """Which slice this is: the rank in the group."""
+    count: int
+    """Slices: the size of the group. A slice of one is the whole tensor."""
+    dim: int
+    """Dimension that is sliced, of the logical tensor: of one expert's, not of a stack."""
+    parts: tuple[int, ...]
+    """Lengths along ``dim`` of what is sliced on its own, in the whole tensor; they add up to its
+    extent. ``(ffn, ffn)`` for gate and up."""
+
+    def __post_init__(self) -> None:
+        """Refuse slices that are not equal; the user's options were checked before."""
+        assert all(part % self.count == 0 for part in self.parts), f"slices differ: {self}"
+
+    @property
+    def lengths(self) -> list[int]:
+        """Length along ``dim`` of this rank's slice of each part."""
+        return [part // self.count for part in self.parts]
+
+    def local_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of this rank's slices of a tensor of ``shape``."""
+        assert shape[self.dim] == sum(self.parts), f"{shape=} is not what is split: {self}"
+        return (*shape[: self.dim], sum(self.lengths), *shape[self.dim + 1 :])
+
+    def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the tensor of which a rank's slices have ``shape``."""
+        return (*shape[: self.dim], sum(self.parts), *shape[self.dim + 1 :])
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParamRole:
     """The facts about a parameter that its tensor cannot say."""
 
@@ -37,8 +76,35 @@ class ParamRole:
     """Global ids of the experts stacked along dim 0; None when nothing is stacked."""
     expert_name: str = ""
     """With ``expert_ids``: name of one expert's slice, such as ``linear_fc1.weight``."""
+    split: Split | None = None
+    """How the logical tensor is spread over ranks; None when every rank of the data-parallel
+    group and of the tensor-parallel one (``expt_tp`` for an expert) holds all of it."""
     decays: bool = True
     """Weight decay applies. False for biases, norms and other vectors (see ``set_role``)."""
+
+    @property
+    def split_over(self) -> str | None:
+        """Group whose ranks hold different slices; None when each holds the whole."""
+        return self.split.over if self.split is not None and self.split.count > 1 else None
+
+
+class LogicalShard(NamedTuple):
+    """A block of a logical tensor that lies on this rank."""
+
+    name: str
+    """Global name of the logical tensor."""
+    tensor: Tensor
+    """The block, a view."""
+    shape: tuple[int, ...]
+    """Of the whole logical tensor."""
+    offset: tuple[int, ...]
+    """Where the block begins in it."""
+
+    @property
+    def region(self) -> tuple[slice, ...]:
+        """The block as an index into the whole tensor."""
+        ends = zip(self.offset, self.tensor.shape, strict=True)
+        return tuple(slice(start, start + size) for start, size in ends)
 
 
 def set_role(param: nn.Parameter, role: ParamRole) -> nn.Parameter:
@@ -80,11 +146,13 @@ def role_of(param: Tensor) -> ParamRole:
 
 
 def logical_tensors(name: str, tensor: Tensor, role: ParamRole) -> Iterator[tuple[str, Tensor]]:
-    """Name the layout-independent pieces of ``tensor``, which is a parameter or shaped like one.
+    """Name the logical tensors in ``tensor``, which is a parameter or shaped like one.
 
     A stacked expert parameter gives one view for each expert, under its *global* id, so that the
     same keys come out whatever the number of expert-parallel ranks and whichever expert bank
     (``GroupedMLP`` or ``SequentialMLP``) holds them. Anything else is one piece under its name.
+    Of a tensor that is split over ranks a view holds this rank's slices, one behind the other;
+    ``logical_shards`` says where they belong.
 
     Args:
         name: Dotted parameter name in the model, such as
@@ -102,3 +170,28 @@ def logical_tensors(name: str, tensor: Tensor, role: ParamRole) -> Iterator[tupl
     bank = name.rpartition(".")[0]
     for piece, expert in zip(tensor.unbind(0), role.expert_ids, strict=True):
         yield f"{bank}.local_experts.{expert}.{role.expert_name}", piece
+
+
+def logical_shards(name: str, tensor: Tensor, role: ParamRole) -> Iterator[LogicalShard]:
+    """Place the blocks of ``tensor`` in the logical tensors that they are part of.
+
+    The shards of all ranks, replicas left out, tile every logical tensor. Those of one tensor
+    follow each other.
+
+    Args:
+        name: See ``logical_tensors``.
+        tensor: See ``logical_tensors``.
+        role: See ``logical_tensors``.
+    """
+    split = role.split if role.split_over else None
+    for key, piece in logical_tensors(name, tensor, role):
+        shape, origin = tuple(piece.shape), (0,) * piece.dim()
+        if split is None:
+            yield LogicalShard(key, piece, shape, origin)
+            continue
+        start = 0
+        for part, block in zip(split.parts, piece.split(split.lengths, split.dim), strict=True):
+            place = start + split.index * (part // split.count)
+            offset = (*origin[: split.dim], place, *origin[split.dim + 1 :])
+            yield LogicalShard(key, block, split.whole_shape(shape), offset)
+            start += part

@@ -31,6 +31,7 @@ from megatron.core.dist_checkpointing.store import (
     open_checkpoint,
     write_checkpoint,
 )
+from megatron.core.dist_checkpointing.tensor_shards import Storable
 from megatron.core.errors import CheckpointError
 from megatron.training.checkpoint_state import (
     LoadedState,
@@ -204,7 +205,7 @@ def _world() -> ProcessGroup | None:
     return dist.group.WORLD if dist.is_initialized() else None
 
 
-def _padded_vocab_size(tensors: dict[str, Tensor]) -> int | None:
+def _padded_vocab_size(tensors: dict[str, Storable]) -> int | None:
     embedding = tensors.get(MODEL + _EMBEDDING)
     return None if embedding is None else embedding.shape[0]
 
@@ -287,7 +288,7 @@ def _read(
     return []
 
 
-def _refuse_vocab(opened: OpenCheckpoint, tensors: dict[str, Tensor]) -> None:
+def _refuse_vocab(opened: OpenCheckpoint, tensors: dict[str, Storable]) -> None:
     then, now = opened.common["padded_vocab_size"], _padded_vocab_size(tensors)
     if then is not None and now is not None and then != now:
         raise CheckpointError(

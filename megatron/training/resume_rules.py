@@ -78,6 +78,7 @@ _FREE = {
     "recompute_num_layers",
     "recompute_modules",
     "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "exit_interval",
     "exit_duration_in_mins",
     "exit_signal_handler",

@@ -1,6 +1,7 @@
 """Options to the live objects of a run: model, gradient buffers, optimizer, schedule, metrics."""
 
 import logging
+import math
 from collections.abc import Callable
 
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.core.optimizer.optimizer import get_megatron_optimizer
-from megatron.core.param_role import deferred_init, role_of
+from megatron.core.param_role import deferred_init, logical_shards, role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
@@ -76,10 +77,13 @@ def build_moe_metrics(
 
 def _tell_parameters(model: DistributedDataParallel, world: World) -> None:
     """Say how many parameters this rank and the whole model have."""
-    sizes = [(p.numel(), role_of(p).is_expert) for _, p in model.trainable_parameters()]
-    here = sum(size for size, _ in sizes)
-    experts = sum(size for size, is_expert in sizes if is_expert)
-    ep_size = world.pg_collection.ep.size()
+    here = sum(param.numel() for _, param in model.trainable_parameters())
+    whole = {False: 0, True: 0}  # in experts or not; of this rank's experts, slices made whole
+    for name, param in model.trainable_parameters():
+        role = role_of(param)
+        shapes = {shard.name: shard.shape for shard in logical_shards(name, param, role)}
+        whole[role.is_expert] += sum(math.prod(shape) for shape in shapes.values())
+    ep_size, etp_size = world.pg_collection.ep.size(), world.pg_collection.expt_tp.size()
     log.info(
         " > number of parameters on (tensor, pipeline) model parallel rank (%d, %d): %d",
         world.pg_collection.tp.rank(),
@@ -88,9 +92,10 @@ def _tell_parameters(model: DistributedDataParallel, world: World) -> None:
     )
     log.info(
         " > number of parameters of the whole model: %d (%d of them in experts, spread over %d "
-        "expert-parallel rank%s)",
-        here + experts * (ep_size - 1),
-        experts * ep_size,
+        "expert-parallel rank%s%s)",
+        whole[False] + whole[True] * ep_size,
+        whole[True] * ep_size,
         ep_size,
         "s" if ep_size > 1 else "",
+        f", each expert over {etp_size}" if etp_size > 1 else "",
     )

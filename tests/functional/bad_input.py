@@ -119,6 +119,29 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --expert-model-parallel-size 4",
         ["does not divide the world size 2", "here: 1, 2"],
     ),
+    "slices of world": (
+        4,
+        f"{MOE} --expert-model-parallel-size 2 --expert-tensor-parallel-size 4",
+        ["EP*ETP*PP = 2*4*1 = 8 does not divide the world size 4", "here: 1 and 1; 2 and 1; 4 and"],
+    ),
+    "slices of experts": (
+        6,
+        f"{MOE} --expert-model-parallel-size 3 --expert-tensor-parallel-size 2",
+        ["size 3 does not divide --num-experts 8", "here: 1"],
+    ),
+    "slices of ffn": (
+        3,
+        f"{MOE} --moe-ffn-hidden-size 64 --expert-tensor-parallel-size 3",
+        ["--expert-tensor-parallel-size 3 must divide the ffn size of an expert, 64", "fit: 1, 2"],
+    ),
+    "slices of nothing": (2, f"{GOOD} --expert-tensor-parallel-size 2", ["needs --num-experts"]),
+    "slices below 1": (1, f"{MOE} --expert-tensor-parallel-size 0", ["must be at least 1"]),
+    "nodes that cut shared experts": (
+        8,
+        f"{MOE} --expert-model-parallel-size 4 --expert-tensor-parallel-size 2 "
+        "--moe-dispatcher-node-size 3 --moe-token-dispatcher-type alltoall_hierarchical",
+        ["x --expert-tensor-parallel-size 2 = 8; sizes within a group that fit: 1, 2, 4"],
+    ),
     "ep of nothing": (2, f"{GOOD} --expert-model-parallel-size 2", ["needs --num-experts"]),
     "heads": (
         1,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.models.gpt import gpt_layer_specs, gpt_model  # noqa: F401  before the fork: slow
-from megatron.core.param_role import logical_tensors, role_of
+from megatron.core.param_role import role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
@@ -26,6 +26,7 @@ from megatron.training.setup_model import setup_run
 from megatron.training.train_step import train_step
 from pretrain_gpt import forward_step, model_provider
 from tests.helpers.ranks import run_ranks
+from tests.helpers.whole_tensors import whole_tensors
 
 VOCAB, SEQ = 64, 12
 DEFAULTS: dict[str, Any] = {
@@ -163,12 +164,14 @@ def make_batch(sample_ids: range) -> Batch:
 
 
 def global_tensors(run: Run, of: str = "") -> dict[str, Tensor]:
-    """Return this rank's parameters, or their attribute ``of``, by global name."""
-    found = {}
+    """Return this rank's parameters, or their attribute ``of``, by global name; slices made whole.
+
+    Every rank must call this.
+    """
+    found: dict[str, Tensor] = {}
     for name, param in run.model.trainable_parameters():
         tensor = getattr(param, of) if of else param.detach()
-        for key, piece in logical_tensors(name, tensor, role_of(param)):
-            found[key] = piece.clone()
+        found |= whole_tensors(name, tensor, role_of(param), run.world.pg_collection)
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.helpers.layouts import LayoutResult, run_layout
 
 LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # (ranks, expert parallel)
+SHARED = [(2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 1, 2)]  # (ranks, expert parallel, expert tensor)
 RTOL = 1e-12  # of the largest element of each tensor, in fp64
 
 CASES = {
@@ -93,6 +94,20 @@ CASES = {
 }
 
 
+CASES_OF_SHARED = [
+    "alltoall",
+    "allgather",
+    "alltoall_dedup",
+    "alltoall_hierarchical",
+    "sequential",
+    "latent",
+    "capacity_padded",
+    "expert_bias",
+    "overlap",
+    "adam_clipped",
+]
+
+
 @functools.cache
 def one_process(case: str) -> LayoutResult:
     """The run that all layouts of ``case`` are compared with."""
@@ -116,13 +131,25 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], what: str) -> 
 @pytest.mark.parametrize(("world_size", "ep"), LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_layout_equals_one_process(case, world_size, ep):
+    check_layout(case, world_size, expert_model_parallel_size=ep)
+
+
+@pytest.mark.parametrize(("world_size", "ep", "etp"), SHARED)
+@pytest.mark.parametrize("case", CASES_OF_SHARED)
+def test_layout_of_shared_experts_equals_one_process(case, world_size, ep, etp):
+    check_layout(case, world_size, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+
+
+def check_layout(case: str, world_size: int, **layout: int) -> None:
+    """Compare initial weights, losses, norms, gradients, weights and counts of all steps."""
     want = one_process(case)
-    got = run_layout(world_size, expert_model_parallel_size=ep, **_options(case))
+    got = run_layout(world_size, **layout, **_options(case))
     for key, tensor in want.initial.items():
         assert torch.equal(got.initial[key], tensor), f"initial weight of {key}"
     for step, (mine, theirs) in enumerate(zip(got.steps, want.steps, strict=True)):
-        assert mine.lm_loss == pytest.approx(theirs.lm_loss, rel=RTOL)
-        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=RTOL)
+        for what in ("lm_loss", "grad_norm"):
+            found, wanted = getattr(mine, what), getattr(theirs, what)
+            assert found == pytest.approx(wanted, rel=RTOL), f"step {step}: {what} {found} {wanted}"
         assert_equal(mine.gradients, theirs.gradients, f"step {step}: gradient")
         # Adam divides by the root of tiny second moments: rounding of a gradient is magnified.
         if _options(case)["optimizer"] == "sgd":

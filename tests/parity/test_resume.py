@@ -73,12 +73,16 @@ class Rank(NamedTuple):
     log: Path
 
 
-def start(save: Path, *flags: object) -> list[Rank]:
-    """Begin a run: two ranks in new processes, with what torchrun would tell them."""
+def start(save: Path, *flags: object, **other: object) -> list[Rank]:
+    """Begin a run: two ranks in new processes, with what torchrun would tell them.
+
+    ``other`` replaces values of ``FLAGS``.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, ROOT / "pretrain_gpt.py", *chain(*FLAGS.items()), BIAS, "--save", save]
+    table = FLAGS | {f"--{name.replace('_', '-')}": value for name, value in other.items()}
+    words = [sys.executable, ROOT / "pretrain_gpt.py", *chain(*table.items()), BIAS, "--save", save]
     return [_start_rank(rank, port, [*words, *flags], save) for rank in range(2)]
 
 
@@ -142,13 +146,7 @@ def result(folder: Path) -> Steps:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Steps]:
     folder = tmp_path_factory.mktemp("resume")
-    draw = np.random.RandomState(3)
-    with IndexedDatasetBuilder(folder / "text.bin", dtype=np.uint16) as builder:
-        for length in draw.randint(20, 90, size=120):
-            builder.add_item(np.append(draw.randint(97, 123, size=length), 256))
-            builder.end_document()
-        builder.finalize(folder / "text.idx")
-    data = ("--data-path", folder / "text")
+    data = ("--data-path", write_text(folder))
     half = folder / "half"
     wait(start(half, *data, "--exit-interval", 5, "--num-workers", 2))
     flags = {
@@ -160,6 +158,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Steps]:
     places = {name: folder / name for name in flags}
     wait(*[start(places[name], *data, *flags[name]) for name in flags])
     return {name: result(place) for name, place in places.items()}
+
+
+def write_text(folder: Path) -> Path:
+    """Write an indexed data set of bytes; return its prefix."""
+    draw = np.random.RandomState(3)
+    with IndexedDatasetBuilder(folder / "text.bin", dtype=np.uint16) as builder:
+        for length in draw.randint(20, 90, size=120):
+            builder.add_item(np.append(draw.randint(97, 123, size=length), 256))
+            builder.end_document()
+        builder.finalize(folder / "text.idx")
+    return folder / "text"
 
 
 @pytest.mark.parametrize("name", ["0 workers", "2 workers"])

@@ -4,14 +4,17 @@
     optimizer.<state>.<name>    moments and fp32 main weights, shaped like the parameter
     rng.<rank>.<library>        random state of one rank (see rng_state.py)
 
-Experts are named by their global id, so nothing here depends on data or expert parallel sizes.
+Experts are named by their global id, and slices by their place in the whole tensor, so nothing here
+depends on the sizes of the parallel axes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 
 from torch import Tensor, nn
 
-from megatron.core.param_role import ParamRole, logical_tensors, role_of
+from megatron.core.dist_checkpointing.tensor_shards import Storable, storable
+from megatron.core.param_role import ParamRole, logical_shards, role_of
 
 MODEL = "model."
 OPTIMIZER = "optimizer."
@@ -20,37 +23,42 @@ RNG = "rng."
 NamedState = Iterable[tuple[str, ParamRole, Mapping[str, Tensor]]]
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Storable]:
     """Return views of the weights and persistent buffers of this rank, by global key.
 
     Args:
         model: Every parameter carries a ``ParamRole``.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Storable] = {}
     for name, param in model.named_parameters():
-        for key, piece in logical_tensors(name, param.detach(), role_of(param)):
-            _add(tensors, MODEL + key, piece)
+        _add_logical(tensors, MODEL, name, param.detach(), role_of(param))
     for name, buffer in _persistent_buffers(model):
         _add(tensors, MODEL + name, buffer)
     return tensors
 
 
-def optimizer_tensors(named_state: NamedState) -> dict[str, Tensor]:
+def optimizer_tensors(named_state: NamedState) -> dict[str, Storable]:
     """Return views of the optimizer's tensors of this rank, by global key.
 
     Args:
         named_state: (parameter name, role, state name -> tensor shaped like the parameter), as
             ``MegatronOptimizer.named_state`` yields.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Storable] = {}
     for name, role, states in named_state:
         for state, tensor in states.items():
-            for key, piece in logical_tensors(name, tensor.detach(), role):
-                _add(tensors, f"{OPTIMIZER}{state}.{key}", piece)
+            _add_logical(tensors, f"{OPTIMIZER}{state}.", name, tensor.detach(), role)
     return tensors
 
 
-def _add(tensors: dict[str, Tensor], key: str, tensor: Tensor) -> None:
+def _add_logical(
+    tensors: dict[str, Storable], prefix: str, name: str, tensor: Tensor, role: ParamRole
+) -> None:
+    for key, shards in groupby(logical_shards(name, tensor, role), lambda shard: shard.name):
+        _add(tensors, prefix + key, storable(shards))
+
+
+def _add(tensors: dict[str, Storable], key: str, tensor: Storable) -> None:
     assert key not in tensors, f"two tensors are named {key}"
     tensors[key] = tensor
 

@@ -1,22 +1,25 @@
 """Tensors to files and back, by torch.distributed.checkpoint (DCP): every key is global.
 
-DCP stores a key that several ranks offer once, on the rank with the least to write, and on
-loading gives each rank the keys it asks for; that is all that resharding takes.
+DCP stores a block that several ranks offer once, on the rank with the least to write, and on
+loading gives each rank the blocks it asks for; that is all that resharding takes.
 """
 
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -32,6 +35,7 @@ from megatron.core.dist_checkpointing.agreement import (
     raise_if_any,
     rank_in,
 )
+from megatron.core.dist_checkpointing.tensor_shards import Storable, TensorShards
 from megatron.core.dist_checkpointing.validation import TensorFacts, mismatch_problem
 from megatron.core.errors import CheckpointError
 
@@ -39,12 +43,15 @@ ResultT = TypeVar("ResultT")
 _NOISE = "torch.distributed is disabled, unavailable or uninitialized"
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGroup | None) -> None:
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Storable], group: ProcessGroup | None
+) -> None:
     """Write the tensors of all ranks into ``folder``, flushed to the disk.
 
     Args:
         folder: Exists, and every rank sees it.
-        tensors: Key -> tensor of this rank. A key that several ranks offer is written once.
+        tensors: Key -> tensor of this rank, or its blocks of one. What several ranks offer is
+            written once; the blocks of all ranks must make up the whole.
         group: The ranks that take part; every one must call this.
 
     Raises:
@@ -54,7 +61,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: ProcessGro
         lambda: save(
             dict(tensors),
             storage_writer=_Writer(folder),
-            planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
             no_dist=group is None,
         )
@@ -77,7 +84,7 @@ def stored_tensors(folder: Path) -> dict[str, TensorFacts]:
 
 def read_tensors(
     folder: Path,
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Storable],
     group: ProcessGroup | None,
     *,
     prefixes: tuple[str, ...],
@@ -86,7 +93,7 @@ def read_tensors(
 
     Args:
         folder: A checkpoint that ``write_tensors`` wrote at any number of ranks.
-        tensors: Key -> tensor of this rank, of the shape and dtype on disk.
+        tensors: Key -> tensor of this rank, or its blocks of one, of the shape and dtype on disk.
         group: The ranks that take part; every one must call this.
         prefixes: Every stored key that begins with one of these must be wanted by some rank.
 
@@ -106,7 +113,7 @@ def read_tensors(
         lambda: load(
             dict(tensors),
             storage_reader=_SafeReader(folder),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
             no_dist=group is None,
         )
@@ -125,6 +132,34 @@ def _on_all_ranks(work: Callable[[], ResultT]) -> ResultT:
             raise  # a bug of ours, with the stacks of all ranks
         raise_if_any({rank: describe(failure) for rank, failure in failures.items()})
         raise
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Finds blocks too."""
+
+    def lookup_object(self, index: MetadataIndex) -> object:
+        """See DefaultSavePlanner."""
+        found = self.state_dict[index.fqn]
+        return found.block_at(index.offset) if isinstance(found, TensorShards) else found
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Finds blocks too."""
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """See DefaultLoadPlanner, which looks for tensors on the meta device and loses blocks."""
+        super().set_up_planner({}, metadata, is_coordinator)
+        self.state_dict = self.original_state_dict = state_dict
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """See DefaultLoadPlanner."""
+        found = self.state_dict[index.fqn]
+        return found.block_at(index.offset) if isinstance(found, TensorShards) else found
 
 
 class _Writer(FileSystemWriter):

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.dist_checkpointing import folders
 from megatron.core.dist_checkpointing.agreement import attempt, broadcast, rank_in
 from megatron.core.dist_checkpointing.manifest import verify_manifest, write_manifest
 from megatron.core.dist_checkpointing.serialization import write_tensors
+from megatron.core.dist_checkpointing.tensor_shards import Storable
 from megatron.core.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ ResultT = TypeVar("ResultT")
 class CheckpointContent:
     """What goes into one checkpoint."""
 
-    tensors: Mapping[str, Tensor]
-    """Global key -> tensor of this rank."""
+    tensors: Mapping[str, Storable]
+    """Global key -> tensor of this rank, or its blocks of one."""
     common: Mapping[str, Any]
     """Plain JSON data, the same on every rank."""
     files: Mapping[str, Path] = field(default_factory=dict)

@@ -7,19 +7,20 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+
+from megatron.core.dist_checkpointing.tensor_shards import Storable
 
 _SHOWN = 6
 
 
 class TensorFacts(NamedTuple):
-    """Shape and dtype of a tensor."""
+    """Shape and dtype of a whole tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "TensorFacts":
+    def of(cls, tensor: Storable) -> "TensorFacts":
         """Return the facts of ``tensor``."""
         return cls(tuple(tensor.shape), tensor.dtype)
 

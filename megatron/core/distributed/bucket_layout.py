@@ -25,6 +25,8 @@ class ParamSpec:
     is_expert: bool = False
     decays: bool = True
     dtype: str = "torch.float32"
+    split_over: str | None = None
+    """Group whose ranks hold slices of the parameter; see ``ParamRole.split_over``."""
 
 
 class BufferKey(NamedTuple):
@@ -33,6 +35,7 @@ class BufferKey(NamedTuple):
     is_expert: bool
     decays: bool
     dtype: str
+    split_over: str | None = None
 
 
 class Span(NamedTuple):
@@ -90,14 +93,15 @@ def plan_buckets(specs: Sequence[ParamSpec], bucket_size: int) -> BucketLayout:
         bucket_size: A bucket is closed when it holds at least so many elements.
 
     Returns:
-        Buffers by (is_expert, decays, dtype) in order of first use, and the buckets of all of
-        them ordered by when backward is expected to have filled them.
+        Buffers by their ``BufferKey`` in order of first use, and the buckets of all of them
+        ordered by when backward is expected to have filled them.
     """
     assert bucket_size > 0, f"a bucket holds at least one element: {bucket_size=}"
     members: dict[BufferKey, list[int]] = {}
     for param in reversed(range(len(specs))):
         spec = specs[param]
-        members.setdefault(BufferKey(spec.is_expert, spec.decays, spec.dtype), []).append(param)
+        key = BufferKey(spec.is_expert, spec.decays, spec.dtype, spec.split_over)
+        members.setdefault(key, []).append(param)
     buffers, buckets = [], []
     for number, (key, params) in enumerate(members.items()):
         buffer = _lay_out(key, params, specs)

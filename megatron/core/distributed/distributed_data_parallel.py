@@ -164,7 +164,11 @@ def _trainable(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
 def _spec(param: nn.Parameter) -> ParamSpec:
     role = role_of(param)
     return ParamSpec(
-        numel=param.numel(), is_expert=role.is_expert, decays=role.decays, dtype=str(param.dtype)
+        numel=param.numel(),
+        is_expert=role.is_expert,
+        decays=role.decays,
+        dtype=str(param.dtype),
+        split_over=role.split_over,
     )
 
 

@@ -41,8 +41,12 @@ def check_replicas(ddp: DistributedDataParallel, *, iteration: int | None = None
     _check_layouts(ddp)
     groups = ddp.pg_collection
     bad: dict[str, list[int]] = {}
-    for is_expert, group in ((False, groups.dp_cp), (True, groups.expt_dp)):
-        bad |= _differing(dict(_replicated(ddp, is_expert)), group)
+    kinds = ((False, groups.dp_cp, groups.tp), (True, groups.expt_dp, groups.expt_tp))
+    for is_expert, copies, slices in kinds:
+        whole = dict(_replicated(ddp, is_expert, whole=True))
+        for tensors, group in ((dict(_replicated(ddp, is_expert)), copies), (whole, slices)):
+            for name, ranks in _differing(tensors, group).items():
+                bad[name] = sorted({*bad.get(name, ()), *ranks})
     count = torch.tensor(len(bad), device=_device(ddp))
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=groups.world)
     if not count:
@@ -70,11 +74,17 @@ def tensor_hash(tensor: Tensor) -> Tensor:
     return total
 
 
-def _replicated(ddp: DistributedDataParallel, is_expert: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield (global name, tensor) of what is replicated alike: experts, or all the rest."""
+def _replicated(
+    ddp: DistributedDataParallel, is_expert: bool, *, whole: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (global name, tensor) of what is replicated alike: experts, or all the rest.
+
+    With ``whole`` only what tensor-parallel ranks hold alike, too.
+    """
     for name, param in ddp.trainable_parameters():
-        if role_of(param).is_expert == is_expert:
-            yield from logical_tensors(name, param, role_of(param))
+        role = role_of(param)
+        if role.is_expert == is_expert and not (whole and role.split_over):
+            yield from logical_tensors(name, param, role)
     if not is_expert:
         yield from _saved_buffers(ddp.module)
 

@@ -1,41 +1,65 @@
 """The global norm of the gradient, and what gradients are divided by to clip it.
 
-The norm is one number, bit-identical on all ranks: every parameter counts once, an expert on the
-ranks that hold it, a replica never. Nothing here waits for the device.
+The norm is one number, bit-identical on all ranks: every element counts once, a slice of an expert
+on the rank that holds it, a replica never. Nothing here waits for the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import all_gather_single
-from megatron.core.distributed.bucket_layout import BUFFER_ALIGNMENT
+from megatron.core.distributed.bucket_layout import BUFFER_ALIGNMENT, BufferKey
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 _CLIP_EPS = 1e-6
 
 
-def global_grad_norm(
-    dense: Sequence[Tensor], expert: Sequence[Tensor], *, ep_group: ProcessGroup
-) -> Tensor:
-    """Return the L2 norm over all parameters of the model, an fp64 scalar on their device.
+class SpreadGradients(NamedTuple):
+    """Flat gradients whose elements lie on the ranks of a group, each on one of them."""
+
+    group: ProcessGroup
+    flats: Sequence[Tensor]
+    """Those that this rank counts; padding is zero."""
+
+
+def owned_gradients(
+    gradients: Iterable[tuple[BufferKey, Tensor]], pg_collection: ProcessGroupCollection
+) -> list[SpreadGradients]:
+    """Share out the gradients of a model so that every element is counted once.
+
+    A copy on several tensor-parallel ranks is counted by the first of them.
 
     Args:
-        dense: Flat gradients that all ranks of ``ep_group`` hold alike; padding is zero.
-        expert: Flat gradients of this rank's experts.
-        ep_group: Ranks that together hold every expert once.
+        gradients: What each flat gradient holds, and the flat gradient of this rank.
+        pg_collection: Of this rank.
     """
-    device = (*dense, *expert)[0].device
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    own = sum((_sum_of_squares(flat) for flat in expert), zero)
-    # Gathered and added in rank order: the result of a reduction may differ in its last bit
-    # between groups, and replicas that clip differently drift apart.
-    if ep_group.size() > 1:
-        parts = torch.empty(ep_group.size(), dtype=torch.float64, device=device)
-        all_gather_single(parts, own.reshape(1), group=ep_group)
-        own = parts.sum()
-    return sum((_sum_of_squares(flat) for flat in dense), own).sqrt()
+    groups = pg_collection
+    found: dict[bool, list[Tensor]] = {False: [], True: []}
+    for key, flat in gradients:
+        sharing = groups.expt_tp if key.is_expert else groups.tp
+        if key.split_over is not None or sharing.rank() == 0:
+            found[key.is_expert].append(flat)
+    # tp_ep: the ranks that together hold every slice of every expert once
+    return [SpreadGradients(groups.tp_ep, found[True]), SpreadGradients(groups.tp, found[False])]
+
+
+def global_grad_norm(gradients: Sequence[SpreadGradients], device: torch.device) -> Tensor:
+    """Return the L2 norm over all parameters of the model, an fp64 scalar on ``device``."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for group, flats in gradients:
+        own = sum((_sum_of_squares(flat) for flat in flats), torch.zeros_like(total))
+        # Gathered and added in rank order: the result of a reduction may differ in its last bit
+        # between groups, and replicas that clip differently drift apart.
+        if group.size() > 1:
+            parts = torch.empty(group.size(), dtype=torch.float64, device=device)
+            all_gather_single(parts, own.reshape(1), group=group)
+            own = parts.sum()
+        total = total + own
+    return total.sqrt()
 
 
 def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:

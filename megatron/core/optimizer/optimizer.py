@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer, main_dtype
-from megatron.core.optimizer.clip_grads import global_grad_norm
+from megatron.core.optimizer.clip_grads import global_grad_norm, owned_gradients
 from megatron.core.optimizer.flat_step import FlatStep
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import plan_param_groups
@@ -57,7 +57,7 @@ class MegatronOptimizer:
     ) -> None:
         """Make main weights and moments (zeros) for every trainable parameter of ``ddp``."""
         self._ddp = ddp
-        self._ep_group = pg_collection.ep
+        self._pg_collection = pg_collection
         self._mains = [_main_tensor(buffer) for buffer in ddp.grad_buffers]
         groups = plan_param_groups([buffer.layout.key for buffer in ddp.grad_buffers])
         self._flat_step = FlatStep(
@@ -129,11 +129,10 @@ class MegatronOptimizer:
                 main.copy_(buffer.param_data)
 
     def _grad_norm(self) -> Tensor:
-        dense: list[Tensor] = []
-        expert: list[Tensor] = []
-        for buffer in self._ddp.grad_buffers:
-            (expert if buffer.layout.key.is_expert else dense).append(buffer.grad_data)
-        return global_grad_norm(dense, expert, ep_group=self._ep_group)
+        buffers = self._ddp.grad_buffers
+        gradients = ((buffer.layout.key, buffer.grad_data) for buffer in buffers)
+        owned = owned_gradients(gradients, self._pg_collection)
+        return global_grad_norm(owned, buffers[0].grad_data.device)
 
     def _copy_main_to_model(self) -> None:
         for buffer, main in zip(self._ddp.grad_buffers, self._mains, strict=True):

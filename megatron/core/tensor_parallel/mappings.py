@@ -5,6 +5,7 @@ group must make the same calls in the same order, also with zero rows.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -117,64 +118,72 @@ class CountExchange(NamedTuple):
     """What all ranks of a group are about to send this one."""
 
     received: Tensor
-    """[ranks, num_local], int64: rows for each local expert from each rank."""
+    """[mates, ranks, num_local], int64: rows for each local expert that each of the mates gets from
+    each rank."""
     splits: RowSplits
-    """Sums of the counts for ``all_to_all``; empty lists in a group of one, which needs none."""
+    """Sums of the counts for ``all_to_all``; empty lists where nobody was asked."""
+    sizes: list[int]
+    """[mates], rows that each of the mates gets; empty where nobody was asked."""
 
 
 def exchange_counts(
-    group: ProcessGroup, counts: Tensor, *, each: int | None = None
+    group: ProcessGroup, mates: ProcessGroup, counts: Tensor, *, each: int | None = None
 ) -> CountExchange:
-    """Tell each rank how many rows it gets: one all-to-all and one device-to-host copy.
+    """Tell each rank how many rows it and its mates get, with one device-to-host copy.
 
-    In a group of one rank there is neither, nor where ``each`` says it all.
+    One all-to-all over ``group`` and one all-gather over ``mates``, neither in a group of one; if
+    both are, or ``each`` says it all, nobody is asked and nothing copied.
 
     Args:
         group: Rank r owns the r-th of ``group.size()`` equal blocks of experts.
+        mates: The ranks that share each expert's matrices: each needs the rows of all.
         counts: [num_experts], int64, rows that this rank has for each expert.
         each: What all counts of all ranks are, where all of them know it. ``splits`` are then
             filled in also in a group of one.
     """
-    ranks = group.size()
+    own = counts.view(group.size(), -1)
     if each is not None:
-        rows = [each * (counts.shape[0] // ranks)] * ranks
-        return CountExchange(torch.full_like(counts, each).view(ranks, -1), RowSplits(rows, rows))
-    if ranks == 1:
-        return CountExchange(counts.view(1, -1), RowSplits([], []))
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts, group=group)
-    both = torch.stack([counts, received]).view(2, ranks, -1).sum(dim=2)
-    send, recv = both.tolist()
-    return CountExchange(received.view(ranks, -1), RowSplits(send, recv))
+        rows = [each * own.shape[1]] * len(own)
+        received = counts.new_full((mates.size(), *own.shape), each)
+        return CountExchange(received, RowSplits(rows, rows), [sum(rows)] * mates.size())
+    arriving = _swap_counts(group, own)
+    received = _gather_counts(mates, arriving)
+    if group.size() * mates.size() == 1:
+        return CountExchange(received, RowSplits([], []), [])
+    send, recv, sizes = _to_host(own.sum(1), arriving.sum(1), received.sum((1, 2)))
+    return CountExchange(received, RowSplits(send, recv), sizes)
 
 
 class RowsAndPairs(NamedTuple):
     """What all ranks of a group are about to send this one, a row for each token."""
 
+    received: Tensor
+    """[mates, ranks], int64: rows that each of the mates gets from each rank."""
     splits: RowSplits
-    """Rows to and from each rank; empty lists in a group of one, which needs none."""
+    """Rows to and from each rank; empty lists where nobody was asked."""
+    sizes: list[int]
+    """[mates], rows that each of the mates gets; empty where nobody was asked."""
     pairs: int | None
-    """(row, local expert) pairs that this rank will get; None in a group of one, which asks
-    nobody."""
+    """(row, local expert) pairs that the mates get together; None where nobody was asked."""
 
 
-def exchange_rows_and_pairs(group: ProcessGroup, rows: Tensor, pairs: Tensor) -> RowsAndPairs:
-    """Tell each rank how many rows and pairs it gets: one all-to-all, one device-to-host copy.
-
-    In a group of one rank there is neither.
+def exchange_rows_and_pairs(
+    group: ProcessGroup, mates: ProcessGroup, rows: Tensor, pairs: Tensor
+) -> RowsAndPairs:
+    """Do ``exchange_counts`` for rows that stand for several (row, expert) pairs each.
 
     Args:
         group: Of the ranks.
+        mates: See ``exchange_counts``.
         rows: [ranks], int64, rows that this rank has for each rank.
         pairs: [ranks], int64, (row, expert) pairs in those rows.
     """
-    if group.size() == 1:
-        return RowsAndPairs(RowSplits([], []), None)
-    counts = torch.stack([rows, pairs], dim=1).flatten()
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts, group=group)
-    send, _, recv, got = torch.cat([counts.view(-1, 2).t(), received.view(-1, 2).t()]).tolist()
-    return RowsAndPairs(RowSplits(send, recv), sum(got))
+    arriving = _swap_counts(group, torch.stack([rows, pairs], dim=1))
+    received, got = _gather_counts(mates, arriving).unbind(dim=2)
+    if group.size() * mates.size() == 1:
+        return RowsAndPairs(received, RowSplits([], []), [], None)
+    send, recv, sizes, found = _to_host(rows, arriving[:, 0], received.sum(1), got.sum().view(1))
+    return RowsAndPairs(received, RowSplits(send, recv), sizes, found[0])
 
 
 class HopCounts(NamedTuple):
@@ -185,27 +194,31 @@ class HopCounts(NamedTuple):
     passed: Tensor
     """[places, nodes], int64: rows that this rank gets from each place and hands on to a node."""
     received: Tensor
-    """[nodes * places, num_local], int64: rows for each local expert from each rank."""
+    """[mates, nodes * places, num_local], int64: see ``CountExchange``."""
     within: RowSplits
     """Of the first hop, over the places of a node."""
     across: RowSplits
     """Of the second hop, over the nodes."""
+    sizes: list[int]
+    """[mates], rows that each of the mates gets; empty where nobody was asked."""
 
 
 def exchange_counts_in_hops(
     node_group: ProcessGroup,
     across_group: ProcessGroup,
+    mates: ProcessGroup,
     counts: Tensor,
     *,
     each: int | None = None,
 ) -> HopCounts:
     """Do ``exchange_counts`` in two hops: two small all-to-alls, one device-to-host copy.
 
-    A hop over a group of one rank is none; with two such groups there is no copy either.
+    A hop over a group of one rank is none; with three groups of one there is no copy either.
 
     Args:
         node_group: Ranks of this node; its rank is the place.
         across_group: Ranks at this place of all nodes.
+        mates: See ``exchange_counts``.
         counts: [num_experts], int64, in the order of nodes, then of places.
         each: See ``exchange_counts``.
     """
@@ -217,21 +230,22 @@ def exchange_counts_in_hops(
         return HopCounts(
             sent=torch.full_like(table[..., 0], block),
             passed=torch.full_like(handed[..., 0], block),
-            received=torch.full_like(table, each).flatten(0, 1),
+            received=counts.new_full((mates.size(), nodes * places, table.shape[2]), each),
             within=RowSplits([block * nodes] * places, [block * nodes] * places),
             across=RowSplits([block * places] * nodes, [block * places] * nodes),
+            sizes=[block * places * nodes] * mates.size(),
         )
     handed = _swap_counts(node_group, table.transpose(0, 1))  # [places, nodes, num_local]
-    received = _swap_counts(across_group, handed.transpose(0, 1))  # [nodes, places, num_local]
+    arriving = _swap_counts(across_group, handed.transpose(0, 1))  # [nodes, places, num_local]
+    received = _gather_counts(mates, arriving.flatten(0, 1))
     sent, passed = table.sum(dim=2), handed.sum(dim=2)
     within = across = RowSplits([], [])
-    if places * nodes > 1:
-        ends = [sent.sum(0), passed.sum(1), passed.sum(0), received.sum((1, 2))]
-        host = torch.cat(ends).tolist()
-        first, second = host[: 2 * places], host[2 * places :]
-        within = RowSplits(first[:places], first[places:])
-        across = RowSplits(second[:nodes], second[nodes:])
-    return HopCounts(sent, passed, received.flatten(0, 1), within, across)
+    sizes: list[int] = []
+    if places * nodes * mates.size() > 1:
+        ends = [sent.sum(0), passed.sum(1), passed.sum(0), arriving.sum((1, 2))]
+        *host, sizes = _to_host(*ends, received.sum((1, 2)))
+        within, across = RowSplits(host[0], host[1]), RowSplits(host[2], host[3])
+    return HopCounts(sent, passed, received, within, across, sizes)
 
 
 class GatheredSizes(NamedTuple):
@@ -252,22 +266,24 @@ def gather_sizes(
     In a group of one rank there is neither, nor where ``each`` says it all.
 
     Args:
-        group: Rank r owns the r-th of ``group.size()`` equal blocks of experts.
+        group: Its ranks hold equal blocks of experts in ascending order; neighbours may hold the
+            same block.
         num_rows: Rows of this rank.
-        counts: [num_experts], int64, (row, expert) pairs of this rank for each expert.
+        counts: [blocks], int64, (row, expert) pairs of this rank for each block.
         each: What all counts of all ranks are, where all of them know it, and that all have
             ``num_rows``.
     """
-    ranks = group.size()
+    ranks, blocks = group.size(), counts.shape[0]
     if each is not None:
-        return GatheredSizes([num_rows] * ranks, each * counts.shape[0])
+        return GatheredSizes([num_rows] * ranks, each * ranks)
     if ranks == 1:
         return GatheredSizes([num_rows], None)
-    own = torch.cat([counts.view(ranks, -1).sum(dim=1), counts.new_full((1,), num_rows)])
-    table = counts.new_empty(ranks * (ranks + 1))
+    own = torch.cat([counts, counts.new_full((1,), num_rows)])
+    table = counts.new_empty(ranks * (blocks + 1))
     all_gather_single(table, own, group=group)
-    host = table.view(ranks, ranks + 1).tolist()
-    return GatheredSizes([row[-1] for row in host], sum(row[group.rank()] for row in host))
+    host = table.view(ranks, blocks + 1).tolist()
+    block = group.rank() * blocks // ranks
+    return GatheredSizes([row[-1] for row in host], sum(row[block] for row in host))
 
 
 class _AllToAll(torch.autograd.Function):
@@ -313,6 +329,21 @@ def _swap_counts(group: ProcessGroup, counts: Tensor) -> Tensor:
     received = torch.empty_like(counts, memory_format=torch.contiguous_format)
     dist.all_to_all_single(received.view(-1), counts.flatten(), group=group)
     return received
+
+
+def _gather_counts(group: ProcessGroup, counts: Tensor) -> Tensor:
+    """Stack the counts of all ranks: [ranks, ...], without a gradient."""
+    if group.size() == 1:
+        return counts.unsqueeze(0)
+    gathered = counts.new_empty(group.size() * counts.numel())
+    all_gather_single(gathered, counts.flatten(), group=group)
+    return gathered.view(group.size(), *counts.shape)
+
+
+def _to_host(*counts: Tensor) -> list[list[int]]:
+    """Bring several vectors to the host in one copy."""
+    host = iter(torch.cat(counts).tolist())
+    return [list(islice(host, len(vector))) for vector in counts]
 
 
 def _exchange(group: ProcessGroup, x: Tensor, splits: RowSplits) -> Tensor:

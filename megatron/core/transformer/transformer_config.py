@@ -69,6 +69,18 @@ class TransformerConfig(
         yield from self.moe_problems()
         yield from self.recompute_problems()
         yield from self.layer_problems()
+        yield from self.expert_slice_problems()
+
+    def expert_slice_problems(self) -> Iterator[str]:
+        """Yield a sentence if the ranks that share an expert cannot have equal slices of it."""
+        ffn, etp = self.moe_ffn_size, self.expert_tensor_size
+        if self.num_moe_experts is not None and etp > 0 and ffn % etp:
+            fits = [str(size) for size in range(1, 2 * etp) if ffn % size == 0]
+            yield (
+                f"--expert-tensor-parallel-size {etp} must divide the ffn size of an expert, {ffn} "
+                f"(--moe-ffn-hidden-size, else --ffn-hidden-size); sizes that fit: "
+                f"{', '.join(fits[-3:])}"
+            )
 
     def layer_problems(self) -> Iterator[str]:
         """Yield one sentence for each way in which a pattern does not fit the layers."""

@@ -8,13 +8,18 @@ from megatron.training.config.checks import Check, Rule, divisors, nearest
 
 
 def parallel_sizes(check: Check) -> Iterator[str]:
-    """Only data and expert parallelism exist, and experts must fill the ranks evenly."""
+    """Only data and expert parallelism exist; experts and their slices must fill the ranks."""
     model, world = check.config.model, check.world_size
     yield from model.parallel_problems()
     experts, size = model.num_moe_experts, model.expert_model_parallel_size
     if experts is None:
         if size > 1:
             yield f"{check.show('expert_model_parallel_size')} needs --num-experts"
+        if model.expert_tensor_parallel_size is not None:
+            yield f"{check.show('expert_tensor_parallel_size')} needs --num-experts"
+        return
+    if (etp := model.expert_tensor_size) > 1:
+        yield from _expert_grid(check, math.gcd(*_expert_counts(check)), etp)
         return
     counts = _expert_counts(check)
     name = "num_moe_experts"
@@ -35,6 +40,32 @@ def _expert_counts(check: Check) -> set[int]:
     model = check.config.model
     pattern = model.moe_num_experts_per_layer
     return {model.num_moe_experts or 0} | {number for number in pattern or () if number > 0}
+
+
+def _expert_grid(check: Check, experts: int, etp: int) -> Iterator[str]:
+    """Experts that are shared out in slices: etp x ep x pp ranks hold all of them once."""
+    model, world = check.config.model, check.world_size
+    ep, pp = model.expert_model_parallel_size, model.pipeline_model_parallel_size
+    yield from model.expert_slice_problems()
+    if experts % ep:
+        legal = [str(size) for size in divisors(experts) if world % (size * etp * pp) == 0]
+        yield (
+            f"{check.show('expert_model_parallel_size')} does not divide "
+            f"{check.show('num_moe_experts')}; valid --expert-model-parallel-size here: "
+            f"{', '.join(legal) or 'none'}"
+        )
+    elif world % (ep * etp * pp):
+        legal = [
+            f"{few} and {slices}"
+            for slices in divisors(world // pp)
+            for few in divisors(world // pp // slices)
+            if experts % few == 0 and model.moe_ffn_size % slices == 0
+        ]
+        yield (
+            f"EP*ETP*PP = {ep}*{etp}*{pp} = {ep * etp * pp} does not divide the world size {world} "
+            f"(ranks of torchrun); legal --expert-model-parallel-size and "
+            f"--expert-tensor-parallel-size here: {'; '.join(legal)}"
+        )
 
 
 def heads(check: Check) -> Iterator[str]:
@@ -230,10 +261,14 @@ def nodes(check: Check) -> Iterator[str]:
         )
         return
     group, node = model.expert_model_parallel_size, model.moe_dispatcher_node_size
+    shown = check.show("expert_model_parallel_size")
+    if (etp := model.expert_tensor_size) > 1:
+        group *= etp
+        shown += f" x {check.show('expert_tensor_parallel_size')} = {group}"
     if node is not None and max(group, node) % min(group, node):
         yield (
             f"{check.show('moe_dispatcher_node_size')} must divide, or be a multiple of, "
-            f"{check.show('expert_model_parallel_size')}; sizes within a group that fit: "
+            f"{shown}; sizes within a group that fit: "
             f"{nearest(node, divisors(group))}"
         )
 

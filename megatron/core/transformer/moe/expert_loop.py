@@ -34,7 +34,13 @@ class ExpertWeights(NamedTuple):
 
 
 def looped_experts(
-    rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, weights: ExpertWeights, *, gated: bool
+    rows: Tensor,
+    tokens_per_expert: Tensor,
+    probs: Tensor,
+    weights: ExpertWeights,
+    *,
+    gated: bool,
+    adds_bias2: bool = True,
 ) -> Tensor:
     """Return ``prob * expert(row)`` for each row.
 
@@ -45,11 +51,13 @@ def looped_experts(
         weights: Of the experts; each gets a gradient, zeros where it had no rows. One that has
             a ``grad_sink_of`` gets it there, which saves a pass over memory as large as it.
         gated: SwiGLU instead of GELU.
+        adds_bias2: False when another rank adds ``bias2``; it gets its gradient all the same.
 
     Returns:
         [num_rows, h].
     """
-    out: Tensor = _LoopedExperts.apply(rows, probs, tokens_per_expert.tolist(), gated, *weights)
+    sizes = tokens_per_expert.tolist()
+    out: Tensor = _LoopedExperts.apply(rows, probs, sizes, gated, adds_bias2, *weights)
     return out
 
 
@@ -58,7 +66,13 @@ class _LoopedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, probs: Tensor, sizes: list[int], gated: bool, *weights: Tensor
+        ctx: Any,
+        rows: Tensor,
+        probs: Tensor,
+        sizes: list[int],
+        gated: bool,
+        adds_bias2: bool,
+        *weights: Tensor,
     ) -> Tensor:
         places = _places(sizes, rows.dtype)
         out = _room_for(rows, places)
@@ -70,11 +84,11 @@ class _LoopedExperts(torch.autograd.Function):
             activate(inner[: place.size], probs[place.own], gated=gated, out=active[: place.size])
             active[place.size :].zero_()
             torch.mm(active, w2.t(), out=out[place.padded])
-            if b2 is not None:
+            if b2 is not None and adds_bias2:
                 weight = probs[place.own].to(out.dtype).unsqueeze(1)
                 out[place.own].add_(weight * b2)
             inners.append(inner)
-        ctx.sizes, ctx.gated = sizes, gated
+        ctx.sizes, ctx.gated, ctx.adds_bias2 = sizes, gated, adds_bias2
         ctx.sinks = [grad_sink_of(weight) for weight in weights]
         ctx.save_for_backward(rows, probs, *weights, *inners)
         return out.resize_(rows.shape)
@@ -113,12 +127,14 @@ class _LoopedExperts(torch.autograd.Function):
             torch.mm(found.inner, w1, out=grad_rows[place.padded])
             if db1 is not None and db2 is not None:
                 weight = probs[place.own].to(g.dtype)
-                grad_probs[place.own].add_(g[own] @ b2)
+                if ctx.adds_bias2:
+                    grad_probs[place.own].add_(g[own] @ b2)
                 db1.put(expert, found.inner[own].sum(dim=0))
                 db2.put(expert, torch.mv(g[own].t(), weight))
         return (
             grad_rows.resize_(rows.shape),
             grad_probs,
+            None,
             None,
             None,
             *map(_GradientStack.returned, (dw1, dw2, db1, db2)),

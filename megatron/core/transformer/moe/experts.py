@@ -2,6 +2,9 @@
 
 Both hold the same logical tensors (see ``ParamRole.expert_ids``), so checkpoints and initial
 weights are interchangeable. Probs are applied to the activation, before the second matrix.
+
+With expert tensor parallelism a rank holds a slice of the ffn of each of its experts: rows of the
+first matrix, columns of the second. Its output is a part, to be summed over ``expt_tp``.
 """
 
 from collections.abc import Sequence
@@ -12,13 +15,15 @@ from torch import Tensor, nn
 
 from megatron.core.extensions import torch_native
 from megatron.core.extensions.registry import resolve
-from megatron.core.param_role import Init, ParamRole, role_of, set_role
+from megatron.core.param_role import Init, ParamRole, Split, role_of, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers.linear import Linear
+from megatron.core.tensor_parallel.weight_split import split_over
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.moe.activated_product import activated_product
 from megatron.core.transformer.moe.expert_activation import weighted_activation
 from megatron.core.transformer.moe.expert_loop import ExpertWeights, looped_experts
+from megatron.core.transformer.moe.output_bias import add_output_bias, adds_output_bias
 from megatron.core.transformer.precision import compute_dtype, params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -26,7 +31,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class GroupedMLP(nn.Module):
     """The experts of this rank as one stacked weight for each projection.
 
-    Every parameter gets a gradient in every step, zeros for an expert without tokens.
+    Every parameter gets a gradient in every step, zeros for an expert without tokens. ffn is that
+    of this rank.
     """
 
     weight1: nn.Parameter
@@ -50,15 +56,18 @@ class GroupedMLP(nn.Module):
         Args:
             num_local_experts: Experts of this rank.
             config: Widths, activation, biases and initialisation.
-            pg_collection: Its ``ep`` rank says which experts these are.
+            pg_collection: Its ``ep`` rank says which experts these are, its ``expt_tp`` rank which
+                slice of them.
         """
         super().__init__()
         self.gated = config.swiglu
         self.grouped_mm = resolve("grouped_mm", config.moe_grouped_mm_backend)
         self.loops_on_cpu = config.moe_grouped_mm_backend == "auto"
         ids = local_expert_ids(num_local_experts, pg_collection)
+        self.adds_bias2 = adds_output_bias(pg_collection)
         hidden, ffn, dtype = config.moe_hidden_size, config.moe_ffn_size, params_dtype(config)
         inner = ffn * (2 if self.gated else 1)
+        splits = expert_splits(config, pg_collection)
         matrices = {
             "weight1": ("linear_fc1.weight", (inner, hidden), input_init(config)),
             "weight2": ("linear_fc2.weight", (hidden, ffn), output_init(config)),
@@ -72,14 +81,17 @@ class GroupedMLP(nn.Module):
             **matrices,
             **(vectors if config.add_bias_linear else {}),
         }.items():
+            split = splits[piece]
             role = ParamRole(
                 init=init,
                 is_expert=True,
                 expert_ids=ids,
                 expert_name=piece,
+                split=split,
                 decays=piece.endswith("weight"),
             )
-            param = nn.Parameter(torch.empty(num_local_experts, *shape, dtype=dtype))
+            here = shape if split is None else split.local_shape(shape)
+            param = nn.Parameter(torch.empty(num_local_experts, *here, dtype=dtype))
             setattr(self, name, set_role(param, role))
 
     def forward(
@@ -96,13 +108,21 @@ class GroupedMLP(nn.Module):
             permuted_probs: [num_recv].
 
         Returns:
-            [num_recv, h]; and None, for no bias is left to add.
+            [num_recv, h], this rank's part of a sum over ``expt_tp``; and None, for no bias is
+            left to add.
         """
         rows = permuted_local_hidden_states
         probs = permuted_probs.to(compute_dtype(rows.dtype))
         if self.loops_on_cpu and rows.device.type == "cpu":
             weights = ExpertWeights(self.weight1, self.weight2, self.bias1, self.bias2)
-            output = looped_experts(rows, tokens_per_expert, probs, weights, gated=self.gated)
+            output = looped_experts(
+                rows,
+                tokens_per_expert,
+                probs,
+                weights,
+                gated=self.gated,
+                adds_bias2=self.adds_bias2,
+            )
             return output, None
         return self.grouped_experts(rows, tokens_per_expert, probs), None
 
@@ -117,7 +137,8 @@ class GroupedMLP(nn.Module):
         member = self._membership(tokens_per_expert, rows)
         inner = torch.addmm(inner, member, self.bias1)
         output = self._second_product(inner, probs, tokens_per_expert)
-        return torch.addmm(output, member * probs.unsqueeze(1).to(member.dtype), self.bias2)
+        weights = member * probs.unsqueeze(1).to(member.dtype)
+        return add_output_bias(output, weights, self.bias2, adds=self.adds_bias2)
 
     def _second_product(self, inner: Tensor, probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Activate ``inner`` [num_rows, ffn or 2 * ffn] and multiply by the second matrices."""
@@ -141,12 +162,14 @@ class GroupedMLP(nn.Module):
 
 
 class ExpertMLP(nn.Module):
-    """One expert, the readable way."""
+    """One expert, or this rank's slice of it, the readable way."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection) -> None:
         super().__init__()
         self.gated = config.swiglu
-        hidden, ffn, dtype = config.moe_hidden_size, config.moe_ffn_size, params_dtype(config)
+        self.adds_bias2 = adds_output_bias(pg_collection)
+        hidden, dtype = config.moe_hidden_size, params_dtype(config)
+        ffn = config.moe_ffn_size // pg_collection.expt_tp.size()
         bias = config.add_bias_linear
         self.linear_fc1 = Linear(
             hidden,
@@ -158,7 +181,7 @@ class ExpertMLP(nn.Module):
         self.linear_fc2 = Linear(
             ffn, hidden, init=output_init(config), dtype=dtype, bias=bias, skip_bias_add=True
         )
-        _mark_as_expert(self)
+        _mark_as_expert(self, expert_splits(config, pg_collection))
 
     def forward(self, rows: Tensor, probs: Tensor) -> Tensor:
         """Return prob * expert(row) for ``rows`` [n, h] and ``probs`` [n] (fp32 or fp64)."""
@@ -172,7 +195,10 @@ class ExpertMLP(nn.Module):
         weight = probs.unsqueeze(1)
         output, bias = self.linear_fc2((active * weight).to(rows.dtype))
         result: Tensor = output
-        return result if bias is None else result + weight.to(rows.dtype) * bias
+        if bias is None:
+            return result
+        biases, adds = bias.unsqueeze(0), self.adds_bias2
+        return add_output_bias(result, weight.to(rows.dtype), biases, adds=adds)
 
 
 class SequentialMLP(nn.Module):
@@ -188,7 +214,9 @@ class SequentialMLP(nn.Module):
         """See ``GroupedMLP``."""
         super().__init__()
         ids = local_expert_ids(num_local_experts, pg_collection)
-        self.local_experts = nn.ModuleDict({str(expert): ExpertMLP(config) for expert in ids})
+        self.local_experts = nn.ModuleDict(
+            {str(expert): ExpertMLP(config, pg_collection=pg_collection) for expert in ids}
+        )
 
     def forward(
         self,
@@ -219,6 +247,21 @@ def local_expert_ids(
     return tuple(range(first, first + num_local_experts))
 
 
-def _mark_as_expert(module: nn.Module) -> None:
-    for param in module.parameters():
-        set_role(param, replace(role_of(param), is_expert=True))
+def expert_splits(
+    config: TransformerConfig, pg_collection: ProcessGroupCollection
+) -> dict[str, Split | None]:
+    """Return how each tensor of an expert is split over the ranks that share it, by its name."""
+    ffn = config.moe_ffn_size
+    parts = (ffn, ffn) if config.swiglu else (ffn,)
+    fc1 = split_over("expt_tp", pg_collection, dim=0, parts=parts)
+    return {
+        "linear_fc1.weight": fc1,
+        "linear_fc1.bias": fc1,
+        "linear_fc2.weight": split_over("expt_tp", pg_collection, dim=1, parts=(ffn,)),
+        "linear_fc2.bias": None,
+    }
+
+
+def _mark_as_expert(module: nn.Module, splits: dict[str, Split | None]) -> None:
+    for name, param in module.named_parameters():
+        set_role(param, replace(role_of(param), is_expert=True, split=splits[name]))

@@ -107,16 +107,19 @@ def rank_major_to_expert_major(counts: Tensor, num_rows: int) -> ChunkOrder | No
     Within an expert the sources ascend, and each keeps its own order.
 
     Args:
-        counts: [sources, experts], int64, rows in each chunk of the arrival order.
+        counts: [sources, experts], int64, rows in each chunk of the arrival order. With more axes
+            the order of all of them is turned around: [slices, sources, experts] gives
+            expert-major rows, by source within an expert, by slice within a source.
         num_rows: Sum of ``counts``, known to the host.
 
     Returns:
         The order, or None where the rows lie right already.
     """
-    if 1 in counts.shape:
+    if sum(extent != 1 for extent in counts.shape) < 2:
         return None
-    old_start = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).t().flatten()
-    sizes = counts.t().flatten()
+    turned = tuple(reversed(range(counts.dim())))
+    old_start = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).permute(turned)
+    old_start, sizes = old_start.flatten(), counts.permute(turned).flatten()
     shift = old_start - (sizes.cumsum(0) - sizes)  # of each chunk, in the new order
     place = torch.arange(num_rows, device=counts.device)
     index = place + shift.repeat_interleave(sizes, output_size=num_rows)

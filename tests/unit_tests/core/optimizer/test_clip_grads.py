@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.optimizer.clip_grads import clip_divisor, global_grad_norm
+from megatron.core.optimizer.clip_grads import SpreadGradients, clip_divisor, global_grad_norm
 from tests.helpers.ranks import run_ranks
 from tests.unit_tests.core.distributed.stand_in import Oracle, start
 
@@ -31,7 +31,7 @@ def test_norm_of_a_large_fp32_buffer_is_accurate():
 
 def _large_norm():
     flat = torch.randn(4 << 20, generator=torch.Generator().manual_seed(0))
-    norm = global_grad_norm([flat], [], ep_group=dist.group.WORLD)
+    norm = global_grad_norm([SpreadGradients(dist.group.WORLD, [flat])], flat.device)
     assert norm.dtype == torch.float64
     exact = flat.double().norm().item()
     assert abs(norm.item() - exact) < 1e-8 * exact

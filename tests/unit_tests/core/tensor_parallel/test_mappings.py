@@ -78,17 +78,19 @@ def test_bf16_parts_are_summed_in_fp32():
 
 def _sizes() -> None:
     group, rank = dist.group.WORLD, dist.get_rank()
+    alone = ProcessGroupCollection.create(ParallelLayout(world_size=2)).expt_tp
     counts = torch.tensor([1, 2, 3, 4]) * (rank + 1)
-    received, splits = exchange_counts(group, counts)
+    received, splits, sizes = exchange_counts(group, alone, counts)
     mine = torch.tensor([1, 2, 3, 4]).view(2, 2)[rank]
-    assert torch.equal(received, torch.stack([mine, 2 * mine]))
+    assert torch.equal(received, torch.stack([mine, 2 * mine]).unsqueeze(0))
+    assert sizes == [sum(splits.recv)]
     assert splits.send == [3 * (rank + 1), 7 * (rank + 1)]
     assert splits.recv == [int(mine.sum()), 2 * int(mine.sum())]
     rows, pairs = torch.tensor([1, 4]) + rank, torch.tensor([2, 8]) + rank
-    exchanged = exchange_rows_and_pairs(group, rows, pairs)
+    exchanged = exchange_rows_and_pairs(group, alone, rows, pairs)
     assert exchanged.splits == RowSplits(rows.tolist(), [[1, 2], [4, 5]][rank])
     assert exchanged.pairs == [2 + 3, 8 + 9][rank]
-    gathered = gather_sizes(group, 5 + rank, counts)
+    gathered = gather_sizes(group, 5 + rank, counts.view(2, 2).sum(1))
     assert gathered.sizes == [5, 6]
     assert gathered.wanted == 3 * int(mine.sum())
     assert torch.equal(all_reduce_sum(group, counts), torch.tensor([3, 6, 9, 12]))
@@ -99,13 +101,44 @@ def test_ranks_learn_what_the_others_send():
     run_ranks(_sizes, 2)
 
 
+def _mates() -> None:
+    rank = dist.get_rank()
+    groups = ProcessGroupCollection.create(ParallelLayout(world_size=4, ep=2, etp=2))
+    table = torch.arange(16).view(4, 4) ** 2  # [from][expert]: expert e lives on ranks 2 * (e // 2)
+    received, splits, sizes = exchange_counts(groups.ep, groups.expt_tp, table[rank])
+    block = rank // 2
+    mine = table[:, 2 * block : 2 * block + 2]  # [from, num_local]
+    assert torch.equal(received, mine.view(2, 2, 2).transpose(0, 1))  # [slice, source, expert]
+    assert splits.send == table[rank].view(2, 2).sum(1).tolist()
+    assert splits.recv == mine[[rank % 2, rank % 2 + 2]].sum(1).tolist()
+    assert sizes == received.sum((1, 2)).tolist()
+    hops = exchange_counts_in_hops(groups.ep_node, groups.ep_across, groups.expt_tp, table[rank])
+    assert torch.equal(hops.received, received)
+    assert hops.sizes == sizes
+    rows = exchange_rows_and_pairs(
+        groups.ep, groups.expt_tp, table[rank, ::2].clone(), table[rank].view(2, 2).sum(1)
+    )
+    assert torch.equal(rows.received, received[:, :, 0])
+    assert (sum(rows.splits.recv), rows.sizes) == (
+        int(rows.received[rank % 2].sum()),
+        rows.received.sum(1).tolist(),
+    )
+    assert rows.pairs == sum(sizes)
+    gathered = gather_sizes(groups.tp_ep, 5 + rank, table[rank].view(2, 2).sum(1))
+    assert gathered == ([5, 6, 7, 8], int(mine.sum()))
+
+
+def test_ranks_that_share_experts_learn_what_all_of_them_get():
+    run_ranks(_mates, 4)
+
+
 def _hops(places: int) -> None:
     rank, nodes = dist.get_rank(), 4 // places
     layout = ParallelLayout(world_size=4, ep=4, node_size=places)
     groups = ProcessGroupCollection.create(layout)
     counts = [torch.arange(8) * 10 + source for source in range(4)]  # [from][expert]
-    hops = exchange_counts_in_hops(groups.ep_node, groups.ep_across, counts[rank])
-    plain = exchange_counts(groups.ep, counts[rank])
+    hops = exchange_counts_in_hops(groups.ep_node, groups.ep_across, groups.expt_tp, counts[rank])
+    plain = exchange_counts(groups.ep, groups.expt_tp, counts[rank])
     assert torch.equal(hops.received, plain.received)
     assert hops.sent.flatten().tolist() == plain.splits.send
     assert sum(hops.across.recv) == sum(plain.splits.recv)
@@ -131,14 +164,15 @@ def _alone() -> None:
     assert all_gather_rows(group, x, [3]) is x
     assert reduce_scatter_rows(group, x, [3]) is x
     counts = torch.tensor([1, 2])
-    assert torch.equal(exchange_counts(group, counts).received, counts.view(1, 2))
-    assert exchange_rows_and_pairs(group, counts[:1], counts[1:]) == (splits, None)
-    hops = exchange_counts_in_hops(group, group, counts)
-    assert (hops.within, hops.across) == (splits, splits)
-    assert torch.equal(hops.received, counts.view(1, 2))
+    assert torch.equal(exchange_counts(group, group, counts).received, counts.view(1, 1, 2))
+    rows = exchange_rows_and_pairs(group, group, counts[:1], counts[1:])
+    assert rows[1:] == (splits, [], None)
+    hops = exchange_counts_in_hops(group, group, group, counts)
+    assert (hops.within, hops.across, hops.sizes) == (splits, splits, [])
+    assert torch.equal(hops.received, counts.view(1, 1, 2))
     assert gather_sizes(group, 3, counts) == ([3], None)
     with pytest.raises(AttributeError):
-        exchange_counts(group, counts).splits = splits  # type: ignore[misc]
+        exchange_counts(group, group, counts).splits = splits  # type: ignore[misc]
 
 
 def test_a_group_of_one_is_an_identity():

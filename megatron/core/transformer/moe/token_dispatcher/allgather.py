@@ -1,7 +1,8 @@
 """Every rank sees all tokens and keeps those of its experts: simple, for few ranks or large topk.
 
 Collectives of one layer: one exchange of sizes, then in each direction one all-gather of tokens and
-one reduce-scatter. Probs travel in a small all-to-all: a rank gets the columns of its experts.
+one reduce-scatter, all over ``tp_ep``: the ranks that share an expert gather the same tokens. Probs
+travel in a small all-to-all: a rank gets the columns of its experts.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     RowSplits,
     all_gather_rows,
@@ -42,7 +44,19 @@ class AllGatherState:
 
 
 class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
-    """Gather tokens over ep -> pick those of local experts, and sum the ranks' parts back."""
+    """Gather tokens over tp_ep -> pick those of local experts, and sum the ranks' parts back."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        pg_collection: ProcessGroupCollection,
+        topk: int | None = None,
+        exact: bool = True,
+    ) -> None:
+        """See ``MoETokenDispatcher``."""
+        super().__init__(num_experts, pg_collection=pg_collection, topk=topk, exact=exact)
+        self.tp_ep_group = pg_collection.tp_ep
 
     def token_permutation(
         self,
@@ -56,12 +70,13 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
         """See ``MoETokenDispatcher.token_permutation``."""
         _run(during)
         num_tokens = hidden_states.shape[0]
-        sizes, wanted = gather_sizes(
-            self.ep_group, num_tokens, routing_map.sum(dim=0), each=rows_per_expert
-        )
+        blocks = self.num_experts // self.num_local_experts
+        pairs = routing_map.view(num_tokens, blocks, self.num_local_experts).sum(dim=(0, 2))
+        each = None if rows_per_expert is None else rows_per_expert * self.num_local_experts
+        sizes, wanted = gather_sizes(self.tp_ep_group, num_tokens, pairs, each=each)
         if wanted is None:  # no other rank: every pair is ours
             wanted = rows_sent([], num_tokens, self.topk, exact=self.exact)
-        tokens = all_gather_rows(self.ep_group, hidden_states, sizes)
+        tokens = all_gather_rows(self.tp_ep_group, hidden_states, sizes)
         columns = self._own_columns(probs, routing_map, sizes)  # [sum(sizes), num_local_experts]
         routed = ~(columns.detach() < 0.0)  # so written, a NaN stays routed
         plan = plan_rows(routed, num_rows=wanted, max_rows_per_token=self._max_rows())
@@ -84,15 +99,17 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
         state = dispatched.state
         wide = torch.promote_types(expert_output.dtype, torch.float32)
         parts = unpermute(expert_output, state.plan, dtype=wide)
-        return reduce_scatter_rows(self.ep_group, parts, state.sizes).to(expert_output.dtype)
+        return reduce_scatter_rows(self.tp_ep_group, parts, state.sizes).to(expert_output.dtype)
 
     def _own_columns(self, probs: Tensor, routing_map: Tensor, sizes: list[int]) -> Tensor:
         """Gather the probs of local experts, -1 where a token is not routed to them."""
         marked = probs.masked_fill(~routing_map, -1.0)
-        num_tokens, num_blocks = probs.shape[0], probs.shape[1] // self.num_local_experts
-        by_owner = marked.view(num_tokens, num_blocks, self.num_local_experts).transpose(0, 1)
-        splits = RowSplits(send=[num_tokens] * num_blocks, recv=sizes)
-        return all_to_all(self.ep_group, by_owner.reshape(-1, self.num_local_experts), splits)
+        num_tokens, n, sharers = probs.shape[0], self.num_local_experts, self.expt_tp_group.size()
+        by_block = marked.view(num_tokens, self.num_experts // n, 1, n).transpose(0, 1)
+        by_owner = by_block.expand(-1, -1, sharers, -1).transpose(1, 2)  # [ep, sharers, tokens, n]
+        by_owner = by_owner.reshape(-1, n)
+        splits = RowSplits(send=[num_tokens] * len(sizes), recv=sizes)
+        return all_to_all(self.tp_ep_group, by_owner, splits)
 
     def _max_rows(self) -> int:
         return min(self.topk or self.num_local_experts, self.num_local_experts)

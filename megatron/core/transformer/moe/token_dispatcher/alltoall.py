@@ -1,14 +1,21 @@
 """Each token is sent straight to the ranks of its experts: cost grows with topk, not with ep.
 
 Collectives of one layer: one exchange of counts, then in each direction one all-to-all of rows
-out and one back. Probs travel beside the rows in a small all-to-all of their own.
+out and one back. Probs travel beside the rows in a small all-to-all of their own. With expert
+tensor parallelism what arrived is gathered, and summed and scattered on the way back.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all, exchange_counts
+from megatron.core.tensor_parallel.mappings import (
+    RowSplits,
+    all_gather_rows,
+    all_to_all,
+    exchange_counts,
+    reduce_scatter_rows,
+)
 from megatron.core.transformer.moe.permutation import (
     ChunkOrder,
     RowPlan,
@@ -34,6 +41,8 @@ class AllToAllState:
     plan: RowPlan
     """Tokens of this rank -> rows it sent."""
     splits: RowSplits
+    sizes: list[int]
+    """Rows that arrived at each rank of ``expt_tp``."""
     order: ChunkOrder | None
     """Rows as they arrived -> rows by local expert."""
 
@@ -51,8 +60,8 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
         rows_per_expert: int | None = None,
     ) -> DispatchedTokens[AllToAllState]:
         """See ``MoETokenDispatcher.token_permutation``."""
-        received, splits = exchange_counts(
-            self.ep_group, routing_map.sum(dim=0), each=rows_per_expert
+        received, splits, sizes = exchange_counts(
+            self.ep_group, self.expt_tp_group, routing_map.sum(dim=0), each=rows_per_expert
         )
         plan = plan_rows(
             routing_map,
@@ -60,14 +69,16 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
             max_rows_per_token=self.topk,
         )
         rows = all_to_all(self.ep_group, permute(hidden_states, plan), splits, during=during)
+        rows = all_gather_rows(self.expt_tp_group, rows, sizes)
         weights = all_to_all(self.ep_group, permute_probs(probs, plan), splits)
+        weights = all_gather_rows(self.expt_tp_group, weights, sizes)
         # Rows arrive rank-major, the block of each rank expert-major; experts need expert-major.
         order = rank_major_to_expert_major(received, rows.shape[0])
         return DispatchedTokens(
             hidden_states=reorder(rows, order),
             probs=reorder(weights, order),
-            tokens_per_expert=received.sum(dim=0),
-            state=AllToAllState(plan=plan, splits=splits, order=order),
+            tokens_per_expert=received.sum(dim=(0, 1)),
+            state=AllToAllState(plan=plan, splits=splits, sizes=sizes, order=order),
         )
 
     def token_unpermutation(
@@ -79,6 +90,7 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
     ) -> Tensor:
         """See ``MoETokenDispatcher.token_unpermutation``."""
         state = dispatched.state
-        arrived = reorder(expert_output, state.order, back=True)
+        parts = reorder(expert_output, state.order, back=True)
+        arrived = reduce_scatter_rows(self.expt_tp_group, parts, state.sizes)
         rows = all_to_all(self.ep_group, arrived, state.splits.reversed(), during=during)
         return unpermute(rows, state.plan)

@@ -8,12 +8,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all, exchange_rows_and_pairs
+from megatron.core.tensor_parallel.mappings import (
+    RowSplits,
+    all_gather_rows,
+    all_to_all,
+    exchange_rows_and_pairs,
+    reduce_scatter_rows,
+)
 from megatron.core.transformer.moe.permutation import (
+    ChunkOrder,
     RowPlan,
     permute,
     permute_probs,
     plan_rows,
+    rank_major_to_expert_major,
+    reorder,
     unpermute,
 )
 from megatron.core.transformer.moe.token_dispatcher.base import (
@@ -30,9 +39,13 @@ class AllToAllDedupState:
 
     sent: RowPlan
     """Tokens of this rank -> rows by destination rank, one each."""
+    order: ChunkOrder | None
+    """Tokens as they were gathered over ``expt_tp`` -> tokens by source rank."""
     copies: RowPlan
     """Tokens that arrived -> rows by local expert."""
     splits: RowSplits
+    sizes: list[int]
+    """Tokens that arrived at each rank of ``expt_tp``."""
 
 
 class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
@@ -57,9 +70,10 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
         blocks = self.num_experts // self.num_local_experts
         by_rank = routing_map.view(num_tokens, blocks, self.num_local_experts)
         wanted = by_rank.any(dim=2)  # [num_tokens, ranks]
-        splits, pairs = exchange_rows_and_pairs(
-            self.ep_group, wanted.sum(dim=0), by_rank.sum(dim=(0, 2))
+        received, splits, sizes, pairs = exchange_rows_and_pairs(
+            self.ep_group, self.expt_tp_group, wanted.sum(dim=0), by_rank.sum(dim=(0, 2))
         )
+        order = rank_major_to_expert_major(received, sum(sizes))
         if pairs is None:  # no other rank: every pair is ours
             pairs = rows_sent([], num_tokens, self.topk, exact=self.exact)
         most = self.topk or self.num_experts
@@ -70,9 +84,11 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
             max_rows_per_token=min(most, blocks),
         )
         tokens = all_to_all(self.ep_group, permute(hidden_states, sent), splits, during=during)
+        tokens = reorder(all_gather_rows(self.expt_tp_group, tokens, sizes), order)
         marked = probs.masked_fill(~routing_map, -1.0).view(-1, self.num_local_experts)
         columns = marked.index_select(0, sent.pair_of_row)  # [rows sent, num_local_experts]
         columns = all_to_all(self.ep_group, columns, splits)
+        columns = reorder(all_gather_rows(self.expt_tp_group, columns, sizes), order)
         routed = ~(columns.detach() < 0.0)  # so written, a NaN stays routed
         copies = plan_rows(
             routed, num_rows=pairs, max_rows_per_token=min(most, self.num_local_experts)
@@ -81,7 +97,9 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
             hidden_states=permute(tokens, copies),
             probs=permute_probs(columns, copies),
             tokens_per_expert=routed.sum(dim=0),
-            state=AllToAllDedupState(sent=sent, copies=copies, splits=splits),
+            state=AllToAllDedupState(
+                sent=sent, order=order, copies=copies, splits=splits, sizes=sizes
+            ),
         )
 
     def token_unpermutation(
@@ -94,5 +112,7 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
         """See ``MoETokenDispatcher.token_unpermutation``."""
         state = dispatched.state
         parts = unpermute(expert_output, state.copies)  # of each token that arrived, summed here
-        rows = all_to_all(self.ep_group, parts, state.splits.reversed(), during=during)
+        parts = reorder(parts, state.order, back=True)
+        arrived = reduce_scatter_rows(self.expt_tp_group, parts, state.sizes)
+        rows = all_to_all(self.ep_group, arrived, state.splits.reversed(), during=during)
         return unpermute(rows, state.sent)

@@ -12,8 +12,10 @@ from torch import Tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     RowSplits,
+    all_gather_rows,
     all_to_all,
     exchange_counts_in_hops,
+    reduce_scatter_rows,
 )
 from megatron.core.transformer.moe.permutation import (
     ChunkOrder,
@@ -45,6 +47,8 @@ class HierarchicalState:
     by_node: ChunkOrder | None
     """Rows after the first hop, by source place and then node -> rows by node."""
     across: RowSplits
+    sizes: list[int]
+    """Rows that arrived at each rank of ``expt_tp``."""
     by_expert: ChunkOrder | None
     """Rows as they arrived, by source rank -> rows by local expert."""
 
@@ -79,30 +83,36 @@ class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
     ) -> DispatchedTokens[HierarchicalState]:
         """See ``MoETokenDispatcher.token_permutation``."""
         hops = exchange_counts_in_hops(
-            self.node_group, self.across_group, routing_map.sum(dim=0), each=rows_per_expert
+            self.node_group,
+            self.across_group,
+            self.expt_tp_group,
+            routing_map.sum(dim=0),
+            each=rows_per_expert,
         )
         num_rows = rows_sent(hops.within.send, hidden_states.shape[0], self.topk, exact=self.exact)
         plan = plan_rows(routing_map, num_rows=num_rows, max_rows_per_token=self.topk)
         by_place = rank_major_to_expert_major(hops.sent, sum(hops.within.send))
         by_node = rank_major_to_expert_major(hops.passed, sum(hops.across.send))
-        by_expert = rank_major_to_expert_major(hops.received, sum(hops.across.recv))
+        by_expert = rank_major_to_expert_major(hops.received, sum(hops.sizes))
 
         def send(rows: Tensor, during: During = None) -> Tensor:
             halfway = all_to_all(self.node_group, reorder(rows, by_place), hops.within)
             halfway = reorder(halfway, by_node)
             arrived = all_to_all(self.across_group, halfway, hops.across, during=during)
-            return reorder(arrived, by_expert)
+            gathered = all_gather_rows(self.expt_tp_group, arrived, hops.sizes)
+            return reorder(gathered, by_expert)
 
         return DispatchedTokens(
             hidden_states=send(permute(hidden_states, plan), during),
             probs=send(permute_probs(probs, plan)),
-            tokens_per_expert=hops.received.sum(dim=0),
+            tokens_per_expert=hops.received.sum(dim=(0, 1)),
             state=HierarchicalState(
                 plan=plan,
                 by_place=by_place,
                 within=hops.within,
                 by_node=by_node,
                 across=hops.across,
+                sizes=hops.sizes,
                 by_expert=by_expert,
             ),
         )
@@ -116,7 +126,8 @@ class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
     ) -> Tensor:
         """See ``MoETokenDispatcher.token_unpermutation``."""
         state = dispatched.state
-        arrived = reorder(expert_output, state.by_expert, back=True)
+        parts = reorder(expert_output, state.by_expert, back=True)
+        arrived = reduce_scatter_rows(self.expt_tp_group, parts, state.sizes)
         halfway = all_to_all(self.across_group, arrived, state.across.reversed(), during=during)
         passed = reorder(halfway, state.by_node, back=True)
         rows = all_to_all(self.node_group, passed, state.within.reversed())

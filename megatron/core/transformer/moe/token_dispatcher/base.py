@@ -2,6 +2,10 @@
 
 Shapes: h hidden size, num_tokens tokens of this rank, num_recv rows that this rank's experts
 receive, num_local_experts = num_experts / ep.
+
+With expert tensor parallelism the ranks of ``expt_tp`` hold slices of the same experts but
+different tokens. Each of them gets the rows of all, in one order, and gives its part of every
+output back.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +28,8 @@ class DispatchedTokens(Generic[StateT]):
     """Tokens at the experts, and what ``token_unpermutation`` needs to bring them home."""
 
     hidden_states: Tensor
-    """[num_recv, h], by local expert; within an expert by source rank, then by token."""
+    """[num_recv, h], by local expert; within an expert by source rank, then by token. The same
+    on all ranks of ``expt_tp``."""
     probs: Tensor
     """[num_recv], the weight of each row's expert for its token."""
     tokens_per_expert: Tensor
@@ -40,7 +45,8 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
     activation-checkpointed layer may dispatch twice, so nothing of a forward is kept here.
 
     Law, for every subclass (test_dispatcher_laws.py): with experts that do nothing but weight
-    their rows by ``probs``, unpermuting what was permuted gives ``x * probs.sum(-1)``.
+    their rows by ``probs``, unpermuting what was permuted gives ``x * probs.sum(-1)``. The ranks of
+    ``expt_tp`` each give a part of the rows, and the parts are summed.
     """
 
     def __init__(
@@ -55,7 +61,8 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
 
         Args:
             num_experts: Of the layer, over all ranks.
-            pg_collection: Rank r of its ``ep`` holds the r-th of equal blocks of experts.
+            pg_collection: Rank r of its ``ep`` holds the r-th of equal blocks of experts, together
+                with the other ranks of its ``expt_tp``.
             topk: Experts of every token. Unknown when None: in a group of one a CUDA device is
                 then waited for in each forward.
             exact: False when a token may have fewer than ``topk`` experts.
@@ -63,6 +70,7 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
         self.num_experts = num_experts
         self.num_local_experts = local_expert_count(num_experts, pg_collection.ep.size())
         self.ep_group = pg_collection.ep
+        self.expt_tp_group = pg_collection.expt_tp
         self.topk = topk
         self.exact = exact
 
@@ -112,7 +120,7 @@ def rows_sent(send: Sequence[int], num_tokens: int, topk: int | None, *, exact: 
     """Return the (token, expert) pairs of this rank if the host knows them, else None.
 
     Args:
-        send: Rows for each rank; empty in a group of one, which exchanges no counts.
+        send: Rows for each rank; empty when nobody was asked.
         num_tokens: Tokens of this rank.
         topk: Experts of a token, None when unknown.
         exact: Whether every token has ``topk`` of them.

@@ -89,6 +89,11 @@ BAD = {
         {"tensor_model_parallel_size": 2},
         "--tensor-model-parallel-size 2 is not offered yet",
     ),
+    "slices": (
+        {"expert_tensor_parallel_size": 5, "moe_ffn_hidden_size": 24},
+        "--expert-tensor-parallel-size 5 must divide the ffn size of an expert, 24 "
+        "(--moe-ffn-hidden-size, else --ffn-hidden-size); sizes that fit: 4, 6, 8",
+    ),
     "precisions": ({"bf16": True}, "--bf16 and --fp64 exclude each other"),
     "frequency": ({"moe_layer_freq": 0}, "--moe-layer-freq 0 must be at least 1"),
     "pattern": ({"moe_layer_freq": [1]}, "--moe-layer-freq has 1 entries, one for each of"),

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.parallel_layout import ParallelLayout
-from megatron.core.param_role import logical_tensors, role_of
+from megatron.core.param_role import logical_shards, role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.helpers.whole_tensors import whole_tensors
 from tests.reference.moe import ReferenceMoE, ReferenceRule
 
 H, FFN, NUM_EXPERTS = 16, 24, 8
@@ -43,9 +44,11 @@ def moe_config(**options: Any) -> TransformerConfig:
     return TransformerConfig(**(values | options))
 
 
-def make_groups(ep: int = 1, node_size: int | None = None) -> ProcessGroupCollection:
+def make_groups(
+    ep: int = 1, node_size: int | None = None, *, etp: int = 1
+) -> ProcessGroupCollection:
     """Create the groups of this world with ``ep`` expert-parallel ranks, in nodes if said."""
-    layout = ParallelLayout(world_size=dist.get_world_size(), ep=ep, node_size=node_size)
+    layout = ParallelLayout(world_size=dist.get_world_size(), ep=ep, etp=etp, node_size=node_size)
     return ProcessGroupCollection.create(layout)
 
 
@@ -99,8 +102,8 @@ def make_layer(
     weights = reference.logical()
     with torch.no_grad():
         for name, p in layer.named_parameters():
-            for key, piece in logical_tensors(name, p, role_of(p)):
-                piece.copy_(weights[key])
+            for shard in logical_shards(name, p, role_of(p)):
+                shard.tensor.copy_(weights[shard.name][shard.region])
     return layer
 
 
@@ -113,14 +116,17 @@ def make_tokens(num_tokens: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def logical_gradients(module: nn.Module, groups: ProcessGroupCollection) -> dict[str, Tensor]:
-    """Sum each gradient over the ranks that hold the parameter; a missing one is an error."""
+    """Sum each gradient over the ranks that hold the parameter; a missing one is an error.
+
+    Slices are made whole.
+    """
     found = {}
     for name, p in module.named_parameters():
         role = role_of(p)
         assert p.grad is not None, f"no gradient of {name}"
         total = p.grad.clone()
         dist.all_reduce(total, group=groups.expt_dp if role.is_expert else groups.dp_cp)
-        found.update(logical_tensors(name, total, role))
+        found.update(whole_tensors(name, total, role, groups))
     return found
 
 

@@ -27,7 +27,8 @@ from tests.unit_tests.core.transformer.moe.layers import (
 
 TOPK = 3
 SIZES = [(7, 12, 5, 9), (0, 6, 0, 3), (0, 0, 0, 0)]
-LAYOUTS = [(1, 1), (2, 2), (4, 2), (4, 4)]
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (4, 2, 1), (4, 4, 1)]  # (ranks, ep, etp)
+SHARED = [(2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 1, 2)]
 
 
 def _route(tokens: Tensor) -> Routing:
@@ -40,8 +41,13 @@ def _route(tokens: Tensor) -> Routing:
 
 
 def _check(dispatcher, groups, sizes: tuple[int, ...]) -> None:
-    """Check law, outputs and all gradients with experts that scale each feature."""
-    rank, n = dist.get_rank(), NUM_EXPERTS // groups.ep.size()
+    """Check law, outputs and all gradients with experts that scale each feature.
+
+    The ranks that share an expert give unequal parts of its output.
+    """
+    rank, n, sharers = dist.get_rank(), NUM_EXPERTS // groups.ep.size(), groups.expt_tp.size()
+    part = torch.arange(1.0, sharers + 1).double()
+    part = (part / part.sum())[groups.expt_tp.rank()]
     scales = torch.linspace(0.5, 3.0, NUM_EXPERTS * H, dtype=torch.float64).view(-1, H)
     first = groups.ep.rank() * n
     own_scales = scales[first : first + n].clone().requires_grad_()
@@ -52,18 +58,19 @@ def _check(dispatcher, groups, sizes: tuple[int, ...]) -> None:
     num_recv = sent.hidden_states.shape[0]
     assert sent.tokens_per_expert.shape == (n,)
     assert int(sent.tokens_per_expert.sum()) == num_recv == sent.probs.shape[0]
-    law = dispatcher.token_unpermutation(sent.hidden_states * sent.probs[:, None], sent)
+    law = dispatcher.token_unpermutation(part * sent.hidden_states * sent.probs[:, None], sent)
     torch.testing.assert_close(law, tokens * probs.sum(dim=1, keepdim=True))
 
     scale_of_row = own_scales.repeat_interleave(sent.tokens_per_expert, dim=0)
-    rows = sent.hidden_states * scale_of_row * sent.probs[:, None]
+    rows = part * sent.hidden_states * scale_of_row * sent.probs[:, None]
     output = dispatcher.token_unpermutation(rows, sent)
     output.square().sum().backward()
     assert own_scales.grad is not None
     dist.all_reduce(own_scales.grad, group=groups.expt_dp)
+    dist.all_reduce(own_scales.grad, group=groups.expt_tp)
 
-    ep = groups.ep.size()
-    mates = range(rank // ep * ep, rank // ep * ep + ep)
+    size = groups.tp_ep.size()
+    mates = range(rank // size * size, rank // size * size + size)
     counts = sum(_route(make_tokens(sizes[i], torch.float64, i)).routing_map.sum(0) for i in mates)
     assert torch.equal(sent.tokens_per_expert, counts[first : first + n])
 
@@ -81,25 +88,25 @@ def _check(dispatcher, groups, sizes: tuple[int, ...]) -> None:
     torch.testing.assert_close(own_scales.grad, all_scales.grad[first : first + n])
 
 
-def _laws(name: str, ep: int, node_size: int | None = None) -> None:
-    groups = make_groups(ep, node_size)
+def _laws(name: str, ep: int, etp: int = 1, node_size: int | None = None) -> None:
+    groups = make_groups(ep, node_size, etp=etp)
     for sizes, topk in product(SIZES, (TOPK, None)):
         dispatcher = TOKEN_DISPATCHERS[name](NUM_EXPERTS, pg_collection=groups, topk=topk)
         _check(dispatcher, groups, sizes[: dist.get_world_size()])
 
 
-@pytest.mark.parametrize(("world_size", "ep"), LAYOUTS)
+@pytest.mark.parametrize(("world_size", "ep", "etp"), LAYOUTS + SHARED)
 @pytest.mark.parametrize("name", TOKEN_DISPATCHERS)
-def test_dispatcher_obeys_the_law_and_agrees_with_one_rank(name, world_size, ep):
-    run_ranks(_laws, world_size, name, ep)
+def test_dispatcher_obeys_the_law_and_agrees_with_one_rank(name, world_size, ep, etp):
+    run_ranks(_laws, world_size, name, ep, etp)
 
 
-NODES = [(2, 2, 1), (4, 4, 2), (4, 4, 1), (4, 2, 4), (4, 2, 1)]
+NODES = [(2, 2, 1, 1), (4, 4, 1, 2), (4, 4, 1, 1), (4, 2, 1, 4), (4, 2, 1, 1), (4, 2, 2, 2)]
 
 
-@pytest.mark.parametrize(("world_size", "ep", "node_size"), NODES)
-def test_two_hops_obey_the_law_with_nodes_of_any_size(world_size, ep, node_size):
-    run_ranks(_laws, world_size, "alltoall_hierarchical", ep, node_size)
+@pytest.mark.parametrize(("world_size", "ep", "etp", "node_size"), NODES)
+def test_two_hops_obey_the_law_with_nodes_of_any_size(world_size, ep, etp, node_size):
+    run_ranks(_laws, world_size, "alltoall_hierarchical", ep, etp, node_size)
 
 
 def _hops(node_size: int, hops: int) -> None:
@@ -130,8 +137,8 @@ def test_two_hops_give_the_bits_of_one_with_the_same_collectives_in_each(node_si
     run_ranks(_hops, 4, node_size, hops)
 
 
-def _order(name: str) -> None:
-    groups = make_groups(2)
+def _order(name: str, ep: int, etp: int) -> None:
+    groups = make_groups(ep, etp=etp)
     rank = dist.get_rank()
     numbers = torch.arange(6).double() + 100 * rank  # in the global token order
     logits = torch.randn(6, NUM_EXPERTS, generator=torch.Generator().manual_seed(rank)).double()
@@ -142,9 +149,19 @@ def _order(name: str) -> None:
     assert all(torch.equal(rows, rows.sort().values) for rows in groups_of_rows)
 
 
+@pytest.mark.parametrize(("ep", "etp"), [(2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("name", TOKEN_DISPATCHERS)
-def test_rows_of_an_expert_are_in_global_token_order(name):
-    run_ranks(_order, 2, name)
+def test_rows_of_an_expert_are_in_global_token_order(name, ep, etp):
+    run_ranks(_order, ep * etp, name, ep, etp)
+
+
+class EachRankItsOwn(MoEAlltoAllTokenDispatcher):
+    """Forgets that other ranks hold slices of its experts."""
+
+    def __init__(self, num_experts, *, pg_collection, **options):
+        alone = make_groups(pg_collection.ep.size()).expt_tp
+        super().__init__(num_experts, pg_collection=pg_collection, **options)
+        self.expt_tp_group = alone
 
 
 class UnsortedRows(MoEAlltoAllTokenDispatcher):
@@ -193,20 +210,30 @@ class HalfGradient(MoEAlltoAllTokenDispatcher):
         return replace(sent, hidden_states=half)
 
 
-BROKEN = [UnsortedRows, SwappedSplits, WrongProbs, ReversedCounts, HalfGradient]
+BROKEN = [
+    (UnsortedRows, 2, 1),
+    (SwappedSplits, 2, 1),
+    (WrongProbs, 2, 1),
+    (WrongProbs, 1, 2),
+    (ReversedCounts, 2, 1),
+    (ReversedCounts, 1, 2),
+    (HalfGradient, 2, 1),
+    (HalfGradient, 1, 2),
+    (EachRankItsOwn, 1, 2),
+]
 
 
-def _is_caught(broken: Callable) -> None:
-    groups = make_groups(2)
+def _is_caught(broken: Callable, ep: int, etp: int) -> None:
+    groups = make_groups(ep, etp=etp)
     # every bug is seen on every rank before its next collective, so none waits for another
     with pytest.raises((AssertionError, RuntimeError)):
         _check(broken(NUM_EXPERTS, pg_collection=groups, topk=TOPK), groups, SIZES[0])
     dist.barrier()
 
 
-@pytest.mark.parametrize("broken", BROKEN)
-def test_a_planted_bug_is_caught(broken):
-    run_ranks(_is_caught, 2, broken)
+@pytest.mark.parametrize(("broken", "ep", "etp"), BROKEN)
+def test_a_planted_bug_is_caught(broken, ep, etp):
+    run_ranks(_is_caught, 2, broken, ep, etp)
 
 
 def _state() -> None:

@@ -1,5 +1,6 @@
 """The MoE layer equals the textbook layer: output and every gradient, in every layout."""
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.unit_tests.core.transformer.moe.layers import (
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3e-2}
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
+SHARED = [(2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 1, 2)]  # (ranks, ep, etp)
 DISPATCHERS = tuple(TOKEN_DISPATCHERS)
 ROUTERS: list[dict[str, Any]] = [
     {"moe_router_topk": 1, "moe_router_pre_softmax": True},
@@ -78,10 +80,16 @@ def _weighted_sum(output: torch.Tensor, seed: int) -> torch.Tensor:
     return (output * torch.randn(output.shape, generator=rng).to(output.dtype)).sum()
 
 
-def _parity(ep: int, experts: str, shape: dict[str, Any]) -> None:
-    groups = make_groups(ep)
+def _parity(
+    ep: int,
+    experts: str,
+    shape: dict[str, Any],
+    etp: int = 1,
+    routers: Sequence[dict[str, Any]] = ROUTERS,
+) -> None:
+    groups = make_groups(ep, etp=etp)
     sizes = (13, 6, 21, 9)[: dist.get_world_size()]
-    for router, dispatcher, fp64 in product(ROUTERS, DISPATCHERS, (False, True)):
+    for router, dispatcher, fp64 in product(routers, DISPATCHERS, (False, True)):
         config = moe_config(
             **router,
             **shape,
@@ -111,8 +119,23 @@ def test_layer_equals_the_textbook_layer(world_size, ep, experts, shape):
     run_ranks(_parity, world_size, ep, experts, shape)
 
 
-def _zero_tokens(ep: int) -> None:
-    groups = make_groups(ep)
+@pytest.mark.parametrize(("world_size", "ep", "etp"), SHARED)
+@pytest.mark.parametrize(
+    ("experts", "shape"),
+    [
+        ("grouped", {"add_bias_linear": True}),
+        ("sequential", {"add_bias_linear": True}),
+        ("grouped", {"swiglu": False}),
+        ("sequential", {"swiglu": False, "moe_latent_size": 10}),
+        ("grouped", {"add_bias_linear": True, "moe_expert_capacity_factor": 0.75}),
+    ],
+)
+def test_a_layer_of_shared_experts_equals_the_textbook_layer(world_size, ep, etp, experts, shape):
+    run_ranks(_parity, world_size, ep, experts, shape, etp, ROUTERS[:3])
+
+
+def _zero_tokens(ep: int, etp: int) -> None:
+    groups = make_groups(ep, etp=etp)
     world = dist.get_world_size()
     for sizes, dispatcher, fp64 in product(
         ((0, 5, 0, 3), (4, 0, 0, 0), (0, 0, 0, 0)), DISPATCHERS, (False, True)
@@ -127,9 +150,11 @@ def _zero_tokens(ep: int) -> None:
         _check(config, groups, sizes[:world])
 
 
-@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2), (4, 2)])
-def test_ranks_without_tokens_get_zero_gradients_and_no_hang(world_size, ep):
-    run_ranks(_zero_tokens, world_size, ep)
+@pytest.mark.parametrize(
+    ("world_size", "ep", "etp"), [(1, 1, 1), (2, 2, 1), (4, 2, 1), (2, 1, 2), (4, 2, 2), (4, 1, 4)]
+)
+def test_ranks_without_tokens_get_zero_gradients_and_no_hang(world_size, ep, etp):
+    run_ranks(_zero_tokens, world_size, ep, etp)
 
 
 def _bf16(ep: int) -> None:
@@ -154,9 +179,9 @@ def test_bf16_layer_is_near_the_fp32_reference_with_the_same_weights():
     run_ranks(_bf16, 2, 2)
 
 
-def _collectives(dispatcher: str, forward: list, backward: list) -> None:
+def _collectives(dispatcher: str, forward: list, backward: list, ep: int = 2, etp: int = 1) -> None:
     config = moe_config(moe_token_dispatcher_type=dispatcher)
-    layer = make_layer(config, make_groups(2), make_reference(config))
+    layer = make_layer(config, make_groups(ep, etp=etp), make_reference(config))
     tokens = make_tokens(6, torch.float32)
     with count_collectives() as calls:
         output, _ = layer(tokens.view(3, 2, H), ForwardContext())
@@ -176,6 +201,32 @@ def test_allgather_makes_one_exchange_of_sizes_one_gather_and_one_reduce_scatter
     sizes, rows = ("all_gather_single", 1), ("all_gather_single", 2)
     probs = reduced = ("all_to_all_single", 2)
     run_ranks(_collectives, 2, "allgather", [sizes, rows, probs, reduced], [rows, reduced, probs])
+
+
+def _shared(dispatcher: str, ep: int, probs_dim: int) -> None:
+    config = moe_config(moe_token_dispatcher_type=dispatcher)
+    layer = make_layer(config, make_groups(ep, etp=2), make_reference(config))
+    tokens = make_tokens(6, torch.float32, dist.get_rank())
+    with count_collectives() as forward:
+        output, _ = layer(tokens.view(3, 2, H), ForwardContext())
+    with count_collectives() as backward:
+        output.sum().backward()
+    # over ep and over expt_tp each; which collective gathers depends on the sizes under gloo
+    assert sorted(dim for _, dim in forward) == sorted([1, 2, 2, probs_dim] * ep)
+    assert sorted(dim for _, dim in backward) == sorted([2, 2, probs_dim] * ep)
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize(("dispatcher", "probs_dim"), [("alltoall", 1), ("alltoall_dedup", 2)])
+def test_sharing_experts_costs_as_many_collectives_as_spreading_them(dispatcher, probs_dim, ep):
+    run_ranks(_shared, 2 * ep, dispatcher, ep, probs_dim)
+
+
+def test_an_allgather_over_shared_experts_has_the_collectives_of_one_over_ranks():
+    sizes, rows = ("all_gather_single", 1), ("all_gather_single", 2)
+    probs = reduced = ("all_to_all_single", 2)
+    forward, backward = [sizes, rows, probs, reduced], [rows, reduced, probs]
+    run_ranks(_collectives, 4, "allgather", forward, backward, 2, 2)
 
 
 def _twice() -> None:
