@@ -34,6 +34,7 @@ from megatron.core.transformer.moe.quantile_balancing import (
 )
 from megatron.core.transformer.moe.router_replay import (
     RouterReplay,
+    RouterReplayAction,
     indices_of_map,
     map_of_indices,
 )
@@ -159,7 +160,7 @@ class TopKRouter(nn.Module):
             routing_map = map_of_indices(replayed, logits.shape[1])
         else:
             routing_map = self._chosen(logits)
-            if replay is not None:
+            if replay is not None and replay.action is RouterReplayAction.RECORD:
                 replay.record(indices_of_map(routing_map, self.topk), context.microbatch)
         score_function, pre_softmax = self._weight_rule()
         probs = combine_weights(
