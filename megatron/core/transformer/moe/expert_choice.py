@@ -25,6 +25,7 @@ def expert_choice_routing(
     capacity_factor: float | None = None,
     score_function: ScoreFunction = "softmax",
     scaling_factor: float | None = None,
+    padding: Tensor | None = None,
 ) -> Routing:
     """Let each expert take the tokens that score it best; a token has 0 to num_experts experts.
 
@@ -38,6 +39,7 @@ def expert_choice_routing(
         capacity_factor: Multiplies the capacity; None for 1.
         score_function: See ``log_scores``.
         scaling_factor: What probs are multiplied by at the end; None for 1.
+        padding: [num_tokens] bool, True for tokens that are taken after all others; None for none.
 
     Source: Zhou et al. 2022 (arXiv:2202.09368), section 3.2.
     """
@@ -47,6 +49,8 @@ def expert_choice_routing(
     merit = scores.detach()
     if score_function == "softmax":
         merit = merit.log_softmax(dim=1)  # unlike the softmax, never a tie of zeros
+    if padding is not None:
+        merit = merit.masked_fill(padding.unsqueeze(1), float("-inf"))
     routing_map = map_of_largest(merit.t().contiguous(), capacity).t().contiguous()
     return Routing(_own_scores(scores, routing_map, score_function, scaling_factor), routing_map)
 

@@ -21,7 +21,9 @@ def quantile_choice(logits: Tensor, topk: int, beta: Tensor) -> Tensor:
     return map_of_largest(logits.detach() - beta, topk)
 
 
-def expert_quantiles(logits: Tensor, topk: int, beta: Tensor) -> Tensor:
+def expert_quantiles(
+    logits: Tensor, topk: int, beta: Tensor, padding: Tensor | None = None
+) -> Tensor:
     """Return the price at which each expert would get its even share of these tokens.
 
     A token pays for an expert what it gains over the best expert that it does not choose under
@@ -33,6 +35,7 @@ def expert_quantiles(logits: Tensor, topk: int, beta: Tensor) -> Tensor:
         logits: [num_tokens, num_experts], fp32 or fp64; every row counts as one token.
         topk: Experts per token, less than num_experts.
         beta: [num_experts], the prices of now.
+        padding: [num_tokens] bool, True for rows that do not count; None for none.
 
     Returns:
         [num_experts] in the dtype of ``logits``; zeros for no tokens.
@@ -44,11 +47,28 @@ def expert_quantiles(logits: Tensor, topk: int, beta: Tensor) -> Tensor:
         return logits.new_zeros(num_experts)
     alpha = (logits - beta).topk(topk + 1, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     gains = (logits - alpha).t().contiguous()  # [num_experts, num_tokens]
+    if padding is not None:
+        return _quantiles_of(gains.masked_fill(padding, float("-inf")), topk, (~padding).sum())
     whole, part = divmod(num_tokens * topk, num_experts)
     price = _largest(gains, whole)
     if part:
         price = torch.lerp(price, _largest(gains, whole + 1), part / num_experts)
     return price
+
+
+def _quantiles_of(gains: Tensor, topk: int, num_valid: Tensor) -> Tensor:
+    """Find the prices where only the device knows how many of the ``gains`` are not -inf."""
+    num_experts = len(gains)
+    pairs = num_valid * topk
+    ranked = gains.sort(dim=1, descending=True).values
+    whole, part = pairs // num_experts, (pairs % num_experts).to(gains.dtype) / num_experts
+
+    def ranked_at(rank: Tensor) -> Tensor:
+        last = (num_valid - 1).clamp(min=0)
+        return ranked.index_select(1, torch.minimum(rank, last).view(1)).squeeze(1)
+
+    price = torch.lerp(ranked_at(whole), ranked_at(whole + 1), part)
+    return torch.where(num_valid > 0, price, 0.0)
 
 
 def updated_beta(beta: Tensor, quantiles: Tensor, ema: float) -> Tensor:

@@ -40,6 +40,7 @@ from megatron.core.transformer.moe.quantile_balancing import (
 )
 from megatron.core.transformer.moe.router_replay import (
     RouterReplay,
+    RouterReplayAction,
     indices_of_map,
     map_of_indices,
 )
@@ -163,11 +164,12 @@ class TopKRouter(nn.Module):
         if self.router_type == "expert_choice":
             return self._choose_by_expert(logits, context)
         if self.qb_beta is not None and self.training and context.moe_metrics is not None:
+            padding = context.padding_rows()
             context.moe_metrics.record_quantiles(
                 self.layer_number,
                 context.microbatch,
-                expert_quantiles(logits, self.topk, self.qb_beta),
-                len(logits),
+                expert_quantiles(logits, self.topk, self.qb_beta, padding),
+                len(logits) if padding is None else (~padding).sum(),
             )
         replay = (context.router_replay or {}).get(self.layer_number, self.router_replay)
         replayed = None
@@ -177,7 +179,7 @@ class TopKRouter(nn.Module):
             routing_map = map_of_indices(replayed, logits.shape[1])
         else:
             routing_map = self._chosen(logits, context)
-            if replay is not None:
+            if replay is not None and replay.action is RouterReplayAction.RECORD:
                 replay.record(indices_of_map(routing_map, self.topk), context.microbatch)
         score_function, pre_softmax = self._weight_rule()
         probs = combine_weights(
@@ -205,6 +207,7 @@ class TopKRouter(nn.Module):
             capacity_factor=self.capacity_factor,
             score_function=self.score_function,
             scaling_factor=self.scaling_factor,
+            padding=context.padding_rows(),
         )
 
     def _chosen(self, logits: Tensor, context: ForwardContext) -> Tensor:
@@ -214,8 +217,9 @@ class TopKRouter(nn.Module):
             return hash_map(ids, logits.shape[1], self.topk, self.layer_number)
         if self.choice == "sinkhorn":
             # balance is for training; a text must not depend on its neighbours
-            ranking = sinkhorn_ranking(logits) if self.training else logits
-            return map_of_largest(ranking, self.topk)
+            if not self.training:
+                return map_of_largest(logits, self.topk)
+            return map_of_largest(sinkhorn_ranking(logits, context.padding_rows()), self.topk)
         if self.qb_beta is not None:
             return quantile_choice(logits, self.topk, self.qb_beta)
         return best_experts(

@@ -14,7 +14,7 @@ ROUNDS = 32
 spread less evenly then."""
 
 
-def sinkhorn_ranking(logits: Tensor, *, tol: float = 1e-4) -> Tensor:
+def sinkhorn_ranking(logits: Tensor, padding: Tensor | None = None, *, tol: float = 1e-4) -> Tensor:
     """Return what a balanced choice ranks the experts of each token by; no gradient.
 
     It is the logarithm of the doubly normalised ``exp(logits)`` up to a constant of each row. One
@@ -22,10 +22,11 @@ def sinkhorn_ranking(logits: Tensor, *, tol: float = 1e-4) -> Tensor:
 
     Args:
         logits: [num_tokens, num_experts], fp32 or fp64.
+        padding: See ``expert_prices``.
         tol: See ``expert_prices``.
     """
     logits = logits.detach()
-    return logits + expert_prices(logits, tol=tol) if len(logits) > 1 else logits
+    return logits + expert_prices(logits, padding, tol=tol) if len(logits) > 1 else logits
 
 
 def sinkhorn(cost: Tensor, tol: float = 1e-4) -> Tensor:
@@ -49,6 +50,7 @@ def sinkhorn(cost: Tensor, tol: float = 1e-4) -> Tensor:
 
 def expert_prices(
     logits: Tensor,
+    padding: Tensor | None = None,
     *,
     tol: float = 1e-4,
     rounds: int = ROUNDS,
@@ -58,6 +60,7 @@ def expert_prices(
 
     Args:
         logits: [num_tokens, num_experts], fp32 or fp64.
+        padding: [num_tokens] bool, True for tokens that crowd no expert; None for none.
         tol: Rounds end when no price moves by more (natural logarithm).
         rounds: At most.
         early_exit: Look after each round whether it was the last. That waits for the device, so
@@ -74,7 +77,10 @@ def expert_prices(
     settled = torch.zeros((), dtype=torch.bool, device=logits.device)
     for _ in range(rounds):
         scaled = columns + _row_scale(columns + prices)
+        if padding is not None:
+            scaled = scaled.masked_fill(padding, float("-inf"))
         new = -scaled.logsumexp(dim=1, keepdim=True) - math.log(num_experts)
+        new = new.where(new < float("inf"), 0.0)  # nothing but padding
         moved = (new - prices).abs().amax()
         prices = torch.where(settled, prices, new)
         settled = settled | (moved <= tol)
