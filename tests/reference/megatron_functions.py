@@ -57,12 +57,12 @@ def quantile_update(scores: Tensor, k: int, beta: list[float]) -> tuple[list[lis
     """Choices by scores - beta, and the new beta: a quantile of each column."""
     worth = [[s - b for s, b in zip(row, beta, strict=True)] for row in scores.tolist()]
     alpha = [sorted(row, reverse=True)[k] for row in worth]
-    target = math.ceil(len(worth) * k / len(beta))
-    columns = scores.t().tolist()
-    new = [
-        sorted((s - a for s, a in zip(column, alpha, strict=True)), reverse=True)[target]
-        for column in columns
-    ]
+    target = len(worth) * k / len(beta)
+    low, new = math.floor(target), []
+    for column in scores.t().tolist():
+        gains = sorted((s - a for s, a in zip(column, alpha, strict=True)), reverse=True)
+        high = gains[min(low + 1, len(gains) - 1)]
+        new.append(gains[low] + (target - low) * (high - gains[low]))
     return [best(row, k) for row in worth], new
 
 

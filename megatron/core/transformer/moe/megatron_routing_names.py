@@ -188,7 +188,8 @@ def qb_dual_update(
 
     With alpha a token's (k+1)-th largest ``scores - beta``, the new beta of an expert is the
     (target + 1)-th largest ``scores - alpha`` of its column: so ``target`` tokens prefer it to
-    their next best. target is T k / E, rounded up; Megatron demands that it be whole.
+    their next best. target is T k / E; where that is not whole, which Megatron demands, the two
+    neighbours are interpolated.
 
     Args:
         scores: [num_tokens, num_experts].
@@ -207,8 +208,11 @@ def qb_dual_update(
     if not update_beta or num_tokens == 0 or k >= num_experts:
         return indices, beta
     alpha = worth.topk(k + 1, dim=1).values[:, k:]  # [num_tokens, 1]
-    target = min(-(-num_tokens * k // num_experts), num_tokens - 1)
-    return indices, (scores - alpha).topk(target + 1, dim=0).values[target].to(beta.dtype)
+    whole, part = divmod(num_tokens * k, num_experts)
+    count = min(whole + 2, num_tokens)
+    largest = (scores - alpha).topk(count, dim=0).values
+    price = torch.lerp(largest[whole], largest[min(whole + 1, count - 1)], part / num_experts)
+    return indices, price.to(beta.dtype)
 
 
 def apply_random_logits(logits: Tensor) -> Tensor:
