@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.tokenizers.build_tokenizer import TokenizerSettings, build_tokenizer
+from megatron.training import checkpoint_model
 from megatron.training.checkpoint_state import TrainState
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.config.run_config import RunConfig
@@ -248,3 +249,19 @@ def test_a_damaged_checkpoint_names_the_file(tmp_path: Path, generate) -> None:
     code, _, errors = generate("--load", tmp_path, "--prompt", "x")
     assert code == 2
     assert "__0_0.distcp is not what was written" in errors
+
+
+def test_a_package_that_only_training_had_is_not_needed(tmp_path: Path, generate, monkeypatch):
+    save(tmp_path)
+    words = ("--load", tmp_path, *PROMPTS, "--greedy", "--max-new-tokens", 4)
+    want = generate(*words)
+    assert want[0] == 0
+    read = checkpoint_model.config_from_data
+
+    def trained_with_package(data: dict) -> RunConfig:
+        config = read(data)
+        config.model.moe_grouped_mm_backend = "grouped_gemm"
+        return config
+
+    monkeypatch.setattr(checkpoint_model, "config_from_data", trained_with_package)
+    assert generate(*words) == want

@@ -5,6 +5,7 @@ capacity, a balance loss over all ranks and overlapped reduction are on.
 """
 
 import functools
+from itertools import product
 from typing import Any
 
 import pytest
@@ -41,16 +42,23 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+LAYOUTS = [*product(CASES, [1, 2]), ("uniform", 4), ("moe", 4)]
+
+
 @functools.cache
 def _kept(world_size: int) -> LayoutResult:
-    return run_layout(world_size, expert_model_parallel_size=world_size, **BASE)
+    return _run(world_size)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("case", CASES)
+def _run(world_size: int, **options: Any) -> LayoutResult:
+    ep = min(world_size, 2)
+    return run_layout(world_size, expert_model_parallel_size=ep, **BASE, **options)
+
+
+@pytest.mark.parametrize(("case", "world_size"), LAYOUTS)
 def test_recomputation_changes_no_bit_of_a_run(case, world_size):
     want = _kept(world_size)
-    got = run_layout(world_size, expert_model_parallel_size=world_size, **BASE, **CASES[case])
+    got = _run(world_size, **CASES[case])
     assert torch.equal(got.tokens_per_expert, want.tokens_per_expert)
     for mine, theirs in zip(got.steps, want.steps, strict=True):
         assert mine.lm_loss == theirs.lm_loss

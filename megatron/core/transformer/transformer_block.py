@@ -48,7 +48,7 @@ class TransformerBlock(nn.Module):
                 for number, spec in enumerate(submodules.layer_specs)
             }
         )
-        self.spans = _spans(config)
+        self.spans = _spans(config, len(submodules.layer_specs))
         self.final_layernorm = build_module(submodules.layer_norm, config, config.hidden_size)
 
     def forward(
@@ -80,8 +80,8 @@ class TransformerBlock(nn.Module):
         return hidden_states
 
 
-def _spans(config: TransformerConfig) -> list[tuple[range, bool]]:
+def _spans(config: TransformerConfig, num_layers: int) -> list[tuple[range, bool]]:
     """Cut the layers into spans, each with whether it is recomputed in backward as a whole."""
-    spans = [(span, True) for span in config.recomputed_spans(config.num_layers)]
+    spans = [(span, True) for span in config.recomputed_spans(num_layers)]
     first_kept = spans[-1][0].stop if spans else 0
-    return [*spans, (range(first_kept, config.num_layers), False)]
+    return [*spans, (range(first_kept, num_layers), False)]
