@@ -70,7 +70,7 @@ def expert_tokens(trace: RoutingTrace, steps: Sequence[int], layer: int) -> Expe
     seen = np.zeros(0, dtype=np.int64)
     for step in steps:
         tokens, experts = valid_choices(trace.read(step), layer)
-        width = max(int(tokens.max(initial=-1)) + 1, len(seen))
+        width = max(int(tokens.max(initial=0)) + 1, len(seen))
         seen = np.pad(seen, (0, width - len(seen))) + np.bincount(tokens, minlength=width)
         counts = np.pad(counts, ((0, 0), (0, width - counts.shape[1])))
         for column in experts.T:

@@ -49,7 +49,7 @@ def open_tracer(
         return None
     folder = Path(config.moe_routing_trace_path)
     found = [_plan(folder, world, metrics, iteration) if world.is_first else None]
-    dist.broadcast_object_list(found, src=0)
+    dist.broadcast_object_list(found, src=0, group=world.pg_collection.world)
     plan = found[0]
     assert plan is not None, "rank 0 made a plan"
     if plan.error:

@@ -89,7 +89,7 @@ class MoEMetricsTracker:
                 padding.
             expert_bias: [num_experts], looked at again in ``report``; None without.
             **values: Scalars: the names of ``LayerUse.means``; losses without their coefficients.
-                None for one that is off.
+                None for one that is off. A layer gives the same names in all microbatches.
         """
         row = self._row_of_layer[layer]
         self._counts[row, microbatch, : len(tokens_per_expert)] = tokens_per_expert

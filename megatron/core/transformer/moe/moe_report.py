@@ -172,8 +172,34 @@ class MoEReport:
         return max((layer.ep_load_ratio for layer in self.layers), default=1.0)
 
     def lines(self) -> list[str]:
-        """Return one line a layer for people; ``warnings`` tells what is wrong with them."""
-        return [layer.line() for layer in self.layers]
+        """Return one line a layer for people, and one for all when there are several.
+
+        ``warnings`` tells what is wrong with them.
+        """
+        lines = [layer.line() for layer in self.layers]
+        return [*lines, self._total_line()] if len(lines) > 1 else lines
+
+    def _total_line(self) -> str:
+        sums = self.scalars()
+        fields = [
+            f"all {len(self.layers)} MoE layers: "
+            f"max violation {sums['moe/max_violation_max']:+.1%}",
+            f"min violation {sums['moe/min_violation_min']:+.1%}",
+            f"mean std/mean {sums['moe/variation_mean']:.3f}",
+            f"dead experts {sums['moe/dead_experts_sum']:.0f}",
+        ]
+        if "moe/entropy_mean_nats" in sums:
+            fields.append(f"mean entropy {sums['moe/entropy_mean_nats']:.3f} nats")
+        if any(use.ep_blocks > 1 for use in self.layers):
+            fields.append(f"busiest EP rank {self.ep_load_ratio:.2f} x mean")
+        if "moe/expert_bias_min" in sums:
+            low, high = sums["moe/expert_bias_min"], sums["moe/expert_bias_max"]
+            fields.append(f"bias {low:+.4f} to {high:+.4f}")
+        if "moe/dropped_fraction_mean" in sums:
+            fields.append(f"mean dropped {sums['moe/dropped_fraction_mean']:.2%}")
+        if sums["moe/left_out_sum"]:
+            fields.append(f"not finite and left out: {sums['moe/left_out_sum']:.0f} microbatches")
+        return " | ".join(fields)
 
     def warnings(self) -> list[str]:
         """Return a sentence for each kind of trouble, naming the layers; empty when all is well."""

@@ -49,7 +49,23 @@ def test_layers_of_different_sizes_and_topk_each_have_their_own_line():
     assert [line.split(" |")[0] for line in report.lines()] == [
         "MoE layer 0: tokens/expert [1 1]",
         "MoE layer 4: tokens/expert [2 2 2]",
+        "all 2 MoE layers: max violation +0.0%",
     ]
+
+
+def test_the_last_line_sums_up_all_layers():
+    uses = [
+        _use(0, [3, 3, 2, 4], ep_blocks=2, expert_bias=(-0.01, 0.0), left_out=1),
+        _use(1, [8, 4, 4, 0], ep_blocks=2, expert_bias=(0.0, 0.03), left_out=2,
+             means={"entropy": 1.5, "dropped_fraction": 0.25}),
+    ]  # fmt: skip
+    assert MoEReport(tuple(uses)).lines()[-1] == (
+        "all 2 MoE layers: max violation +100.0% | min violation -100.0% | mean std/mean 0.471 | "
+        "dead experts 1 | mean entropy 1.000 nats | busiest EP rank 1.50 x mean | "
+        "bias -0.0100 to +0.0300 | mean dropped 25.00% | "
+        "not finite and left out: 3 microbatches"
+    )
+    assert len(MoEReport((uses[0],)).lines()) == 1
 
 
 def test_all_is_well_without_a_warning():
