@@ -20,8 +20,8 @@ def _record(tracker: MoEMetricsTracker, layer: int, microbatch: int, counts: lis
     )
 
 
-def _two_steps(ep: int) -> None:
-    groups = make_groups(ep)
+def _two_steps(ep: int, etp: int) -> None:
+    groups = make_groups(ep, etp=etp)
     tracker = MoEMetricsTracker([1, 3], 4, 2, 2, "cpu")
     for _ in range(2):
         for microbatch in range(2):
@@ -42,13 +42,18 @@ def _two_steps(ep: int) -> None:
     assert report.load_balancing_loss == pytest.approx(3.0)  # mean of layers 1 and 3
     assert report.z_loss is None
     assert report.entropy == pytest.approx((0.5, 0.5))
-    assert report.ep_load_ratio == pytest.approx(1.0 if ep == 1 else 1.5)
+    ratio = {(1, 1): 1.0, (2, 2): 1.5, (4, 2): 1.5, (2, 1): 1.0}[(world, ep)]
+    assert report.ep_load_ratio == pytest.approx(ratio)
     assert int(tracker.report(groups).tokens_per_expert.sum()) == 0, "a new interval begins"
 
 
-@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 1), (2, 2)])
-def test_report_sums_over_microbatches_steps_and_ranks_and_counts_recompute_once(world_size, ep):
-    run_ranks(_two_steps, world_size, ep)
+@pytest.mark.parametrize(
+    ("world_size", "ep", "etp"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 2)]
+)
+def test_report_sums_over_microbatches_steps_and_ranks_and_counts_recompute_once(
+    world_size, ep, etp
+):
+    run_ranks(_two_steps, world_size, ep, etp)
 
 
 def _report(counts: list[list[int]], dropped: tuple[float, ...] | None = None) -> MoEReport:
