@@ -60,7 +60,8 @@ class World:
     def place(self) -> str:
         """Name this rank and its place in the groups, for messages."""
         groups = self.pg_collection
-        return f"rank {self.rank} (dp {groups.dp.rank()}, ep {groups.ep.rank()})"
+        slices = f", etp {groups.expt_tp.rank()}" if groups.expt_tp.size() > 1 else ""
+        return f"rank {self.rank} (dp {groups.dp.rank()}, ep {groups.ep.rank()}{slices})"
 
 
 def initialize(config: RunConfig) -> World:

@@ -1,5 +1,7 @@
 """R11, R12 where ranks share experts: 10 steps = 5 + 5 bit for bit, and other layouts go on too."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,8 +11,12 @@ SHARED = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Steps]:
-    folder = tmp_path_factory.mktemp("resume_shared")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume_shared")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, Steps]:
     data = ("--data-path", write_text(folder), "--num-workers", 0)
     half = folder / "half"
     wait(start(half, *data, "--exit-interval", 5, **SHARED))
@@ -44,3 +50,15 @@ def test_a_run_that_shared_experts_goes_on_with_experts_spread_over_ranks(
             assert lines[0][name] == pytest.approx(want, rel=1e-4), (iteration, name)
     for key, tensor in spread.tensors.items():
         assert tensor.shape == unbroken.tensors[key].shape, key
+
+
+def test_the_log_counts_every_parameter_once(runs: dict[str, Steps], folder: Path) -> None:
+    experts = 4 * 2 * (2 * 32 * 128 + 128 + 32)  # of 2 layers: two matrices, two biases
+    total = sum(t.numel() for key, t in runs["unbroken"].tensors.items() if _is_weight(key))
+    for name, ranks in (("half", "1 expert-parallel rank, each expert over 2"), ("spread", "2")):
+        log = (folder / f"{name}.rank0.log").read_text()
+        assert f"whole model: {total} ({experts} of them in experts, spread over {ranks}" in log
+
+
+def _is_weight(key: str) -> bool:
+    return key.startswith("model.") and not key.endswith("expert_bias")

@@ -24,8 +24,8 @@ def _record(tracker: MoEMetricsTracker, layer: int, microbatch: int, counts: lis
     )
 
 
-def _two_steps(ep: int) -> None:
-    groups = make_groups(ep)
+def _two_steps(ep: int, etp: int) -> None:
+    groups = make_groups(ep, etp=etp)
     tracker = MoEMetricsTracker([1, 3], 4, 2, 2, "cpu")
     for _ in range(2):
         for microbatch in range(2):
@@ -49,9 +49,13 @@ def _two_steps(ep: int) -> None:
     assert sum(int(x.tokens_per_expert.sum()) for x in again.layers) == 0, "a new interval begins"
 
 
-@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 1), (2, 2)])
-def test_report_sums_over_microbatches_steps_and_ranks_and_counts_recompute_once(world_size, ep):
-    run_ranks(_two_steps, world_size, ep)
+@pytest.mark.parametrize(
+    ("world_size", "ep", "etp"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 2)]
+)
+def test_report_sums_over_microbatches_steps_and_ranks_and_counts_recompute_once(
+    world_size, ep, etp
+):
+    run_ranks(_two_steps, world_size, ep, etp)
 
 
 def _dropped() -> None:
