@@ -328,6 +328,11 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         "--moe-pad-expert-input-to-capacity",
         ["excludes --moe-token-drop-policy, --moe-pad-expert-input-to-capacity"],
     ),
+    "policy of no dropping": (
+        1,
+        f"{MOE} --moe-router-type expert_choice --moe-token-drop-policy probs",
+        ["--moe-token-drop-policy probs has no effect with --moe-router-type expert_choice"],
+    ),
     "expert choice and pre-softmax": (
         1,
         f"{MOE} --moe-router-type expert_choice --moe-router-pre-softmax",
@@ -377,7 +382,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "top-k of the small layers": (
         1,
         f"{GOOD} --moe-num-experts-per-layer [4,8,4,8] --moe-router-topk 6",
-        ["--moe-router-topk 6 must lie between 1 and --num-experts 4 (in layer 0, 2)"],
+        ["--moe-router-topk 6 must lie between 1 and --num-experts 4 (in layers 0, 2)"],
     ),
     "ep of the smallest layer": (
         4,

@@ -111,8 +111,8 @@ class TransformerConfig(
                 found.setdefault(problem, []).append(str(layer))
         for problem, layers in found.items():
             everywhere = len(layers) == len(self.moe_layers)
-            where = "all MoE layers" if everywhere else f"layer {', '.join(layers)}"
-            yield f"{problem} (in {where})"
+            some = f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+            yield f"{problem} (in {'all MoE layers' if everywhere else some})"
 
     def for_layer(self, layer_number: int) -> "TransformerConfig":
         """Return the config that one MoE layer is built from: its experts and top-k are numbers.

@@ -195,9 +195,14 @@ def balancing(check: Check) -> Iterator[str]:
 def capacity(check: Check) -> Iterator[str]:
     """Dropping and padding need a capacity."""
     model = check.config.model
-    if model.chooses_by_expert:
-        return  # refused by the config, with a factor and without
-    if model.num_moe_experts is not None and model.moe_expert_capacity_factor is None:
+    if model.num_moe_experts is None:
+        return
+    if model.chooses_by_expert:  # the config refuses padding and the other policy
+        if model.moe_token_drop_policy == "probs":
+            yield from check.useless(
+                "moe_token_drop_policy", "with --moe-router-type expert_choice: it drops nothing"
+            )
+    elif model.moe_expert_capacity_factor is None:
         yield from check.useless(
             "moe_token_drop_policy moe_pad_expert_input_to_capacity",
             "without --moe-expert-capacity-factor",
