@@ -124,14 +124,14 @@ def dual_pipe_v(pp: int, num_microbatches: int) -> Schedule:
 
     Forwards of one chunk stand next to backwards of the other, of another microbatch: the pairs in
     which the communication of one may hide behind the computation of the other. Fewer than
-    ``2 * pp`` microbatches take the schedule of ``2 * pp``, less the steps of the missing ones.
+    ``2 * pp`` microbatches have less of that middle; other steps are as if there were enough, and
+    those of missing microbatches are left out.
 
     Source: DeepSeek-AI 2024 (arXiv:2412.19437), section 3.2.1 (DualPipe); Qi et al. 2025,
     "DualPipe could be better without the Dual" (the cut in half).
     """
-    filled = max(num_microbatches, 2 * pp)
     steps = tuple(
-        _first_microbatches(num_microbatches, _dual_pipe_v_rank(rank, pp, filled))
+        _first_microbatches(num_microbatches, _dual_pipe_v_rank(rank, pp, num_microbatches))
         for rank in range(pp)
     )
     return Schedule(
