@@ -67,9 +67,9 @@ def interleaved(
     Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2.
     """
     group = group_size or pp
-    filled = num_microbatches
-    if num_microbatches > group:
-        filled += max(pp - num_microbatches % group, 0) if num_microbatches % group else 0
+    rest = num_microbatches % group
+    too_few = num_microbatches > group and 0 < rest < pp
+    filled = num_microbatches + (pp - rest if too_few else 0)
     order = [
         (chunk, microbatch)
         for start in range(0, filled, group)
@@ -103,7 +103,7 @@ def zero_bubble_h1(pp: int, num_microbatches: int) -> Schedule:
     Rank ``r`` is ``r`` weight gradients behind, which makes every rank keep what rank 0 of 1F1B
     keeps, ``pp`` microbatches.
 
-    Source: Qi et al. 2023 (arXiv:2401.10241), section 2.2 and figure 2.
+    Source: Qi et al. 2023 (arXiv:2401.10241), section 2, handcrafted schedules.
     """
     return _zero_bubble("zb-h1", pp, num_microbatches, lead=1)
 
@@ -114,7 +114,7 @@ def zero_bubble_h2(pp: int, num_microbatches: int) -> Schedule:
     No rank waits once it has started, if forward, input and weight gradient take as long. That
     pays only where ranks need not end together: a global gradient norm makes them.
 
-    Source: Qi et al. 2023 (arXiv:2401.10241), section 2.3 and figure 3.
+    Source: Qi et al. 2023 (arXiv:2401.10241), section 2, handcrafted schedules.
     """
     return _zero_bubble("zb-h2", pp, num_microbatches, lead=2)
 
