@@ -25,8 +25,8 @@ from tools.schedules.compare import comparison
 from tools.schedules.svg import svg_page
 from tools.schedules.text import drawing, rank_table
 
-MAX_FORWARDS = 100_000
-"""Of all ranks; more would take minutes."""
+MAX_FORWARDS = 50_000
+"""Of all ranks; more would take minutes, and nobody could read them."""
 MIN_WIDTH = 40
 
 

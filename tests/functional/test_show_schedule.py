@@ -142,7 +142,7 @@ def test_the_list_of_a_rank_has_its_sends_and_receives(capsys):
         (f"{SIZES} --width 3", "at least 40"),
         (f"{SIZES} --svg /nonexistent/x.svg", "/nonexistent/x.svg: No such file"),
         (f"{SIZES} --microbach 3", "did you mean --microbatches?"),
-        ("--pp 512 --microbatches 4096", "more than 100000 forwards"),
+        ("--pp 512 --microbatches 4096", "more than 50000 forwards"),
     ],
 )
 def test_mistakes_are_answered_in_one_line_with_exit_code_2(line, wanted):

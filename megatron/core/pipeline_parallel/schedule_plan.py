@@ -67,9 +67,9 @@ def interleaved(
     Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2.
     """
     group = group_size or pp
-    filled = num_microbatches
-    if num_microbatches > group:
-        filled += max(pp - num_microbatches % group, 0) if num_microbatches % group else 0
+    rest = num_microbatches % group
+    too_few = num_microbatches > group and 0 < rest < pp
+    filled = num_microbatches + (pp - rest if too_few else 0)
     order = [
         (chunk, microbatch)
         for start in range(0, filled, group)
@@ -103,7 +103,7 @@ def zero_bubble_h1(pp: int, num_microbatches: int) -> Schedule:
     Rank ``r`` is ``r`` weight gradients behind, which makes every rank keep what rank 0 of 1F1B
     keeps, ``pp`` microbatches.
 
-    Source: Qi et al. 2023 (arXiv:2401.10241), section 2.2 and figure 2.
+    Source: Qi et al. 2023 (arXiv:2401.10241), section 2, handcrafted schedules.
     """
     return _zero_bubble("zb-h1", pp, num_microbatches, lead=1)
 
@@ -114,7 +114,7 @@ def zero_bubble_h2(pp: int, num_microbatches: int) -> Schedule:
     No rank waits once it has started, if forward, input and weight gradient take as long. That
     pays only where ranks need not end together: a global gradient norm makes them.
 
-    Source: Qi et al. 2023 (arXiv:2401.10241), section 2.3 and figure 3.
+    Source: Qi et al. 2023 (arXiv:2401.10241), section 2, handcrafted schedules.
     """
     return _zero_bubble("zb-h2", pp, num_microbatches, lead=2)
 
@@ -124,14 +124,14 @@ def dual_pipe_v(pp: int, num_microbatches: int) -> Schedule:
 
     Forwards of one chunk stand next to backwards of the other, of another microbatch: the pairs in
     which the communication of one may hide behind the computation of the other. Fewer than
-    ``2 * pp`` microbatches take the schedule of ``2 * pp``, less the steps of the missing ones.
+    ``2 * pp`` microbatches have less of that middle; other steps are as if there were enough, and
+    those of missing microbatches are left out.
 
     Source: DeepSeek-AI 2024 (arXiv:2412.19437), section 3.2.1 (DualPipe); Qi et al. 2025,
     "DualPipe could be better without the Dual" (the cut in half).
     """
-    filled = max(num_microbatches, 2 * pp)
     steps = tuple(
-        _first_microbatches(num_microbatches, _dual_pipe_v_rank(rank, pp, filled))
+        _first_microbatches(num_microbatches, _dual_pipe_v_rank(rank, pp, num_microbatches))
         for rank in range(pp)
     )
     return Schedule(

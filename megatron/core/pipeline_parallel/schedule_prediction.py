@@ -22,8 +22,8 @@ def predicted_peak_activations(
     full or has at least ``pp``; for ``dualpipev`` from ``2 * pp`` microbatches. Below those counts
     it is an upper bound. The unit is as in ``Schedule.peak_activations``.
 
-    Source: Qi et al. 2023 (arXiv:2401.10241), table 1 (zero-bubble); DeepSeek-AI 2024
-    (arXiv:2412.19437), table 2 (DualPipe over ``2 * pp`` stages: one more than there are).
+    Source: Qi et al. 2023 (arXiv:2401.10241), section 2 (zero-bubble); DeepSeek-AI 2024
+    (arXiv:2412.19437), section 3.2.1 (DualPipe, ``2 * pp`` stages: one more than there are).
     """
     _check(name)
     total = num_microbatches
@@ -52,8 +52,8 @@ def predicted_idle(name: str, *, pp: int, vpp: int = 1, costs: Costs | None = No
     long as a forward; step by step it is less, half with even costs. Messages take no time here.
 
     Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2; Qi et al. 2023
-    (arXiv:2401.10241), table 1, where the last rank's late start, ``pp - 1`` forwards, is a bound
-    for ranks that end together; DeepSeek-AI 2024 (arXiv:2412.19437), table 2.
+    (arXiv:2401.10241), section 2, where the last rank's late start, ``pp - 1`` forwards, is a
+    bound for ranks that end together; DeepSeek-AI 2024 (arXiv:2412.19437), section 3.2.1.
     """
     _check(name)
     costs = costs or Costs()

@@ -76,7 +76,8 @@ def _start_times(schedule: Schedule) -> list[list[int]]:
     while moved:
         moved = False
         for rank, steps in enumerate(schedule.steps):
-            for step in steps[len(starts[rank]) :]:
+            while len(starts[rank]) < len(steps):
+                step = steps[len(starts[rank])]
                 needs = schedule.needs(rank, step)
                 if not all(product in made for product in needs):
                     break

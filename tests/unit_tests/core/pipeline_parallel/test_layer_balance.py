@@ -42,6 +42,11 @@ def test_stages_below_the_largest_are_even_too():
     assert minimax_partition([10, 1, 1, 1, 1], 3) == (0, 1, 3, 5)
 
 
+def test_the_largest_stage_comes_before_the_sum_of_squares():
+    # 3 | 2 5 | 1 has the least sum of squares, but 3 2 | 5 | 1 the least largest stage.
+    assert minimax_partition([3, 2, 5, 1], 3) == (0, 2, 3, 4)
+
+
 def test_more_stages_than_parts_are_refused():
     with pytest.raises(AssertionError, match="num_stages=3"):
         minimax_partition([1.0, 1.0], 3)

@@ -231,6 +231,7 @@ def test_every_neighbour_that_is_named_is_legal():
         ),
         ({"pipeline_model_parallel_layout": "|Et*8||L"}, ["begin with its only E"]),
         ({"pipeline_model_parallel_layout": "Et*8|E||L"}, ["only E; it has 2"]),
+        ({"pipeline_model_parallel_layout": "Et*8|L||L"}, ["end with its only L; it has 2"]),
         ({"pipeline_model_parallel_layout": "Et*8|||"}, ["end with its only L; it has 0"]),
         (
             {

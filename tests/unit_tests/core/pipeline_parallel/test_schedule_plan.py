@@ -82,6 +82,12 @@ def test_all_small_schedules_are_right_whatever_the_number_of_microbatches():
     assert len(plans_checked) == 5 * 13 * (4 + 9)
 
 
+@pytest.mark.parametrize("pp", [6, 7, 8, 12, 16])
+def test_dual_pipe_v_takes_fewer_microbatches_than_fill_it(pp):
+    for m in range(1, 2 * pp + 1):
+        check({"name": "dualpipev", "pp": pp, "num_microbatches": m})
+
+
 def test_a_step_left_out_or_doubled_or_too_early_is_caught():
     schedule = build_schedule("zb-h1", pp=3, num_microbatches=4)
     stages = stages_of_ranks(3, 1, v_shape=False)

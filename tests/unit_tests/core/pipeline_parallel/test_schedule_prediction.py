@@ -67,6 +67,14 @@ def test_idle_time_is_as_predicted_for_unlike_costs(p, more, f, i, w):
             ), name
 
 
+def test_dual_pipe_v_is_ahead_of_1f1b_with_few_microbatches_too():
+    for p in (2, 4, 8):
+        for m in range(1, 2 * p):
+            v, plain = measured("dualpipev", p, m), measured("1f1b", p, m)
+            assert v.makespan < plain.makespan
+    assert measured("dualpipev", 4, 4).makespan == 15
+
+
 def pairs_as_one(schedule, costs):
     """Return the idle time if a forward and the backward after it run as one, as DualPipe has it.
 
