@@ -185,6 +185,8 @@ class MoEConfig(RouterChoiceConfig):
             "--moe-router-group-topk": self.moe_router_group_topk is not None,
             "--moe-router-enable-expert-bias": self.moe_router_enable_expert_bias,
             "--moe-router-force-load-balancing": self.moe_router_force_load_balancing,
+            "--moe-router-force-biased": self.moe_router_force_biased is not None,
+            "--moe-enable-routing-replay": self.moe_enable_routing_replay,
             f"--moe-router-load-balancing-type {' '.join(kinds)}": losses,
             "--moe-router-pre-softmax": by_expert and self.moe_router_pre_softmax,
             "--moe-token-drop-policy": by_expert and self.moe_token_drop_policy != "probs",
