@@ -201,7 +201,9 @@ def _latent() -> None:
     layer = make_layer(config, make_groups(2), make_reference(config))
     dispatcher, sent = layer.token_dispatcher, []
     original = dispatcher.token_permutation
-    dispatcher.token_permutation = lambda x, *rest: sent.append(x) or original(x, *rest)
+    dispatcher.token_permutation = lambda x, *rest, **options: (
+        sent.append(x) or original(x, *rest, **options)
+    )
     output, _ = layer(make_tokens(6, torch.bfloat16).view(3, 2, H), ForwardContext())
     assert [x.shape for x in sent] == [(6, 8)]
     assert output.dtype == torch.bfloat16
