@@ -203,7 +203,7 @@ class MoEReport:
 
     def warnings(self) -> list[str]:
         """Return a sentence for each kind of trouble, naming the layers; empty when all is well."""
-        advice = "raise --moe-aux-loss-coeff if it stays so"
+        advice = "if it stays so, balance more: --moe-router-load-balancing-type, --moe-aux-loss-coeff"
         found = (
             (
                 "experts without tokens",
@@ -218,7 +218,7 @@ class MoEReport:
             (
                 "expert-parallel ranks are unevenly loaded",
                 self._tell(lambda x: x.is_rank_overloaded, _busiest_rank),
-                "all others wait for the busiest; a larger --moe-aux-loss-coeff spreads them",
+                "all others wait for the busiest; stronger balancing spreads them",
             ),
             (
                 "values of the router were not finite and are left out",
