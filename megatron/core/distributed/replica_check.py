@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron.core.collectives import all_gather_single
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.errors import MegatronError
 from megatron.core.param_role import logical_tensors, role_of
@@ -100,7 +101,7 @@ def _differing(tensors: dict[str, Tensor], group: ProcessGroup) -> dict[str, lis
         return {}
     mine = torch.stack([tensor_hash(tensor) for tensor in tensors.values()])
     every = mine.new_empty(group.size() * len(mine))
-    dist.all_gather_into_tensor(every, mine, group=group)
+    all_gather_single(every, mine, group=group)
     table = every.view(group.size(), -1).cpu()
     ranks = dist.get_process_group_ranks(group)
     return {
