@@ -17,7 +17,8 @@ from tools.bench.run_all import benches
 
 ROOT = Path(__file__).parents[2]
 TINY = {
-    "moe_layer": "--tokens 32 --hidden-size 16 --moe-ffn-hidden-size 32 --cases 4x2 --rounds 1",
+    "moe_layer": "--tokens 32 --hidden-size 16 --moe-ffn-hidden-size 32 --cases 4x2 --rounds 1 "
+    "--warm-up 1",
     "sample_index": "--documents 100",
     "step": "--hidden-size 32 --vocab-size 64 --seq-length 16 --micro-batch-size 2 --rounds 1",
 }

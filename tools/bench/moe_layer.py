@@ -1,9 +1,10 @@
 """Forward and backward of one MoE layer: ours, others', and the limit of its matrix products.
 
 Every call sees new tokens, so new numbers of rows for each expert; all contenders see the same
-ones, over the same weights, in turn. The limit is the time of exactly the products of one such
-call, whose shapes never change (``ProductLimit``). The default is moe-L, which takes about an hour
-on one core and 7 GB; ``--preset small`` takes a minute.
+ones, over the same weights, in turn. A few rounds go by untimed: kernels are compiled in them. The
+limit is the time of exactly the products of one such call, whose shapes never change
+(``ProductLimit``). The default is moe-L, which takes hours of one core and up to 8 GB;
+``--preset small`` takes a minute.
 """
 
 import argparse
@@ -78,7 +79,8 @@ def bench(
     calls: dict[str, Callable[[], object]] = {"limit": ProductLimit(weight1, weight2, sizes, sums)}
     if sums is not None and sums.weight1.dtype != weight1.dtype:
         calls["products alone"] = ProductLimit(weight1, weight2, sizes, None)
-    for name, forward in made.forwards.items():
+    chosen = args.contenders or made.forwards
+    for name, forward in ((n, f) for n, f in made.forwards.items() if n in {"grouped", *chosen}):
         calls[name] = lambda forward=forward: (made.forget_gradients(), tokens.step(forward))
     whole = Parts(made.ours, tokens.tokens, tokens.grad)
     parts = whole.calls() if made.trains else {}
@@ -87,7 +89,7 @@ def bench(
         whole.take(tokens.draw())
         made.forget_gradients()
 
-    timings = alternate(calls | parts, args.rounds, before=renew)
+    timings = alternate(calls | parts, args.rounds, before=renew, warm_up=args.warm_up)
     work = 18e-9 * sum(sizes) * args.hidden_size * args.moe_ffn_hidden_size  # 3 matrices x 3 x 2
     case = {
         "case": f"{args.num_experts}x{args.moe_router_topk}",
@@ -138,6 +140,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--rounds", type=int, default=5, help="Timed calls of each.")
+    parser.add_argument("--warm-up", type=int, default=4, help="Untimed calls of each before.")
+    parser.add_argument("--contenders", nargs="+", help="Which layers; all when not given.")
     parser.add_argument("--output", type=Path, default=None, help="Folder for the JSON file.")
     args = parser.parse_args(words)
     names = ("tokens", "hidden_size", "moe_ffn_hidden_size")

@@ -36,8 +36,9 @@ def alternate(
     rounds: int = 7,
     *,
     before: Callable[[], object] | None = None,
+    warm_up: int = 1,
 ) -> dict[str, Timing]:
-    """Call each of ``calls`` in turn, ``rounds`` times after one warm-up, and time every call.
+    """Call each of ``calls`` in turn, ``rounds`` times after ``warm_up`` rounds, and time each.
 
     On CUDA each call is bracketed by a synchronisation.
 
@@ -45,12 +46,13 @@ def alternate(
         calls: By name.
         rounds: Timed calls of each.
         before: Called once before each round, untimed; makes new inputs, say.
+        warm_up: Untimed rounds.
 
     Returns:
         Name -> timing.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
+    for turn in range(warm_up + rounds):
         if before is not None:
             before()
         for name, call in calls.items():
@@ -58,7 +60,7 @@ def alternate(
             wall, cpu = time.perf_counter(), time.process_time()
             call()
             _synchronize()
-            if turn:
+            if turn >= warm_up:
                 spent = (time.perf_counter() - wall, time.process_time() - cpu)
                 seconds[name].append(spent)
     return {name: _timing(spent) for name, spent in seconds.items()}

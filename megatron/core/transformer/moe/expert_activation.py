@@ -128,7 +128,7 @@ class _Scratch:
     one block. Views are numbered; one that was asked for twice is the same memory.
     """
 
-    _BLOCK_NUMEL = 2**16
+    _BLOCK_NUMEL = 2**17
 
     def __init__(self, like: Tensor) -> None:
         num_rows, width = like.shape
