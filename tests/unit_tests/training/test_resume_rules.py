@@ -43,6 +43,13 @@ MAY_DIFFER = {
     "moe_expert_capacity_factor",
     "moe_token_drop_policy",
     "moe_pad_expert_input_to_capacity",
+    "moe_grouped_mm_backend",
+    "moe_expert_chunk_tokens",
+    "moe_shared_expert_overlap",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
     "max_position_embeddings",  # its table is compared by shape
 }
 RESOLVED = {
