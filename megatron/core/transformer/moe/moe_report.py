@@ -203,7 +203,9 @@ class MoEReport:
 
     def warnings(self) -> list[str]:
         """Return a sentence for each kind of trouble, naming the layers; empty when all is well."""
-        advice = "if it stays so, balance more: --moe-router-load-balancing-type, --moe-aux-loss-coeff"
+        advice = (
+            "if it stays so, balance more: --moe-router-load-balancing-type, --moe-aux-loss-coeff"
+        )
         found = (
             (
                 "experts without tokens",
