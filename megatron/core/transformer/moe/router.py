@@ -4,12 +4,10 @@ Product, scores, losses and probs are fp32 (or fp64) whatever the model's dtype:
 percent of tokens would go to other experts.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron.core.param_role import ParamRole, set_role
@@ -53,6 +51,7 @@ from megatron.core.transformer.moe.routing import (
     map_of_largest,
 )
 from megatron.core.transformer.moe.sinkhorn import sinkhorn_ranking
+from megatron.core.transformer.moe.wide_linear import wide_linear
 from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -241,8 +240,7 @@ class TopKRouter(nn.Module):
     def gating(self, hidden_states: Tensor) -> Tensor:
         """Return the logits [num_tokens, num_experts] of ``hidden_states`` [num_tokens, h]."""
         dtype = torch.promote_types(hidden_states.dtype, self.dtype)
-        logits: Tensor = _WideLinear.apply(hidden_states, self.weight, dtype)
-        return logits
+        return wide_linear(hidden_states, self.weight, dtype)
 
     def _input(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Return what is multiplied by the gate, [num_tokens, h]."""
@@ -365,41 +363,3 @@ def update_quantile_betas(
 def _without_padding(routing_map: Tensor, padding: Tensor | None) -> Tensor:
     """Return the bool map [num_tokens, num_experts] without the rows that are padding."""
     return routing_map if padding is None else routing_map & ~padding.unsqueeze(1)
-
-
-class _WideLinear(torch.autograd.Function):
-    """``input @ weight.T`` in a wider dtype, keeping only the narrow operands for backward.
-
-    On a CPU some rows at a time are widened, so that the wide copy never leaves the cache.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, input_: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(input_, weight)
-        ctx.dtype = dtype
-        wide_weight = weight.to(dtype).t()
-        out = input_.new_empty(len(input_), len(weight), dtype=dtype)
-        for rows in _widened_at_once(input_, dtype):
-            torch.mm(input_[rows].to(dtype), wide_weight, out=out[rows])
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        input_, weight = ctx.saved_tensors
-        wide_weight = weight.to(ctx.dtype)
-        grad_input = torch.empty_like(input_)
-        grad_weight = torch.zeros_like(wide_weight)
-        for rows in _widened_at_once(input_, ctx.dtype):
-            grad_input[rows] = grad[rows] @ wide_weight
-            grad_weight.addmm_(grad[rows].t(), input_[rows].to(ctx.dtype))
-        return grad_input, grad_weight.to(weight.dtype), None
-
-
-def _widened_at_once(input_: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Yield blocks of rows of ``input_``; a single one where there is nothing to be gained."""
-    num_rows = len(input_)
-    is_blocked = input_.device.type == "cpu" and input_.dtype != dtype
-    step = 256 if is_blocked else max(num_rows, 1)
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
