@@ -27,10 +27,7 @@ metrics of each layer; routing trace; warning of a collapse; Megatron's names
 """
 # not built yet: whoever builds one takes its name out and adds its row
 MISSING = """
-sinkhorn; quantile balancing; expert choice; hash routing; router replay; forced skew;
-padding masks; flex; expert tensor parallelism; other backends of grouped_mm;
-recomputed activation; experts in chunks; overlapped shared experts;
-experts and top-k of each layer; metrics of each layer; routing trace
+
 """
 # G.3 of Megatron-LM 0.19.2: its defects that concern MoE
 DEFECTS = """

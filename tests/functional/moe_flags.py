@@ -4,8 +4,14 @@ A row for a new flag: its name, the flags that both runs have, the flags of the 
 and an observer: whatever is cheapest to look at and could not differ by chance.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +34,7 @@ from tests.unit_tests.training.tiny_run import (
     tiny_model,
 )
 
+ROOT = Path(__file__).parents[2]
 BASE = (
     f"--mock-data --vocab-size {VOCAB - 1} --num-layers 2 --hidden-size 16 --seq-length {SEQ} "
     f"--num-attention-heads 2 --micro-batch-size 2 --global-batch-size {SAMPLES} --device cpu "
@@ -81,6 +88,52 @@ def node_groups(line: str) -> object:
     """Which of 4 ranks are neighbours within a node; no rank is started."""
     grid = parse_args(f"{BASE} {line}".split(), world_size=4).model.layout(4).node_grid()
     return rank_groups(grid, ("ep_node",))
+
+
+def replays(line: str) -> object:
+    """Classes of what is kept beside the modules."""
+    modules = _run(line).model.module.modules()
+    return sorted({type(part).__name__ for m in modules for part in vars(m).values()})
+
+
+def left_behind(line: str) -> object:
+    """Figures of a short run of the program, and the sizes of the files of its trace."""
+    words = f"{BASE} {line} --log-dir logs --log-interval 1 --eval-iters 0".replace(
+        "--train-iters 10", "--train-iters 3"
+    )
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    with TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, str(ROOT / "pretrain_gpt.py"), *words.split()],
+            cwd=folder,
+            env={k: v for k, v in os.environ.items() if k not in ranks} | {"PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+        )
+        metrics = (Path(folder) / "logs/metrics.jsonl").read_text().splitlines()
+        files = [path for path in sorted(Path(folder).glob("TRACE/**/*")) if path.is_file()]
+        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+        return sizes, sorted({key for row in metrics for key in json.loads(row)})
+
+
+def order(line: str) -> object:
+    """In which order the parts of a MoE layer are called."""
+    run, seen = _run(line), []
+    for name, module in run.model.module.named_modules():
+        if ".mlp." in name:
+            module.register_forward_pre_hook(lambda _, __, name=name: seen.append(name))
+    train_step(run, TrainState(), tiny_batches(run))
+    return seen
+
+
+def expert_functions(line: str) -> object:
+    """Which autograd functions the experts are made of."""
+    run, seen = _run(line), []
+    for module in run.model.module.modules():
+        if isinstance(module, tuple(EXPERTS.values())):
+            module.register_forward_hook(lambda _, __, out: seen.append(out[0].grad_fn.name()))
+    train_step(run, TrainState(), tiny_batches(run))
+    return seen
 
 
 class Case(NamedTuple):
@@ -153,6 +206,35 @@ CASES: dict[str, Case] = {
         expert_rows, LIMITED, "--moe-pad-expert-input-to-capacity"
     ),
     "--moe-experts-type": Case(built, MOE, "--moe-experts-type sequential"),
+    "--moe-router-quantile-balancing-ema": Case(
+        trained,
+        f"{MOE} --moe-router-load-balancing-type quantile_balancing",
+        "--moe-router-quantile-balancing-ema 0.5",
+    ),
+    "--moe-router-force-biased": Case(expert_rows, MOE, "--moe-router-force-biased 2"),
+    "--moe-enable-routing-replay": Case(replays, MOE, "--moe-enable-routing-replay"),
+    "--moe-num-experts-per-layer": Case(built, MOE, "--moe-num-experts-per-layer [8,4]"),
+    "--moe-router-topk-per-layer": Case(expert_rows, MOE, "--moe-router-topk-per-layer [2,3]"),
+    "--moe-router-type": Case(expert_rows, MOE, "--moe-router-type expert_choice"),
+    "--moe-per-layer-logging": Case(left_behind, MOE, "--moe-per-layer-logging"),
+    "--moe-routing-trace-path": Case(left_behind, MOE, "--moe-routing-trace-path TRACE"),
+    "--moe-routing-trace-max-training-iters": Case(
+        left_behind,
+        f"{MOE} --moe-routing-trace-path TRACE",
+        "--moe-routing-trace-max-training-iters 1",
+    ),
+    "--moe-routing-trace-max-mb": Case(
+        left_behind, f"{MOE} --moe-routing-trace-path TRACE", "--moe-routing-trace-max-mb 0.001"
+    ),
+    "--moe-grouped-mm-backend": Case(
+        expert_functions, MOE, "--moe-grouped-mm-backend torch_native"
+    ),
+    "--moe-expert-chunk-tokens": Case(expert_rows, MOE, "--moe-expert-chunk-tokens 5"),
+    "--moe-shared-expert-overlap": Case(
+        order,
+        f"{MOE} --moe-shared-expert-intermediate-size 12",
+        "--moe-shared-expert-overlap",
+    ),
 }
 
 
