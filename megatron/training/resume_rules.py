@@ -61,6 +61,7 @@ _FREE = {
     "moe_token_dispatcher_type",
     "moe_dispatcher_node_size",
     "moe_experts_type",
+    "tensor_model_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "exit_interval",

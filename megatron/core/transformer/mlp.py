@@ -43,11 +43,11 @@ class MLP(nn.Module):
             config: Widths, biases and initialisation.
             submodules: What to build.
             layer_number: Taken because every MLP slot is given it; a dense MLP needs it not.
-            pg_collection: As ``layer_number``.
+            pg_collection: Its ``tp`` splits the width between the matrices.
             ffn_size: Width between the matrices; ``config.ffn_size`` when None.
         """
         super().__init__()
-        del layer_number, pg_collection
+        del layer_number
         hidden, dtype = config.hidden_size, params_dtype(config)
         ffn = ffn_size or config.ffn_size
         self.activation = submodules.activation
@@ -55,6 +55,8 @@ class MLP(nn.Module):
             submodules.linear_fc1,
             hidden,
             ffn * (2 if submodules.gated else 1),
+            pg_collection=pg_collection,
+            parts=(ffn, ffn) if submodules.gated else (ffn,),
             init=input_init(config),
             dtype=dtype,
             bias=config.add_bias_linear,
@@ -63,6 +65,7 @@ class MLP(nn.Module):
             submodules.linear_fc2,
             ffn,
             hidden,
+            pg_collection=pg_collection,
             init=output_init(config),
             dtype=dtype,
             bias=config.add_bias_linear,

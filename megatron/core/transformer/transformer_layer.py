@@ -50,7 +50,10 @@ class TransformerLayer(nn.Module):
         self.hidden_dropout = config.hidden_dropout
         self.input_layernorm = build_module(submodules.input_layernorm, config, config.hidden_size)
         self.self_attention = build_module(
-            submodules.self_attention, config, layer_number=layer_number
+            submodules.self_attention,
+            config,
+            layer_number=layer_number,
+            pg_collection=pg_collection,
         )
         self.pre_mlp_layernorm = build_module(
             submodules.pre_mlp_layernorm, config, config.hidden_size

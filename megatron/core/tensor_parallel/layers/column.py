@@ -1,11 +1,47 @@
-"""ColumnParallelLinear: the first matrix of a pair, whose output would be split over ranks."""
+"""ColumnParallelLinear: the first matrix of a pair, its output features split over ranks."""
 
+from typing import Any
+
+from torch import Tensor
+
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers.linear import Linear
+from megatron.core.tensor_parallel.regions import copy_to_region
+from megatron.core.tensor_parallel.weight_split import split_over
 
 
 class ColumnParallelLinear(Linear):
     """Linear layer that reads the whole residual stream: linear_qkv and linear_fc1.
 
-    Tensor parallelism will split its output features; with the only size offered so far, 1, it
-    holds all of them.
+    Each rank of ``tp`` computes its slice of the output features.
+
+    Source: Shoeybi et al. 2019 (arXiv:1909.08053), section 3.
     """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        pg_collection: ProcessGroupCollection,
+        parts: tuple[int, ...] | None = None,
+        **options: Any,
+    ) -> None:
+        """Make this rank's slices.
+
+        Args:
+            input_size: See ``Linear``.
+            output_size: See ``Linear``.
+            pg_collection: Its ``tp`` splits the output.
+            parts: Output features that are split each on their own, such as gate and up; all of
+                them as one when None.
+            options: See ``Linear``.
+        """
+        parts = (output_size,) if parts is None else parts
+        split = split_over("tp", pg_collection, dim=0, parts=parts)
+        super().__init__(input_size, output_size, split=split, **options)
+        self.tp_group = pg_collection.tp
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See ``Linear.forward``; the output has this rank's features, as the bias does."""
+        return super().forward(copy_to_region(self.tp_group, input_))

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import Embedding, VocabParallelEmbedding
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init
@@ -15,7 +16,12 @@ class LanguageModelEmbedding(nn.Module):
     position_embeddings: Embedding | None
 
     def __init__(
-        self, config: TransformerConfig, vocab_size: int, max_sequence_length: int
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        max_sequence_length: int,
+        *,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         """Make the tables.
 
@@ -23,12 +29,13 @@ class LanguageModelEmbedding(nn.Module):
             config: Width, kind of positions, dropout, initialisation.
             vocab_size: Rows of the token table, padding included.
             max_sequence_length: Rows of the position table.
+            pg_collection: Its ``tp`` splits the token table.
         """
         super().__init__()
         self.hidden_dropout = config.hidden_dropout
         init, dtype = input_init(config), params_dtype(config)
         self.word_embeddings = VocabParallelEmbedding(
-            vocab_size, config.hidden_size, init=init, dtype=dtype
+            vocab_size, config.hidden_size, init=init, dtype=dtype, pg_collection=pg_collection
         )
         self.position_embeddings = None
         if config.position_embedding_type == "learned_absolute":

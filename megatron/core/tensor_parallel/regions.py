@@ -1,0 +1,72 @@
+"""Where a replicated tensor becomes parts of a sum and back: all-reduces with a gradient.
+
+Rows of activations are replicated on the ranks of the group. A group of one rank is an identity.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+
+def copy_to_region(group: ProcessGroup, x: Tensor) -> Tensor:
+    """Return ``x`` as it is; its gradient is the sum of those of all ranks of ``group``.
+
+    For what every rank multiplies by its own slice of a matrix.
+    """
+    if group.size() == 1:
+        return x
+    out: Tensor = _CopyTo.apply(group, x)
+    return out
+
+
+def reduce_from_region(group: ProcessGroup, x: Tensor) -> Tensor:
+    """Return the sum of ``x`` over the ranks of ``group``; its gradient is each part's gradient."""
+    if group.size() == 1:
+        return x
+    out: Tensor = _ReduceFrom.apply(group, x)
+    return out
+
+
+def all_reduce_(group: ProcessGroup, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce ``x`` in place over ``group`` and return it; no gradient."""
+    if group.size() > 1:
+        dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def gather_from_region(group: ProcessGroup, x: Tensor) -> Tensor:
+    """Concatenate ``x`` of all ranks along its last dimension; without a gradient."""
+    if group.size() == 1:
+        return x
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())
+    ]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, x: Tensor) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, all_reduce_(ctx.group, grad.clone(memory_format=torch.contiguous_format))
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, x: Tensor) -> Tensor:
+        return all_reduce_(group, x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
