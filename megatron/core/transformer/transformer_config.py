@@ -74,12 +74,11 @@ class TransformerConfig(
                 "--expert-tensor-parallel-size and spread them with --expert-model-parallel-size"
             )
             return
-        for what, width in {
-            "--num-attention-heads": self.num_attention_heads,
-            "--num-query-groups": self.query_groups,
-            "--ffn-hidden-size": self.ffn_size,
-        }.items():
-            if size > 0 and width % size:
+        widths = {"--num-attention-heads": self.num_attention_heads}
+        if self.group_query_attention:
+            widths["--num-query-groups"] = self.query_groups
+        for what, width in {**widths, "--ffn-hidden-size": self.ffn_size}.items():
+            if size > 0 and width and width % size:
                 fits = [str(count) for count in range(1, 2 * size) if width % count == 0]
                 yield f"{shown} must divide {what} {width}; sizes that fit: {', '.join(fits[-3:])}"
 

@@ -42,8 +42,13 @@ def _dense_grid(check: Check) -> Iterator[str]:
             f"TP*CP*PP = {tp}*{cp}*{pp} = {tp * cp * pp} does not divide the world size {world} "
             f"(ranks of torchrun); valid --tensor-model-parallel-size here: {', '.join(legal)}"
         )
+    if tp > 1 and "--sequence-parallel" in check.without_effect:
+        yield (
+            f"--sequence-parallel with {check.show('tensor_model_parallel_size')} is not offered "
+            "yet; leave it out: the results are the same, with more memory for activations"
+        )
     vocab = check.config.tokenizer.padded_vocab_size
-    if vocab % tp:
+    if vocab is not None and vocab % tp:
         yield (
             f"{check.show('tensor_model_parallel_size')} must divide the padded vocabulary "
             f"{vocab}; leave out --padded-vocab-size, which is then chosen to fit"
