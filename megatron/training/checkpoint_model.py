@@ -59,7 +59,7 @@ def load_trained_model(
         raise CheckpointError(f"--load {folder} holds no checkpoint")
     config = config_from_data(opened.common["config"])
     config.model.expert_model_parallel_size = config.model.expert_tensor_parallel_size = 1
-    config.model.tensor_model_parallel_size = 1
+    config.model.tensor_model_parallel_size, config.model.sequence_parallel = 1, False
     tokenizer = saved_tokenizer(opened)
     model = _model(opened, config).to(device)
     read_tensors(opened.path, model_tensors(model), None, prefixes=(MODEL,))

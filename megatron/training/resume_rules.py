@@ -62,6 +62,7 @@ _FREE = {
     "moe_dispatcher_node_size",
     "moe_experts_type",
     "tensor_model_parallel_size",
+    "sequence_parallel",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "exit_interval",

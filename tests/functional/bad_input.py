@@ -52,10 +52,16 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --num-attention-heads 4 --tensor-model-parallel-size 2 --padded-vocab-size 50257",
         ["must divide the padded vocabulary 50257", "leave out --padded-vocab-size"],
     ),
-    "sequence parallel": (
+    "sequence parallel alone": (
         2,
-        f"{GOOD} --num-attention-heads 4 --tensor-model-parallel-size 2 --sequence-parallel",
-        ["--sequence-parallel with --tensor-model-parallel-size 2 is not offered yet"],
+        f"{GOOD} --sequence-parallel",
+        ["--sequence-parallel has no effect with --tensor-model-parallel-size 1"],
+    ),
+    "sequence parallel length": (
+        2,
+        f"{GOOD} --num-attention-heads 4 --tensor-model-parallel-size 2 --seq-length 63 "
+        "--sequence-parallel",
+        ["--sequence-parallel shares --seq-length 63 over --tensor-model-parallel-size 2"],
     ),
     "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
     "ep of experts": (

@@ -9,12 +9,14 @@ import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.mapping import model_tensors
 from megatron.core.dist_checkpointing.serialization import read_tensors, write_tensors
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import regions
 from megatron.core.tensor_parallel.cross_entropy import linear_cross_entropy
 from megatron.core.tensor_parallel.weight_init import init_weights
+from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.blocked_attention import WeightDropout
 from tests.helpers.layouts import LayoutResult, run_layout
 from tests.helpers.models import MAX_LENGTH, tiny_config
@@ -55,21 +57,24 @@ def one_process(case: str) -> LayoutResult:
     return run_layout(1, **(DENSE | CASES[case]))
 
 
-def check(case: str, world_size: int, tp: int) -> None:
+def check(case: str, world_size: int, tp: int, shared: bool = False) -> None:
     """Compare everything that a short run leaves behind."""
     options = DENSE | CASES[case]
-    got = run_layout(world_size, tensor_model_parallel_size=tp, **options)
+    layout = {"tensor_model_parallel_size": tp, "sequence_parallel": shared}
+    got = run_layout(world_size, **layout, **options)
     compare(got, one_process(case), weights=options["optimizer"] == "sgd")
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("world_size", "tp"), LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_tensor_parallel_layout_equals_one_process(case, world_size, tp):
-    check(case, world_size, tp)
+def test_tensor_parallel_layout_equals_one_process(case, world_size, tp, shared):
+    check(case, world_size, tp, shared)
 
 
-def test_each_head_of_four_on_a_rank_of_its_own_equals_one_process():
-    check("learned_positions", 4, 4)
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_head_of_four_on_a_rank_of_its_own_equals_one_process(shared):
+    check("learned_positions", 4, 4, shared)
 
 
 def _same_masks(patch: pytest.MonkeyPatch) -> None:
@@ -77,6 +82,19 @@ def _same_masks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         WeightDropout, "kept", lambda self, *args: right(self._replace(first_head=0), *args)
     )
+
+
+def _same_dropout_on_every_share(patch: pytest.MonkeyPatch) -> None:
+    right = transformer_layer.sequence_share
+    patch.setattr(transformer_layer, "sequence_share", lambda *args: right(*args)._replace(rank=0))
+
+
+def _norms_that_learn_from_their_share(patch: pytest.MonkeyPatch) -> None:
+    def group(self, key):
+        groups = self.pg_collection
+        return groups.expt_dp if key.is_expert else groups.dp_cp
+
+    patch.setattr(DistributedDataParallel, "_group", group)
 
 
 def _partial_gradient_of_inputs(patch: pytest.MonkeyPatch) -> None:
@@ -103,13 +121,20 @@ def _summed_gradient_of_outputs(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "plant", [_same_masks, _partial_gradient_of_inputs, _summed_gradient_of_outputs]
+    ("plant", "shared"),
+    [
+        (_same_masks, False),
+        (_partial_gradient_of_inputs, False),
+        (_summed_gradient_of_outputs, False),
+        (_same_dropout_on_every_share, True),
+        (_norms_that_learn_from_their_share, True),
+    ],
 )
-def test_a_planted_bug_is_seen(plant, monkeypatch):
+def test_a_planted_bug_is_seen(plant, shared, monkeypatch):
     one_process("learned_positions")  # before the bug is there
     plant(monkeypatch)
     with pytest.raises(AssertionError, match=r"step 0: (lm_loss|grad_norm)|replicas|disagree"):
-        check("learned_positions", 2, 2)
+        check("learned_positions", 2, 2, shared)
 
 
 def _loss(dtype: torch.dtype) -> None:

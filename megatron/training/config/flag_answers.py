@@ -79,7 +79,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--num-dataset-builder-threads": NoEffect("sample indices are built by numpy in one thread"),
     "--overlap-param-gather": NoEffect("parameters are not sharded, there is nothing to gather"),
     "--rerun-mode": NoEffect("steps are never rerun", ("disabled",), "leave it out"),
-    "--sequence-parallel": NoEffect("at --tensor-model-parallel-size 1 there is nothing to split"),
     "--softmax-type": NoEffect("attention takes a plain softmax", ("vanilla",), "leave it out"),
     "--timing-log-level": NoEffect("there are no such timers", ("0",), "leave it out"),
     "--transformer-impl": NoEffect(

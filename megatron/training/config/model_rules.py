@@ -42,10 +42,15 @@ def _dense_grid(check: Check) -> Iterator[str]:
             f"TP*CP*PP = {tp}*{cp}*{pp} = {tp * cp * pp} does not divide the world size {world} "
             f"(ranks of torchrun); valid --tensor-model-parallel-size here: {', '.join(legal)}"
         )
-    if tp > 1 and "--sequence-parallel" in check.without_effect:
+    length = check.config.data.seq_length
+    if tp == 1:
+        yield from check.useless(
+            "sequence_parallel", "with --tensor-model-parallel-size 1: there is nothing to share"
+        )
+    elif model.sequence_parallel and length % tp:
         yield (
-            f"--sequence-parallel with {check.show('tensor_model_parallel_size')} is not offered "
-            "yet; leave it out: the results are the same, with more memory for activations"
+            f"--sequence-parallel shares {check.show('seq_length')} over "
+            f"{check.show('tensor_model_parallel_size')}, which does not divide it"
         )
     vocab = check.config.tokenizer.padded_vocab_size
     if vocab is not None and vocab % tp:

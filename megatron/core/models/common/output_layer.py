@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from megatron.core.param_role import ParamRole, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.cross_entropy import linear_cross_entropy
-from megatron.core.tensor_parallel.regions import copy_to_region, gather_from_region
+from megatron.core.tensor_parallel.regions import enter_region, gather_from_region
 from megatron.core.tensor_parallel.weight_split import split_over
 from megatron.core.transformer.init_rules import input_init
 from megatron.core.transformer.precision import params_dtype
@@ -29,7 +29,7 @@ class OutputLayer(nn.Module):
             pg_collection: Its ``tp`` splits the vocabulary.
         """
         super().__init__()
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.sequence_parallel = pg_collection.tp, config.sequence_parallel
         self.weight = None
         if config.untie_embeddings_and_output_weights:
             split = split_over("tp", pg_collection, dim=0, parts=(vocab_size,))
@@ -46,7 +46,8 @@ class OutputLayer(nn.Module):
             hidden_states: Output of the last norm.
             embedding_weight: [v / tp, h], used when the weights are tied.
         """
-        here = nn.functional.linear(hidden_states, self._weight(embedding_weight))
+        rows = self._enter(hidden_states)
+        here = nn.functional.linear(rows, self._weight(embedding_weight))
         return gather_from_region(self.tp_group, here)
 
     def loss(self, hidden_states: Tensor, embedding_weight: Tensor, labels: Tensor) -> Tensor:
@@ -58,8 +59,12 @@ class OutputLayer(nn.Module):
             labels: [b, s], int64.
         """
         weight = self._weight(embedding_weight)
-        rows = copy_to_region(self.tp_group, hidden_states)
+        rows = self._enter(hidden_states)
         return linear_cross_entropy(rows, weight, labels.T, self.tp_group).T
+
+    def _enter(self, hidden_states: Tensor) -> Tensor:
+        share = self.sequence_parallel
+        return enter_region(self.tp_group, hidden_states, sequence_parallel=share)
 
     def _weight(self, embedding_weight: Tensor) -> Tensor:
         return embedding_weight if self.weight is None else self.weight

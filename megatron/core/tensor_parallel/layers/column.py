@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers.linear import Linear
-from megatron.core.tensor_parallel.regions import copy_to_region
+from megatron.core.tensor_parallel.regions import enter_region
 from megatron.core.tensor_parallel.weight_split import split_over
 
 
@@ -25,6 +25,7 @@ class ColumnParallelLinear(Linear):
         *,
         pg_collection: ProcessGroupCollection,
         parts: tuple[int, ...] | None = None,
+        sequence_parallel: bool = False,
         **options: Any,
     ) -> None:
         """Make this rank's slices.
@@ -35,13 +36,15 @@ class ColumnParallelLinear(Linear):
             pg_collection: Its ``tp`` splits the output.
             parts: Output features that are split each on their own, such as gate and up; all of
                 them as one when None.
+            sequence_parallel: The input is this rank's share of the sequence, [s / tp, ...].
             options: See ``Linear``.
         """
         parts = (output_size,) if parts is None else parts
         split = split_over("tp", pg_collection, dim=0, parts=parts)
         super().__init__(input_size, output_size, split=split, **options)
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.sequence_parallel = pg_collection.tp, sequence_parallel
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ``Linear.forward``; the output has this rank's features, as the bias does."""
-        return super().forward(copy_to_region(self.tp_group, input_))
+        whole = enter_region(self.tp_group, input_, sequence_parallel=self.sequence_parallel)
+        return super().forward(whole)
