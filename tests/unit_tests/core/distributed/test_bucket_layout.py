@@ -20,7 +20,7 @@ SPECS = st.lists(
         split_over=st.sampled_from([None, "tp"]),
     ),
     min_size=1,
-    max_size=30,
+    max_size=20,
 )
 BUCKET_SIZES = st.integers(1, 20000)
 
