@@ -11,7 +11,12 @@ class ModelParallelConfig:
     """Model parallelism."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each dense weight matrix. Only 1 is offered so far."""
+    """Ranks that share each dense weight matrix: heads, query groups, ffn and vocabulary are split
+    over them. With experts only 1 is offered so far."""
+
+    sequence_parallel: bool = False
+    """Between the matrices, give each tensor-parallel rank its share of the sequence: less memory
+    for activations, the same result. --seq-length is a multiple of the ranks."""
 
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are split into. Only 1 is offered so far."""
@@ -51,7 +56,6 @@ class ModelParallelConfig:
     def parallel_problems(self) -> Iterator[str]:
         """Yield one sentence for each size that is not offered, in the user's flags."""
         for flag, size in {
-            "--tensor-model-parallel-size": self.tensor_model_parallel_size,
             "--pipeline-model-parallel-size": self.pipeline_model_parallel_size,
             "--context-parallel-size": self.context_parallel_size,
         }.items():
@@ -61,6 +65,7 @@ class ModelParallelConfig:
                     "--expert-model-parallel-size and data parallelism instead"
                 )
         for flag, size in {
+            "--tensor-model-parallel-size": self.tensor_model_parallel_size,
             "--expert-model-parallel-size": self.expert_model_parallel_size,
             "--expert-tensor-parallel-size": self.expert_tensor_size,
         }.items():

@@ -79,6 +79,9 @@ class ParamRole:
     split: Split | None = None
     """How the logical tensor is spread over ranks; None when every rank of the data-parallel
     group and of the tensor-parallel one (``expt_tp`` for an expert) holds all of it."""
+    sums_over_tp: bool = False
+    """Every tensor-parallel rank holds all of it but uses it on other tokens (sequence
+    parallelism): gradients are summed over ``tp`` too."""
     decays: bool = True
     """Weight decay applies. False for biases, norms and other vectors (see ``set_role``)."""
 

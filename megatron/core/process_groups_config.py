@@ -16,6 +16,7 @@ GROUP_AXES: dict[str, tuple[str, tuple[str, ...]]] = {
     "pp": ("dense", ("pp",)),
     "tp_cp": ("dense", ("tp", "cp")),
     "dp_cp": ("dense", ("dp", "cp")),
+    "tp_dp_cp": ("dense", ("tp", "cp", "dp")),
     "world": ("dense", ("tp", "cp", "dp", "pp")),
     "ep": ("expert", ("ep",)),
     "expt_tp": ("expert", ("etp",)),
@@ -36,6 +37,7 @@ class ProcessGroupCollection:
     pp: ProcessGroup
     tp_cp: ProcessGroup
     dp_cp: ProcessGroup
+    tp_dp_cp: ProcessGroup
     world: ProcessGroup
     ep: ProcessGroup
     expt_tp: ProcessGroup

@@ -77,6 +77,8 @@ _FREE = {
     "recompute_method",
     "recompute_num_layers",
     "recompute_modules",
+    "tensor_model_parallel_size",
+    "sequence_parallel",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "exit_interval",

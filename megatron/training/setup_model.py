@@ -97,5 +97,5 @@ def _tell_parameters(model: DistributedDataParallel, world: World) -> None:
         whole[True] * ep_size,
         ep_size,
         "s" if ep_size > 1 else "",
-        f", each expert over {etp_size}" if etp_size > 1 else "",
+        f", each expert over {etp_size}" if etp_size > 1 and whole[True] else "",
     )

@@ -168,11 +168,12 @@ def agree(
         losses: [microbatches] fp64, sums of this rank.
         num_tokens: [] fp64, of the global batch.
         notes: Numbers of this rank.
-        world: The ranks; dp_cp is all of them while tp = pp = 1.
+        world: The ranks; tensor-parallel ones have the same losses, which count once.
     """
     mine = torch.tensor(notes, dtype=torch.float64, device=losses.device)
-    total = torch.cat([losses.sum().view(1), mine])
-    dist.all_reduce(total, group=world.pg_collection.dp_cp)
+    share = losses.sum() if world.pg_collection.tp.rank() == 0 else torch.zeros_like(losses[0])
+    total = torch.cat([share.view(1), mine])
+    dist.all_reduce(total, group=world.pg_collection.world)
     total[0] /= num_tokens
     loss, *agreed = total.tolist()
     return loss, tuple(agreed)

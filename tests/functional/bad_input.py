@@ -20,7 +20,43 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
     **MOE_CASES,
     "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
-    "tensor parallel": (4, f"{MOE} --tensor-model-parallel-size 2", ["not offered yet, only 1"]),
+    "tensor parallel experts": (
+        4,
+        f"{MOE} --tensor-model-parallel-size 2",
+        ["--tensor-model-parallel-size 2 with --num-experts is not offered yet", "share experts"],
+    ),
+    "tensor parallel heads": (
+        3,
+        f"{GOOD} --num-attention-heads 4 --ffn-hidden-size 96 --tensor-model-parallel-size 3 "
+        "--group-query-attention --num-query-groups 2",
+        ["must divide --num-attention-heads 4; sizes that fit: 1, 2, 4", "--num-query-groups 2"],
+    ),
+    "tensor parallel ffn": (
+        2,
+        f"{GOOD} --num-attention-heads 4 --ffn-hidden-size 99 --tensor-model-parallel-size 2",
+        ["must divide --ffn-hidden-size 99; sizes that fit: 1, 3"],
+    ),
+    "tensor parallel world": (
+        6,
+        f"{GOOD} --tensor-model-parallel-size 4 --num-attention-heads 4",
+        ["TP*CP*PP = 4*1*1 = 4 does not divide the world size 6", "here: 1, 2"],
+    ),
+    "tensor parallel vocabulary": (
+        2,
+        f"{GOOD} --num-attention-heads 4 --tensor-model-parallel-size 2 --padded-vocab-size 50257",
+        ["must divide the padded vocabulary 50257", "leave out --padded-vocab-size"],
+    ),
+    "sequence parallel alone": (
+        2,
+        f"{GOOD} --sequence-parallel",
+        ["--sequence-parallel has no effect with --tensor-model-parallel-size 1"],
+    ),
+    "sequence parallel length": (
+        2,
+        f"{GOOD} --num-attention-heads 4 --tensor-model-parallel-size 2 --seq-length 63 "
+        "--sequence-parallel",
+        ["--sequence-parallel shares --seq-length 63 over --tensor-model-parallel-size 2"],
+    ),
     "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
     "ep of experts": (
         4,

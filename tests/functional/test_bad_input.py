@@ -64,13 +64,13 @@ def test_good_lines_pass():
     parse_args(MOE.split(), world_size=8)
     config = parse_args(
         f"{MOE} --moe-router-topk 1 --moe-router-pre-softmax --expert-model-parallel-size 2 "
-        "--use-mcore-models --moe-grouped-gemm --local-rank 0 --sequence-parallel "
+        "--use-mcore-models --moe-grouped-gemm --local-rank 0 "
         "--position-embedding-type rope --no-position-embedding "
         "--moe-layer-freq ([0]*2+[1]*2)".split(),
         world_size=2,
     )
     assert core_transformer_config_from_args(config).moe_layer_pattern == (False, False, True, True)
-    assert sum("has no effect" in notice for notice in config.notices) == 5
+    assert sum("has no effect" in notice for notice in config.notices) == 4
 
 
 def test_a_fresh_run_does_not_save_among_the_checkpoints_of_another(tmp_path):

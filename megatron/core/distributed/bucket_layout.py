@@ -27,6 +27,8 @@ class ParamSpec:
     dtype: str = "torch.float32"
     split_over: str | None = None
     """Group whose ranks hold slices of the parameter; see ``ParamRole.split_over``."""
+    sums_over_tp: bool = False
+    """See ``ParamRole.sums_over_tp``."""
 
 
 class BufferKey(NamedTuple):
@@ -36,6 +38,7 @@ class BufferKey(NamedTuple):
     decays: bool
     dtype: str
     split_over: str | None = None
+    sums_over_tp: bool = False
 
 
 class Span(NamedTuple):
@@ -100,7 +103,8 @@ def plan_buckets(specs: Sequence[ParamSpec], bucket_size: int) -> BucketLayout:
     members: dict[BufferKey, list[int]] = {}
     for param in reversed(range(len(specs))):
         spec = specs[param]
-        key = BufferKey(spec.is_expert, spec.decays, spec.dtype, spec.split_over)
+        kind = (spec.is_expert, spec.decays, spec.dtype, spec.split_over, spec.sums_over_tp)
+        key = BufferKey(*kind)
         members.setdefault(key, []).append(param)
     buffers, buckets = [], []
     for number, (key, params) in enumerate(members.items()):

@@ -109,7 +109,10 @@ class DistributedDataParallel(nn.Module):
         ]
 
     def _group(self, key: BufferKey) -> torch.distributed.ProcessGroup:
-        return self.pg_collection.expt_dp if key.is_expert else self.pg_collection.dp_cp
+        groups = self.pg_collection
+        if key.is_expert:
+            return groups.expt_dp
+        return groups.tp_dp_cp if key.sums_over_tp else groups.dp_cp
 
     def _start_reduce(self, bucket: Bucket) -> Pending | None:
         return self.grad_buffers[bucket.buffer].start_reduce(bucket.start, bucket.end)
@@ -169,6 +172,7 @@ def _spec(param: nn.Parameter) -> ParamSpec:
         decays=role.decays,
         dtype=str(param.dtype),
         split_over=role.split_over,
+        sums_over_tp=role.sums_over_tp,
     )
 
 

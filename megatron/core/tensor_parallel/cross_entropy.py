@@ -7,8 +7,12 @@ output weight, which never holds more than one matrix as large as the logits.
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron.core.tensor_parallel.regions import all_reduce_
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Logits worked on at a time: on the CPU what stays in its cache."""
@@ -31,20 +35,24 @@ def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return loss.view(target.shape)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, group: ProcessGroup | None = None
+) -> Tensor:
     """Return the cross entropy of each token under the logits ``hidden @ weight.T``.
 
     Args:
         hidden: [..., h].
-        weight: [v, h].
-        target: [...], int64 in [0, v).
+        weight: [v, h]; of ``group`` each rank has an equal slice of its rows, in order.
+        target: [...], int64 in [0, v) of the whole vocabulary.
+        group: Ranks that the vocabulary is split over, if it is. ``hidden`` gets this rank's part
+            of its gradient.
 
     Returns:
-        [...], fp32, or fp64 for fp64 input.
+        [...], fp32, or fp64 for fp64 input; the same on all ranks of ``group``.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     loss: Tensor = _LinearCrossEntropy.apply(
-        rows, weight, target.reshape(-1), torch.is_grad_enabled()
+        rows, weight, target.reshape(-1), torch.is_grad_enabled(), group
     )
     return loss.view(target.shape)
 
@@ -81,9 +89,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, keep: bool
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        keep: bool,
+        group: ProcessGroup | None,
     ) -> Tensor:
         n, vocab = len(hidden), len(weight)
+        shares = group if group is not None and group.size() > 1 else None
         saved = hidden.new_empty(n if keep else 0, vocab)
         loss = hidden.new_empty(n, dtype=_wide(hidden))
         sums = torch.empty_like(loss)
@@ -92,10 +106,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(hidden[rows], weight.T, out=room)
             exps = logits.to(loss.dtype)  # itself, unless it is narrower
             top, label = exps.amax(dim=-1, keepdim=True), target[rows]
-            chosen = exps.gather(1, label.unsqueeze(1)) - top
+            elsewhere = None
+            if shares is not None:
+                all_reduce_(shares, top, dist.ReduceOp.MAX)
+                label = label - shares.rank() * vocab
+                elsewhere = (label < 0) | (label >= vocab)
+                label = label.masked_fill(elsewhere, 0)
+            chosen = (exps.gather(1, label.unsqueeze(1)) - top).squeeze(1)
             total = exps.sub_(top).exp_().sum(dim=-1)
-            loss[rows], sums[rows] = total.log() - chosen.squeeze(1), total
-            _subtract_at(exps, label, total)
+            at_label = total
+            if shares is not None and elsewhere is not None:
+                both = torch.stack([total, chosen.masked_fill(elsewhere, 0.0)])
+                total, chosen = all_reduce_(shares, both)
+                at_label = total.masked_fill(elsewhere, 0.0)
+            loss[rows], sums[rows] = total.log() - chosen, total
+            _subtract_at(exps, label, at_label)
             if exps is not logits:
                 logits.copy_(exps)
         ctx.save_for_backward(hidden, weight, saved, sums)
@@ -103,12 +128,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, saved, sums = ctx.saved_tensors  # type: ignore[attr-defined]
         factor = (grad / sums).unsqueeze(1)
         d_hidden = (saved @ weight).mul_(factor)
         d_weight = saved.T @ (hidden * factor).to(hidden.dtype)
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:

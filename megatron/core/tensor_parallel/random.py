@@ -6,12 +6,32 @@ the same in any layout, microbatch, accumulation or recompute, and nothing has t
 
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+
 _LEVELS = 1 << 16  # one 16-bit number decides about one element
+
+
+class SequenceShare(NamedTuple):
+    """An equal share of a sequence, dim 0 of activations."""
+
+    rank: int
+    """Which share."""
+    ranks: int
+    """Shares of the sequence."""
+
+
+def sequence_share(
+    pg_collection: ProcessGroupCollection, sequence_parallel: bool
+) -> SequenceShare | None:
+    """Return this rank's share; None where every rank has the whole sequence."""
+    tp = pg_collection.tp
+    return SequenceShare(tp.rank(), tp.size()) if sequence_parallel and tp.size() > 1 else None
 
 
 class SampleRng:
@@ -27,7 +47,16 @@ class SampleRng:
         self.seed = seed
         self.sample_ids = sample_ids
 
-    def dropout(self, x: Tensor, p: float, *, layer: int, site: str, batch_dim: int) -> Tensor:
+    def dropout(
+        self,
+        x: Tensor,
+        p: float,
+        *,
+        layer: int,
+        site: str,
+        batch_dim: int,
+        share: SequenceShare | None = None,
+    ) -> Tensor:
         """Zero elements of ``x`` with probability ``p`` and scale the rest to keep the mean.
 
         Args:
@@ -36,10 +65,16 @@ class SampleRng:
             layer: Global index of the layer; -1 for the embedding.
             site: Names the place within the layer.
             batch_dim: Dimension of ``x`` that counts samples.
+            share: Which share of dim 0 this is; the mask is drawn for all of it.
         """
         if p == 0.0:
             return x
-        kept = self.kept(x.shape, p, layer=layer, site=site, batch_dim=batch_dim, device=x.device)
+        shape = x.shape
+        if share is not None:
+            shape = torch.Size((x.shape[0] * share.ranks, *x.shape[1:]))
+        kept = self.kept(shape, p, layer=layer, site=site, batch_dim=batch_dim, device=x.device)
+        if share is not None:
+            kept = kept.chunk(share.ranks)[share.rank]
         out: Tensor = _Dropout.apply(x, kept, keep_scale(p))
         return out
 

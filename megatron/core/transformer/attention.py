@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.precision import params_dtype
@@ -26,6 +27,7 @@ class SelfAttention(nn.Module):
     """Causal attention of each position to itself and earlier ones.
 
     Rows of linear_qkv.weight come group by group: the queries of the group, its key, its value.
+    Groups are split over the tensor-parallel ranks.
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762); groups: Ainslie et al. 2023
     (arXiv:2305.13245).
@@ -37,6 +39,7 @@ class SelfAttention(nn.Module):
         submodules: SelfAttentionSubmodules,
         *,
         layer_number: int,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         """Build both projections and the core.
 
@@ -44,26 +47,35 @@ class SelfAttention(nn.Module):
             config: Heads, groups, widths, biases, initialisation.
             submodules: What to build.
             layer_number: Global index of the layer, from 0.
+            pg_collection: Its ``tp`` splits groups and their heads.
         """
         super().__init__()
-        self.groups, self.head_dim = config.query_groups, config.head_dim
-        self.slots = config.num_attention_heads // self.groups + 2
+        groups, self.head_dim = config.query_groups, config.head_dim
+        self.groups = groups // pg_collection.tp.size()  # of this rank
+        self.slots = config.num_attention_heads // groups + 2
         self.linear_qkv = build_module(
             submodules.linear_qkv,
             config.hidden_size,
-            self.groups * self.slots * self.head_dim,
+            groups * self.slots * self.head_dim,
+            pg_collection=pg_collection,
+            sequence_parallel=config.sequence_parallel,
             init=input_init(config),
             dtype=params_dtype(config),
             bias=config.add_bias_linear or config.add_qkv_bias,
         )
         self.recomputes_core = "core_attn" in config.recomputed_modules
         self.core_attention = build_module(
-            submodules.core_attention, config, layer_number=layer_number
+            submodules.core_attention,
+            config,
+            layer_number=layer_number,
+            pg_collection=pg_collection,
         )
         self.linear_proj = build_module(
             submodules.linear_proj,
             config.num_attention_heads * self.head_dim,
             config.hidden_size,
+            pg_collection=pg_collection,
+            sequence_parallel=config.sequence_parallel,
             init=output_init(config),
             dtype=params_dtype(config),
             bias=config.add_bias_linear,

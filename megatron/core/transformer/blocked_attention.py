@@ -25,13 +25,23 @@ class WeightDropout(NamedTuple):
     rng: SampleRng
     p: float
     layer: int
+    heads: int | None = None
+    """Heads of all tensor-parallel ranks; None when this rank has them all."""
+    first_head: int = 0
+    """The first of this rank."""
 
     def kept(self, weights: Tensor, start: int) -> Tensor:
-        """Draw the mask of ``weights`` [b, heads, block, end], a block that begins at ``start``."""
+        """Draw the mask of ``weights`` [b, heads, block, end], a block that begins at ``start``.
+
+        It is drawn for all heads, of which this rank has some.
+        """
+        b, here, block, end = weights.shape
+        shape = torch.Size((b, self.heads or here, block, end))
         site = f"attention_weights/{start}"
-        return self.rng.kept(
-            weights.shape, self.p, layer=self.layer, site=site, batch_dim=0, device=weights.device
+        mask = self.rng.kept(
+            shape, self.p, layer=self.layer, site=site, batch_dim=0, device=weights.device
         )
+        return mask[:, self.first_head : self.first_head + here].contiguous()
 
 
 def blocked_causal_attention(

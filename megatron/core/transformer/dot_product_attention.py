@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.blocked_attention import WeightDropout, blocked_causal_attention
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,8 +19,16 @@ class DotProductAttention(nn.Module):
     its own, see ``SampleRng``) or where blocks of our own are faster.
     """
 
-    def __init__(self, config: TransformerConfig, *, layer_number: int) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
         super().__init__()
+        tp, self.heads = pg_collection.tp, config.num_attention_heads  # of all ranks
+        self.first_head = tp.rank() * (self.heads // tp.size())
         self.layer_number = layer_number
         self.dropout = config.attention_dropout
 
@@ -49,7 +58,9 @@ class DotProductAttention(nn.Module):
             key, value = context.kv_cache.append(self.layer_number, key, value)
         dropout = None
         if self.dropout > 0.0 and context.rng is not None:
-            dropout = WeightDropout(context.rng, self.dropout, self.layer_number)
+            dropout = WeightDropout(
+                context.rng, self.dropout, self.layer_number, self.heads, self.first_head
+            )
         if dropout is not None or _blocked_is_faster(query, key):
             out = blocked_causal_attention(query, key, value, attention_mask, dropout)
         else:

@@ -44,11 +44,11 @@ class MLP(nn.Module):
             config: Widths, biases and initialisation.
             submodules: What to build.
             layer_number: Taken because every MLP slot is given it; a dense MLP needs it not.
-            pg_collection: As ``layer_number``.
+            pg_collection: Its ``tp`` splits the width between the matrices.
             ffn_size: Width between the matrices; ``config.ffn_size`` when None.
         """
         super().__init__()
-        del layer_number, pg_collection
+        del layer_number
         hidden, dtype = config.hidden_size, params_dtype(config)
         ffn = ffn_size or config.ffn_size
         self.is_recomputed = "mlp" in config.recomputed_modules
@@ -57,6 +57,9 @@ class MLP(nn.Module):
             submodules.linear_fc1,
             hidden,
             ffn * (2 if submodules.gated else 1),
+            pg_collection=pg_collection,
+            parts=(ffn, ffn) if submodules.gated else (ffn,),
+            sequence_parallel=config.sequence_parallel,
             init=input_init(config),
             dtype=dtype,
             bias=config.add_bias_linear,
@@ -65,6 +68,8 @@ class MLP(nn.Module):
             submodules.linear_fc2,
             ffn,
             hidden,
+            pg_collection=pg_collection,
+            sequence_parallel=config.sequence_parallel,
             init=output_init(config),
             dtype=dtype,
             bias=config.add_bias_linear,

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from megatron.core.tensor_parallel.random import SequenceShare
 from megatron.core.transformer.forward_context import ForwardContext
 
 
@@ -13,6 +14,7 @@ def bias_dropout_add(
     *,
     layer: int,
     site: str,
+    share: SequenceShare | None = None,
 ) -> Tensor:
     """Return residual + dropout(output + bias), [s, b, h].
 
@@ -23,10 +25,11 @@ def bias_dropout_add(
         context: Gives the random numbers.
         layer: Global index of the layer.
         site: Name of the branch.
+        share: Which share of the sequence this is; None for all of it.
     """
     output, bias = branch
     if bias is not None:
         output = output + bias
     if context.rng is not None:
-        output = context.rng.dropout(output, p, layer=layer, site=site, batch_dim=1)
+        output = context.rng.dropout(output, p, layer=layer, site=site, batch_dim=1, share=share)
     return residual + output

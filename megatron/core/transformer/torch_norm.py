@@ -54,7 +54,8 @@ class RMSNorm(nn.Module):
 
 
 def _vector(config: TransformerConfig, size: int, kind: str) -> nn.Parameter:
-    role = ParamRole(init=Init(kind=kind), decays=False)  # type: ignore[arg-type]
+    init = Init(kind=kind)  # type: ignore[arg-type]
+    role = ParamRole(init=init, decays=False, sums_over_tp=config.sequence_parallel)
     return set_role(nn.Parameter(torch.empty(size, dtype=params_dtype(config))), role)
 
 

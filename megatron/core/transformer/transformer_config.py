@@ -70,6 +70,25 @@ class TransformerConfig(
         yield from self.recompute_problems()
         yield from self.layer_problems()
         yield from self.expert_slice_problems()
+        yield from self.tensor_slice_problems()
+
+    def tensor_slice_problems(self) -> Iterator[str]:
+        """Yield a sentence for each width that tensor-parallel ranks cannot share evenly."""
+        size = self.tensor_model_parallel_size
+        shown = f"--tensor-model-parallel-size {size}"
+        if size > 1 and self.num_moe_experts is not None:
+            yield (
+                f"{shown} with --num-experts is not offered yet; share experts with "
+                "--expert-tensor-parallel-size and spread them with --expert-model-parallel-size"
+            )
+            return
+        widths = {"--num-attention-heads": self.num_attention_heads}
+        if self.group_query_attention:
+            widths["--num-query-groups"] = self.query_groups
+        for what, width in {**widths, "--ffn-hidden-size": self.ffn_size}.items():
+            if size > 0 and width and width % size:
+                fits = [str(count) for count in range(1, 2 * size) if width % count == 0]
+                yield f"{shown} must divide {what} {width}; sizes that fit: {', '.join(fits[-3:])}"
 
     def expert_slice_problems(self) -> Iterator[str]:
         """Yield a sentence if the ranks that share an expert cannot have equal slices of it."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import sequence_share
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.residual import bias_dropout_add
 from megatron.core.transformer.rotary import RotaryTables
@@ -48,9 +49,13 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.hidden_dropout = config.hidden_dropout
+        self.share = sequence_share(pg_collection, config.sequence_parallel)
         self.input_layernorm = build_module(submodules.input_layernorm, config, config.hidden_size)
         self.self_attention = build_module(
-            submodules.self_attention, config, layer_number=layer_number
+            submodules.self_attention,
+            config,
+            layer_number=layer_number,
+            pg_collection=pg_collection,
         )
         self.pre_mlp_layernorm = build_module(
             submodules.pre_mlp_layernorm, config, config.hidden_size
@@ -82,5 +87,11 @@ class TransformerLayer(nn.Module):
         site: str,
     ) -> Tensor:
         return bias_dropout_add(
-            branch, residual, self.hidden_dropout, context, layer=self.layer_number, site=site
+            branch,
+            residual,
+            self.hidden_dropout,
+            context,
+            layer=self.layer_number,
+            site=site,
+            share=self.share,
         )

@@ -78,7 +78,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--num-dataset-builder-threads": NoEffect("sample indices are built by numpy in one thread"),
     "--overlap-param-gather": NoEffect("parameters are not sharded, there is nothing to gather"),
     "--rerun-mode": NoEffect("steps are never rerun", ("disabled",), "leave it out"),
-    "--sequence-parallel": NoEffect("at --tensor-model-parallel-size 1 there is nothing to split"),
     "--softmax-type": NoEffect("attention takes a plain softmax", ("vanilla",), "leave it out"),
     "--timing-log-level": NoEffect("there are no such timers", ("0",), "leave it out"),
     "--transformer-impl": NoEffect(
@@ -199,8 +198,8 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--fine-grained-", _KEPT),
     ("--offload-", _KEPT),
     ("--activation-offload", _KEPT),
-    ("--tp-comm-", "only --tensor-model-parallel-size 1 is offered so far"),
-    ("--no-tp-comm-", "only --tensor-model-parallel-size 1 is offered so far"),
+    ("--tp-comm-", "communication of tensor parallelism is not overlapped yet"),
+    ("--no-tp-comm-", "communication of tensor parallelism is not overlapped yet"),
     ("--num-layers-per-virtual", _PIPELINE),
     ("--num-virtual-stages", _PIPELINE),
     ("--pipeline-model-parallel-", _PIPELINE),

@@ -11,6 +11,7 @@ def parallel_sizes(check: Check) -> Iterator[str]:
     """Only data and expert parallelism exist; experts and their slices must fill the ranks."""
     model, world = check.config.model, check.world_size
     yield from model.parallel_problems()
+    yield from _dense_grid(check)
     experts, size = model.num_moe_experts, model.expert_model_parallel_size
     if experts is None:
         if size > 1:
@@ -40,6 +41,36 @@ def _expert_counts(check: Check) -> set[int]:
     model = check.config.model
     pattern = model.moe_num_experts_per_layer
     return {model.num_moe_experts or 0} | {number for number in pattern or () if number > 0}
+
+
+def _dense_grid(check: Check) -> Iterator[str]:
+    """Widths and vocabulary split evenly over tensor-parallel ranks, and those fill the world."""
+    model, world = check.config.model, check.world_size
+    yield from model.tensor_slice_problems()
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    cp = model.context_parallel_size
+    if world % (tp * cp * pp):
+        legal = [str(size) for size in divisors(world) if model.num_attention_heads % size == 0]
+        yield (
+            f"TP*CP*PP = {tp}*{cp}*{pp} = {tp * cp * pp} does not divide the world size {world} "
+            f"(ranks of torchrun); valid --tensor-model-parallel-size here: {', '.join(legal)}"
+        )
+    length = check.config.data.seq_length
+    if tp == 1:
+        yield from check.useless(
+            "sequence_parallel", "with --tensor-model-parallel-size 1: there is nothing to share"
+        )
+    elif model.sequence_parallel and length % tp:
+        yield (
+            f"--sequence-parallel shares {check.show('seq_length')} over "
+            f"{check.show('tensor_model_parallel_size')}, which does not divide it"
+        )
+    vocab = check.config.tokenizer.padded_vocab_size
+    if vocab is not None and vocab % tp:
+        yield (
+            f"{check.show('tensor_model_parallel_size')} must divide the padded vocabulary "
+            f"{vocab}; leave out --padded-vocab-size, which is then chosen to fit"
+        )
 
 
 def _expert_grid(check: Check, experts: int, etp: int) -> Iterator[str]:

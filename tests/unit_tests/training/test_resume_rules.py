@@ -25,6 +25,7 @@ MAY_DIFFER = {
     "context_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
+    "sequence_parallel",
     "init_method_std",
     "hidden_dropout",
     "attention_dropout",

@@ -4,7 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.param_role import ParamRole, set_role
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.cross_entropy import linear_cross_entropy
+from megatron.core.tensor_parallel.regions import enter_region, gather_from_region
+from megatron.core.tensor_parallel.weight_split import split_over
 from megatron.core.transformer.init_rules import input_init
 from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -15,42 +18,53 @@ class OutputLayer(nn.Module):
 
     weight: nn.Parameter | None
 
-    def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, vocab_size: int, *, pg_collection: ProcessGroupCollection
+    ) -> None:
         """Make the weight, if it is not tied to the embedding's.
 
         Args:
             config: Width, tying, initialisation.
             vocab_size: Padding included.
+            pg_collection: Its ``tp`` splits the vocabulary.
         """
         super().__init__()
+        self.tp_group, self.sequence_parallel = pg_collection.tp, config.sequence_parallel
         self.weight = None
         if config.untie_embeddings_and_output_weights:
-            self.weight = set_role(
-                nn.Parameter(
-                    torch.empty(vocab_size, config.hidden_size, dtype=params_dtype(config))
-                ),
-                ParamRole(init=input_init(config)),
-            )
+            split = split_over("tp", pg_collection, dim=0, parts=(vocab_size,))
+            here = split.local_shape((vocab_size, config.hidden_size))
+            weight = nn.Parameter(torch.empty(here, dtype=params_dtype(config)))
+            self.weight = set_role(weight, ParamRole(init=input_init(config), split=split))
 
     def forward(self, hidden_states: Tensor, embedding_weight: Tensor) -> Tensor:
         """Return the logits [s, b, v] of ``hidden_states`` [s, b, h].
 
+        With tensor parallelism they have no gradient: ``loss`` has.
+
         Args:
             hidden_states: Output of the last norm.
-            embedding_weight: [v, h], used when the weights are tied.
+            embedding_weight: [v / tp, h], used when the weights are tied.
         """
-        return nn.functional.linear(hidden_states, self._weight(embedding_weight))
+        rows = self._enter(hidden_states)
+        here = nn.functional.linear(rows, self._weight(embedding_weight))
+        return gather_from_region(self.tp_group, here)
 
     def loss(self, hidden_states: Tensor, embedding_weight: Tensor, labels: Tensor) -> Tensor:
         """Return the cross entropy of each token, [b, s]; logits of all are never held twice.
 
         Args:
             hidden_states: [s, b, h].
-            embedding_weight: [v, h], used when the weights are tied.
+            embedding_weight: [v / tp, h], used when the weights are tied.
             labels: [b, s], int64.
         """
         weight = self._weight(embedding_weight)
-        return linear_cross_entropy(hidden_states, weight, labels.T).T
+        rows = self._enter(hidden_states)
+        return linear_cross_entropy(rows, weight, labels.T, self.tp_group).T
+
+    def _enter(self, hidden_states: Tensor) -> Tensor:
+        share = self.sequence_parallel
+        return enter_region(self.tp_group, hidden_states, sequence_parallel=share)
 
     def _weight(self, embedding_weight: Tensor) -> Tensor:
         return embedding_weight if self.weight is None else self.weight

@@ -55,7 +55,9 @@ class GPTModel(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.max_sequence_length = max_sequence_length
-        self.embedding = LanguageModelEmbedding(config, vocab_size, max_sequence_length)
+        self.embedding = LanguageModelEmbedding(
+            config, vocab_size, max_sequence_length, pg_collection=pg_collection
+        )
         self.rotary_pos_emb = None
         if config.position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
@@ -64,7 +66,7 @@ class GPTModel(nn.Module):
                 rotary_base=config.rotary_base,
             )
         self.decoder = TransformerBlock(config, transformer_layer_spec, pg_collection=pg_collection)
-        self.output_layer = OutputLayer(config, vocab_size)
+        self.output_layer = OutputLayer(config, vocab_size, pg_collection=pg_collection)
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from megatron.core.param_role import Init, ParamRole, set_role
+from megatron.core.param_role import Init, ParamRole, Split, set_role
 
 
 class Linear(nn.Module):
@@ -24,29 +24,30 @@ class Linear(nn.Module):
         dtype: torch.dtype,
         bias: bool = True,
         skip_bias_add: bool = False,
+        split: Split | None = None,
     ) -> None:
-        """Make the parameters.
+        """Make the parameters, or this rank's slices of them.
 
         Args:
-            input_size: Width of the input.
-            output_size: Width of the output.
+            input_size: Width of the input, over all ranks.
+            output_size: Width of the output, over all ranks.
             init: Draw of the weight; the bias starts at zero.
             dtype: Of weight and bias.
             bias: Have a bias.
             skip_bias_add: Return the bias beside the output instead of adding it, so that a
                 caller can fuse the addition.
+            split: How the weight is split; the bias is, if it is split along dim 0.
         """
         super().__init__()
         self.skip_bias_add = skip_bias_add
-        self.weight = set_role(
-            nn.Parameter(torch.empty(output_size, input_size, dtype=dtype)), ParamRole(init=init)
+        of_bias = split if split is not None and split.dim == 0 else None
+        self.weight = _parameter(
+            (output_size, input_size), dtype, ParamRole(init=init, split=split)
         )
         self.bias = None
         if bias:
-            self.bias = set_role(
-                nn.Parameter(torch.empty(output_size, dtype=dtype)),
-                ParamRole(init=Init(kind="zeros"), decays=False),
-            )
+            role = ParamRole(init=Init(kind="zeros"), decays=False, split=of_bias)
+            self.bias = _parameter((output_size,), dtype, role)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Multiply ``input_`` [..., input_size].
@@ -57,3 +58,8 @@ class Linear(nn.Module):
         if self.skip_bias_add:
             return nn.functional.linear(input_, self.weight), self.bias
         return nn.functional.linear(input_, self.weight, self.bias), None
+
+
+def _parameter(shape: tuple[int, ...], dtype: torch.dtype, role: ParamRole) -> nn.Parameter:
+    here = shape if role.split is None else role.split.local_shape(shape)
+    return set_role(nn.Parameter(torch.empty(here, dtype=dtype)), role)

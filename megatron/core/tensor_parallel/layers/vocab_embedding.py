@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from megatron.core.param_role import Init, ParamRole, set_role
+from megatron.core.param_role import Init, ParamRole, Split, set_role
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.regions import reduce_from_region
+from megatron.core.tensor_parallel.weight_split import split_over
 
 
 class Embedding(nn.Module):
@@ -12,13 +15,19 @@ class Embedding(nn.Module):
     weight: nn.Parameter
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, *, init: Init, dtype: torch.dtype
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        init: Init,
+        dtype: torch.dtype,
+        split: Split | None = None,
     ) -> None:
         super().__init__()
-        self.weight = set_role(
-            nn.Parameter(torch.empty(num_embeddings, embedding_dim, dtype=dtype)),
-            ParamRole(init=init),
-        )
+        shape = (num_embeddings, embedding_dim)
+        here = shape if split is None else split.local_shape(shape)
+        role = ParamRole(init=init, split=split)
+        self.weight = set_role(nn.Parameter(torch.empty(here, dtype=dtype)), role)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up ``ids`` [...]: [..., embedding_dim]."""
@@ -26,7 +35,26 @@ class Embedding(nn.Module):
 
 
 class VocabParallelEmbedding(Embedding):
-    """The token table.
+    """The token table, its rows split over ``tp``: each rank looks up the ids it holds."""
 
-    Tensor parallelism will split its rows; with the only size offered so far, 1, it holds all.
-    """
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        init: Init,
+        dtype: torch.dtype,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        split = split_over("tp", pg_collection, dim=0, parts=(num_embeddings,))
+        super().__init__(num_embeddings, embedding_dim, init=init, dtype=dtype, split=split)
+        self.tp_group = pg_collection.tp
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """See ``Embedding.forward``; the same on every rank."""
+        if self.tp_group.size() == 1:
+            return super().forward(ids)
+        here = ids - self.tp_group.rank() * self.weight.shape[0]
+        missing = (here < 0) | (here >= self.weight.shape[0])
+        found = super().forward(here.masked_fill(missing, 0))
+        return reduce_from_region(self.tp_group, found.masked_fill(missing.unsqueeze(-1), 0.0))

@@ -34,7 +34,7 @@ def test_every_parameter_has_one_aligned_span_in_the_buffer_of_its_kind(specs, b
         end = 0
         for span in buffer.spans:
             spec = specs[span.param]
-            assert (spec.is_expert, spec.decays, spec.dtype, spec.split_over) == buffer.key
+            assert (spec.is_expert, spec.decays, spec.dtype, spec.split_over, False) == buffer.key
             assert span.end - span.start == spec.numel
             assert span.start % PARAM_ALIGNMENT == 0
             assert 0 <= span.start - end < PARAM_ALIGNMENT

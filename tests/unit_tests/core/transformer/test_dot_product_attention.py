@@ -6,13 +6,13 @@ import torch
 from megatron.core.transformer import dot_product_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.forward_context import ForwardContext
-from tests.helpers.models import tiny_config
+from tests.helpers.models import tiny_config, world_of_one
 from tests.helpers.tolerances import TOLERANCES
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
 def test_blocks_and_torch_kernel_agree(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    core = DotProductAttention(tiny_config(), layer_number=0)
+    core = DotProductAttention(tiny_config(), layer_number=0, pg_collection=world_of_one())
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(2, heads, 9, 8, generator=generator, dtype=torch.float64, requires_grad=True)

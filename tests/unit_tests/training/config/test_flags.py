@@ -77,7 +77,6 @@ def test_problems_say_what_to_do(line, problem):
         "--no-position-embedding",
         "--transformer-impl local",
         "--exit-signal-handler",
-        "--sequence-parallel",
         "--dataloader-type single",
     ],
 )

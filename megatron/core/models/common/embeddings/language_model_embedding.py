@@ -2,7 +2,9 @@
 
 from torch import Tensor, nn
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import Embedding, VocabParallelEmbedding
+from megatron.core.tensor_parallel.regions import share_sequence
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init
 from megatron.core.transformer.precision import params_dtype
@@ -15,7 +17,12 @@ class LanguageModelEmbedding(nn.Module):
     position_embeddings: Embedding | None
 
     def __init__(
-        self, config: TransformerConfig, vocab_size: int, max_sequence_length: int
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        max_sequence_length: int,
+        *,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         """Make the tables.
 
@@ -23,12 +30,14 @@ class LanguageModelEmbedding(nn.Module):
             config: Width, kind of positions, dropout, initialisation.
             vocab_size: Rows of the token table, padding included.
             max_sequence_length: Rows of the position table.
+            pg_collection: Its ``tp`` splits the token table.
         """
         super().__init__()
         self.hidden_dropout = config.hidden_dropout
+        self.tp_group, self.sequence_parallel = pg_collection.tp, config.sequence_parallel
         init, dtype = input_init(config), params_dtype(config)
         self.word_embeddings = VocabParallelEmbedding(
-            vocab_size, config.hidden_size, init=init, dtype=dtype
+            vocab_size, config.hidden_size, init=init, dtype=dtype, pg_collection=pg_collection
         )
         self.position_embeddings = None
         if config.position_embedding_type == "learned_absolute":
@@ -37,12 +46,18 @@ class LanguageModelEmbedding(nn.Module):
             )
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: ForwardContext) -> Tensor:
-        """Look up ``input_ids`` and ``position_ids``, both [b, s]: [s, b, h]."""
+        """Look up ``input_ids`` and ``position_ids``, both [b, s].
+
+        Returns:
+            [s, b, h], or [s / tp, b, h] with sequence parallelism.
+        """
         hidden_states: Tensor = self.word_embeddings(input_ids.T)
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.position_embeddings(position_ids.T)
-        if context.rng is None:
-            return hidden_states
-        return context.rng.dropout(
-            hidden_states, self.hidden_dropout, layer=-1, site="embedding", batch_dim=1
+        if context.rng is not None:
+            hidden_states = context.rng.dropout(
+                hidden_states, self.hidden_dropout, layer=-1, site="embedding", batch_dim=1
+            )
+        return share_sequence(
+            self.tp_group, hidden_states, sequence_parallel=self.sequence_parallel
         )

@@ -87,7 +87,7 @@ BAD = {
     ),
     "tensor parallel": (
         {"tensor_model_parallel_size": 2},
-        "--tensor-model-parallel-size 2 is not offered yet",
+        "--tensor-model-parallel-size 2 with --num-experts is not offered yet",
     ),
     "slices": (
         {"expert_tensor_parallel_size": 5, "moe_ffn_hidden_size": 24},

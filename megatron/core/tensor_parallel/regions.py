@@ -1,0 +1,118 @@
+"""Where activations enter and leave what tensor-parallel ranks compute in slices.
+
+Outside, they are replicated on the ranks of the group, or with sequence parallelism each rank has
+an equal share of the sequence, dim 0. A group of one rank is an identity.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron.core.tensor_parallel.mappings import all_gather_rows, reduce_scatter_rows
+
+
+def enter_region(group: ProcessGroup, x: Tensor, *, sequence_parallel: bool) -> Tensor:
+    """Give every rank all of the sequence, for what it multiplies by its slice of a matrix.
+
+    Args:
+        group: Ranks that share the matrix.
+        x: [s, ...], or [s / ranks, ...] with sequence parallelism.
+        sequence_parallel: Whether ``x`` is a share of the sequence.
+
+    Returns:
+        [s, ...]; the gradients of all ranks are summed, and shared out as ``x`` was.
+    """
+    if sequence_parallel:
+        return all_gather_rows(group, x, [x.shape[0]] * group.size())
+    return copy_to_region(group, x)
+
+
+def leave_region(group: ProcessGroup, x: Tensor, *, sequence_parallel: bool) -> Tensor:
+    """Sum the parts ``x`` [s, ...] of all ranks: the mirror image of ``enter_region``."""
+    if sequence_parallel:
+        return reduce_scatter_rows(group, x, [x.shape[0] // group.size()] * group.size())
+    return reduce_from_region(group, x)
+
+
+def share_sequence(group: ProcessGroup, x: Tensor, *, sequence_parallel: bool) -> Tensor:
+    """Keep this rank's share of ``x`` [s, ...], which all ranks have; gradients are gathered."""
+    if group.size() == 1 or not sequence_parallel:
+        return x
+    out: Tensor = _Share.apply(group, x)
+    return out
+
+
+def copy_to_region(group: ProcessGroup, x: Tensor) -> Tensor:
+    """Return ``x`` as it is; its gradient is the sum of those of all ranks of ``group``.
+
+    For what every rank multiplies by its own slice of a matrix.
+    """
+    if group.size() == 1:
+        return x
+    out: Tensor = _CopyTo.apply(group, x)
+    return out
+
+
+def reduce_from_region(group: ProcessGroup, x: Tensor) -> Tensor:
+    """Return the sum of ``x`` over the ranks of ``group``; its gradient is each part's gradient."""
+    if group.size() == 1:
+        return x
+    out: Tensor = _ReduceFrom.apply(group, x)
+    return out
+
+
+def all_reduce_(group: ProcessGroup, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce ``x`` in place over ``group`` and return it; no gradient."""
+    if group.size() > 1:
+        dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def gather_from_region(group: ProcessGroup, x: Tensor) -> Tensor:
+    """Concatenate ``x`` of all ranks along its last dimension; without a gradient."""
+    if group.size() == 1:
+        return x
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())
+    ]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, x: Tensor) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, all_reduce_(ctx.group, grad.clone(memory_format=torch.contiguous_format))
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, x: Tensor) -> Tensor:
+        return all_reduce_(group, x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, x: Tensor) -> Tensor:
+        ctx.group = group
+        return x.chunk(group.size())[group.rank()].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, all_gather_rows(ctx.group, grad, [grad.shape[0]] * ctx.group.size())
