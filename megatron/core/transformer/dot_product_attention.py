@@ -27,7 +27,6 @@ class DotProductAttention(nn.Module):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__()
-        tp, self.heads = pg_collection.tp, config.num_attention_heads  # of all ranks
         self.first_head = tp.rank() * (self.heads // tp.size())
         self.layer_number = layer_number
         self.dropout = config.attention_dropout
@@ -58,9 +57,7 @@ class DotProductAttention(nn.Module):
             key, value = context.kv_cache.append(self.layer_number, key, value)
         dropout = None
         if self.dropout > 0.0 and context.rng is not None:
-            dropout = WeightDropout(
-                context.rng, self.dropout, self.layer_number, self.heads, self.first_head
-            )
+            dropout = WeightDropout(context.rng, self.dropout, self.layer_number, self.first_head)
         if dropout is not None or _blocked_is_faster(query, key):
             out = blocked_causal_attention(query, key, value, attention_mask, dropout)
         else:

@@ -44,7 +44,7 @@ def _dropout_factor(s: int) -> Tensor:
     for start in range(0, s, BLOCK):
         end = min(start + BLOCK, s)
         block = factor[:, :, start:end, :end]
-        block[:] = DROPOUT.kept(block, start).double() * keep_scale(DROPOUT.p)
+        block[:] = DROPOUT.kept(block, total=s, row=start).double() * keep_scale(DROPOUT.p)
     return factor
 
 
@@ -71,6 +71,34 @@ def test_output_and_gradients_equal_one_explicit_product(
     got = torch.autograd.grad(out, inputs, upstream.detach())
     wanted = torch.autograd.grad(expected, inputs, upstream.detach())
     torch.testing.assert_close(got, wanted, **exact)
+
+
+@pytest.mark.parametrize("dropping", [False, True], ids=["all weights", "dropped weights"])
+@pytest.mark.parametrize(("offset", "rows"), [(0, 3), (3, 4), (5, 5), (8, 2), (9, 1)])
+def test_some_queries_get_what_they_get_among_all(offset: int, rows: int, dropping: bool) -> None:
+    s, own = 10, slice(offset, offset + rows)
+    *inputs, upstream = _inputs(s, 2)
+    mask, dropout = _document_mask(s), DROPOUT if dropping else None
+    whole = blocked_causal_attention(*inputs, mask, dropout)[:, :, own]
+    query, key, value = inputs
+    part = blocked_causal_attention(
+        query[:, :, own], key, value, mask[:, :, own], dropout, offset=offset
+    )
+    exact = TOLERANCES[torch.float64]
+    torch.testing.assert_close(part, whole, **exact)
+    some = upstream.detach()[:, :, own]
+    got = torch.autograd.grad(part, inputs, some)
+    wanted = torch.autograd.grad(whole, inputs, some)
+    torch.testing.assert_close(got, wanted, **exact)
+
+
+def test_a_head_is_dropped_alike_on_whichever_rank_it_is() -> None:
+    weights = torch.zeros(2, 4, 3, 7)
+    whole = DROPOUT.kept(weights, total=10, row=4)
+    mine = DROPOUT._replace(first_head=2).kept(weights[:, 2:], total=10, row=4)
+    assert torch.equal(mine, whole[:, 2:])
+    assert torch.equal(DROPOUT.kept(weights[..., :2], total=10, row=4, column=5), whole[..., 5:])
+    assert not torch.equal(whole[:, 0], whole[:, 1])
 
 
 def test_bf16_gradients_are_near_those_of_fp64() -> None:
