@@ -27,7 +27,8 @@ class DotProductAttention(nn.Module):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__()
-        self.first_head = tp.rank() * (self.heads // tp.size())
+        tp = pg_collection.tp
+        self.first_head = tp.rank() * (config.num_attention_heads // tp.size())
         self.layer_number = layer_number
         self.dropout = config.attention_dropout
 
