@@ -54,7 +54,7 @@ def _results(groups: ProcessGroupCollection, num_tokens: int, **options: Any) ->
         "output": output,
         "input": tokens.grad,
         "tokens per expert": report.tokens_per_expert.double(),
-        "dropped": torch.tensor(report.dropped_fraction or (0.0,)),
+        "dropped": torch.tensor(report.mean("dropped_fraction") or 0.0).nan_to_num(),
     }
 
 
