@@ -18,7 +18,8 @@ def sinkhorn_ranking(logits: Tensor, padding: Tensor | None = None, *, tol: floa
     """Return what a balanced choice ranks the experts of each token by; no gradient.
 
     It is the logarithm of the doubly normalised ``exp(logits)`` up to a constant of each row. One
-    token alone is no crowd: all its experts would tie, so its logits rank them.
+    token alone, or alone among padding, is no crowd: all its experts would tie, so its logits rank
+    them.
 
     Args:
         logits: [num_tokens, num_experts], fp32 or fp64.
@@ -26,7 +27,12 @@ def sinkhorn_ranking(logits: Tensor, padding: Tensor | None = None, *, tol: floa
         tol: See ``expert_prices``.
     """
     logits = logits.detach()
-    return logits + expert_prices(logits, padding, tol=tol) if len(logits) > 1 else logits
+    if len(logits) <= 1:
+        return logits
+    prices = expert_prices(logits, padding, tol=tol)
+    if padding is not None:
+        prices = prices.where((~padding).sum() > 1, 0.0)
+    return logits + prices
 
 
 def sinkhorn(cost: Tensor, tol: float = 1e-4) -> Tensor:
