@@ -25,6 +25,9 @@ def sinkhorn_ranking(logits: Tensor, padding: Tensor | None = None, *, tol: floa
         logits: [num_tokens, num_experts], fp32 or fp64.
         padding: See ``expert_prices``.
         tol: See ``expert_prices``.
+
+    Source: Sinkhorn 1964, in logarithms as in Peyre and Cuturi 2019 (arXiv:1803.00567), 4.4; for
+    experts: Clark et al. 2022 (arXiv:2202.01169), section 3.1.
     """
     logits = logits.detach()
     if len(logits) <= 1:
@@ -33,25 +36,6 @@ def sinkhorn_ranking(logits: Tensor, padding: Tensor | None = None, *, tol: floa
     if padding is not None:
         prices = prices.where((~padding).sum() > 1, 0.0)
     return logits + prices
-
-
-def sinkhorn(cost: Tensor, tol: float = 1e-4) -> Tensor:
-    """Scale rows and columns of ``exp(cost)`` so that all rows, and all columns, sum alike.
-
-    Args:
-        cost: [num_tokens, num_experts]; the larger, the better they fit.
-        tol: See ``expert_prices``.
-
-    Returns:
-        Of the same shape, fp32 or fp64; rows sum to 1 / num_tokens, and columns to 1 / num_experts
-        once the prices have settled.
-
-    Source: Sinkhorn 1964, in logarithms as in Peyre and Cuturi 2019 (arXiv:1803.00567), 4.4; for
-    experts: Clark et al. 2022 (arXiv:2202.01169), section 3.1.
-    """
-    cost = cost if cost.dtype == torch.float64 else cost.float()
-    columns = (cost + expert_prices(cost, tol=tol)).t()  # [num_experts, num_tokens]
-    return (columns + _row_scale(columns)).exp().t()
 
 
 def expert_prices(
