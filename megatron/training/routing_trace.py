@@ -16,8 +16,8 @@ from megatron.core.transformer.moe.router_trace_files import (
     next_start,
     write_index,
 )
-from megatron.training.config.logging import LoggingConfig
 from megatron.training.initialize import World
+from megatron.training.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -36,25 +36,20 @@ class _Plan:
     """Why the folder cannot be used; empty when it can."""
 
 
-def open_tracer(
-    config: LoggingConfig,
-    world: World,
-    metrics: MoEMetricsTracker | None,
-    iteration: int,
-    *,
-    by_expert: bool = False,
-) -> RouterTracer | None:
-    """Begin a new part of the trace after ``iteration``; None when none is wanted.
+def open_tracer(run: Run, iteration: int) -> RouterTracer | None:
+    """Begin a new part of the trace of ``run`` after ``iteration``; None when none is wanted.
 
-    Collective over all ranks. ``by_expert`` says that experts choose: a token may have all of them,
-    and so there are as many columns.
+    Collective over all ranks. Where experts choose, a token may have all of them, and there are as
+    many columns.
 
     Raises:
         ConfigError: --moe-routing-trace-path cannot be written or holds something else.
     """
+    config, world, metrics = run.config.logging, run.world, run.moe_metrics
     if config.moe_routing_trace_path is None or metrics is None:
         return None
     folder = Path(config.moe_routing_trace_path)
+    by_expert = run.config.model.chooses_by_expert
     columns = metrics.num_experts if by_expert else metrics.topk
     found = [_plan(folder, world, metrics, iteration, columns) if world.is_first else None]
     dist.broadcast_object_list(found, src=0, group=world.pg_collection.world)

@@ -99,14 +99,7 @@ def pretrain(
         run = setup_run(config, world, model_provider, forward_step_func)
         loaded = load(run, tokenizer)
         state = loaded.state()
-        tracer = open_tracer(
-            config.logging,
-            world,
-            run.moe_metrics,
-            state.iteration,
-            by_expert=config.model.chooses_by_expert,
-        )
-        run = replace(run, router_tracer=tracer)
+        run = replace(run, router_tracer=open_tracer(run, state.iteration))
         check_replicas(run.model)
         datasets = train_valid_test_datasets_provider(num_samples(run, state), config, tokenizer)
         tell_changed_data(loaded, datasets)

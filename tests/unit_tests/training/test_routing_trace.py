@@ -18,11 +18,7 @@ from tests.unit_tests.training.tiny_run import SAMPLES, SEQ, tiny_batches, tiny_
 
 
 def _traced(run: Run, iteration: int) -> Run:
-    by_expert = run.config.model.chooses_by_expert
-    tracer = open_tracer(
-        run.config.logging, run.world, run.moe_metrics, iteration, by_expert=by_expert
-    )
-    return replace(run, router_tracer=tracer)
+    return replace(run, router_tracer=open_tracer(run, iteration))
 
 
 def _train(folder: Path, flags: str, first: int, last: int) -> None:
@@ -107,11 +103,10 @@ def test_a_folder_that_cannot_be_made_is_an_error_on_every_rank(tmp_path):
 
 
 def _late(folder: Path) -> None:
-    config = tiny_run("").config
-    config.logging.moe_routing_trace_path = str(folder)
     run = tiny_run("")
+    run.config.logging.moe_routing_trace_path = str(folder)
     with pytest.raises(ConfigError, match="cannot be used"):
-        open_tracer(config.logging, run.world, run.moe_metrics, 0)
+        open_tracer(run, 0)
     dist.barrier()
 
 
