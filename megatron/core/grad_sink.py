@@ -27,3 +27,15 @@ def grad_sink_of(param: Tensor | None) -> GradSink | None:
     To be asked in the forward: in backward a saved tensor may be a copy without attributes.
     """
     return getattr(param, _ATTRIBUTE, None)
+
+
+def given(gradient: Tensor | None, sink: GradSink | None) -> Tensor | None:
+    """Add ``gradient`` to its sink and return None; the gradient itself where there is no sink.
+
+    What it returns is what autograd is to be given. Parameters of bf16 that are used several times
+    in a backward, as in chunks, are summed wide then.
+    """
+    if gradient is None or sink is None:
+        return gradient
+    sink().add_(gradient)
+    return None

@@ -1,6 +1,7 @@
 """From options to the routing trace of a run: where it goes, and how much of it is left."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from megatron.core.transformer.moe.router_trace_files import (
     next_start,
     write_index,
 )
-from megatron.training.config.logging import LoggingConfig
 from megatron.training.initialize import World
+from megatron.training.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +36,22 @@ class _Plan:
     """Why the folder cannot be used; empty when it can."""
 
 
-def open_tracer(
-    config: LoggingConfig, world: World, metrics: MoEMetricsTracker | None, iteration: int
-) -> RouterTracer | None:
-    """Begin a new part of the trace after ``iteration``; None when none is wanted.
+def open_tracer(run: Run, iteration: int) -> RouterTracer | None:
+    """Begin a new part of the trace of ``run`` after ``iteration``; None when none is wanted.
 
-    Collective over all ranks.
+    Collective over all ranks. Where experts choose, a token may have all of them, and there are as
+    many columns.
 
     Raises:
         ConfigError: --moe-routing-trace-path cannot be written or holds something else.
     """
+    config, world, metrics = run.config.logging, run.world, run.moe_metrics
     if config.moe_routing_trace_path is None or metrics is None:
         return None
     folder = Path(config.moe_routing_trace_path)
-    found = [_plan(folder, world, metrics, iteration) if world.is_first else None]
+    by_expert = run.config.model.chooses_by_expert
+    columns = metrics.num_experts if by_expert else metrics.topk
+    found = [_plan(folder, world, metrics, iteration, columns) if world.is_first else None]
     dist.broadcast_object_list(found, src=0, group=world.pg_collection.world)
     plan = found[0]
     assert plan is not None, "rank 0 made a plan"
@@ -65,21 +68,27 @@ def open_tracer(
             world.rank,
             moe_layers=metrics.moe_layers,
             num_experts=metrics.num_experts,
-            topk=metrics.topk,
+            topk=columns,
             limits=limits,
         )
     except OSError as error:
         raise ConfigError(f"--moe-routing-trace-path {folder} cannot be written: {error}") from None
 
 
-def _plan(folder: Path, world: World, metrics: MoEMetricsTracker, iteration: int) -> _Plan:
+def _plan(
+    folder: Path,
+    world: World,
+    metrics: MoEMetricsTracker,
+    iteration: int,
+    columns: Sequence[int],
+) -> _Plan:
     start = next_start(folder, iteration)
     index = TraceIndex(
         first_step=iteration,
         world_size=world.world_size,
         moe_layers=list(metrics.moe_layers),
         num_experts=list(metrics.num_experts),
-        topk=list(metrics.topk),
+        topk=list(columns),
     )
     try:
         write_index(folder / start, index)

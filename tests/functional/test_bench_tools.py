@@ -16,11 +16,13 @@ from tools.bench.moe_layer import Tokens, peers_installed
 from tools.bench.run_all import benches
 
 ROOT = Path(__file__).parents[2]
+SMALL = "--hidden-size 32 --vocab-size 64 --seq-length 16 --micro-batch-size 2 --rounds 1"
 TINY = {
+    "metrics_cost": SMALL,
     "moe_layer": "--tokens 32 --hidden-size 16 --moe-ffn-hidden-size 32 --cases 4x2 --rounds 1 "
     "--warm-up 1",
     "sample_index": "--documents 100",
-    "step": "--hidden-size 32 --vocab-size 64 --seq-length 16 --micro-batch-size 2 --rounds 1",
+    "step": SMALL,
 }
 
 

@@ -21,7 +21,7 @@ from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.load_balancing import router_entropy
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tools.bench.step import MICROBATCH, SEQUENCE, Step, bench_s
+from tools.bench.step import Size, Step, add_size_options, bench_s, size_of
 from tools.bench.timing import report
 from tools.bench.world import world_of_one
 
@@ -43,10 +43,10 @@ def train(step: Step, tracker: MoEMetricsTracker | None) -> None:
 
 
 def only_metrics(
-    config: TransformerConfig, tracker: MoEMetricsTracker, device: str
+    config: TransformerConfig, tracker: MoEMetricsTracker, size: Size, device: str
 ) -> Callable[[], None]:
     """Return a call that does for every layer what a step does for the metrics alone."""
-    tokens = MICROBATCH * SEQUENCE
+    tokens = size.microbatch * size.sequence
     logits = torch.randn(tokens, config.num_moe_experts or 1, device=device)
     routing_map = logits > 1.0
     loss = torch.ones((), device=device)
@@ -78,9 +78,9 @@ def processor_seconds(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def measure(config: TransformerConfig, device: str, rounds: int) -> dict[str, object]:
+def measure(config: TransformerConfig, size: Size, device: str, rounds: int) -> dict[str, object]:
     """Return one row of the table."""
-    step, tracker = Step(config, device), make_tracker(config, device)
+    step, tracker = Step(config, size, device), make_tracker(config, device)
     groups = ProcessGroupCollection.create(config.layout(1))
     calls = {"with": partial(train, step, tracker), "without": partial(train, step, None)}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -90,7 +90,7 @@ def measure(config: TransformerConfig, device: str, rounds: int) -> dict[str, ob
             spent = processor_seconds(calls[name])
             if turn:
                 seconds[name].append(spent)
-    recording = only_metrics(config, tracker, device)
+    recording = only_metrics(config, tracker, size, device)
     alone = [processor_seconds(recording) for _ in range(200)]
     reports = [processor_seconds(lambda: tracker.report(groups)) for _ in range(50)]
     pairs = zip(seconds["with"], seconds["without"], strict=True)
@@ -111,15 +111,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=None, help="Folder for metrics_cost.json.")
     parser.add_argument("--rounds", type=int, default=10, help="Steps with and without metrics.")
+    add_size_options(parser)
     args = parser.parse_args()
+    size = size_of(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     with world_of_one():
-        for experts, topk, ffn in ((8, 2, 1024), (64, 8, 256)):
-            config = bench_s(bf16=False)
+        for experts, topk, ffn in ((8, 2, 2 * size.hidden), (64, 8, size.hidden // 2)):
+            config = bench_s(size.hidden, bf16=False)
             config.num_moe_experts, config.moe_router_topk = experts, topk
             config.moe_ffn_hidden_size = ffn
-            rows.append(measure(config, device, args.rounds))
+            rows.append(measure(config, size, device, args.rounds))
     report("metrics_cost", rows, args.output)
 
 

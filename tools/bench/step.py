@@ -104,17 +104,27 @@ def gemm_flops(config: TransformerConfig, size: Size) -> float:
     return 6.0 * tokens * (config.num_layers * layer + hidden * size.vocabulary)
 
 
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    """Offer what can be made smaller than bench-S."""
+    parser.add_argument("--hidden-size", type=int, default=512, help="Width of a token.")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="Tokens there are.")
+    parser.add_argument("--seq-length", type=int, default=512, help="Tokens of a sample.")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="Samples of a step.")
+
+
+def size_of(args: argparse.Namespace) -> Size:
+    """Return what ``add_size_options`` read."""
+    return Size(args.hidden_size, args.vocab_size, args.seq_length, args.micro_batch_size)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=None, help="Folder for step.json.")
     parser.add_argument("--rounds", type=int, default=5, help="Timed steps of each dtype.")
-    parser.add_argument("--hidden-size", type=int, default=512, help="Width of a token.")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="Tokens there are.")
-    parser.add_argument("--seq-length", type=int, default=512, help="Tokens of a sample.")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="Samples of a step.")
+    add_size_options(parser)
     args = parser.parse_args()
-    size = Size(args.hidden_size, args.vocab_size, args.seq_length, args.micro_batch_size)
+    size = size_of(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     with world_of_one():

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron.core.extensions.registry import register
+from megatron.core.grad_sink import given, grad_sink_of
 
 
 @register("adam", "torch_native", why="torch.optim.AdamW, fused")
@@ -51,6 +52,7 @@ class _GroupedMM(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, tokens_per_expert: Tensor) -> Tensor:
         rows = rows.contiguous()
         ctx.save_for_backward(rows, weight, tokens_per_expert)
+        ctx.sink = grad_sink_of(weight)
         return grouped_product(rows, weight.transpose(1, 2), tokens_per_expert)
 
     @staticmethod
@@ -59,9 +61,10 @@ class _GroupedMM(torch.autograd.Function):
         rows, weight, tokens_per_expert = ctx.saved_tensors
         grad = grad.contiguous()
         need_rows, need_weight, _ = ctx.needs_input_grad
+        grad_weight = grouped_weight_grad(grad, rows, tokens_per_expert) if need_weight else None
         return (
             grouped_product(grad, weight, tokens_per_expert) if need_rows else None,
-            grouped_weight_grad(grad, rows, tokens_per_expert) if need_weight else None,
+            given(grad_weight, ctx.sink),
             None,
         )
 

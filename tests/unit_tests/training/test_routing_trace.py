@@ -18,8 +18,7 @@ from tests.unit_tests.training.tiny_run import SAMPLES, SEQ, tiny_batches, tiny_
 
 
 def _traced(run: Run, iteration: int) -> Run:
-    tracer = open_tracer(run.config.logging, run.world, run.moe_metrics, iteration)
-    return replace(run, router_tracer=tracer)
+    return replace(run, router_tracer=open_tracer(run, iteration))
 
 
 def _train(folder: Path, flags: str, first: int, last: int) -> None:
@@ -61,6 +60,24 @@ def test_a_resumed_run_goes_on_without_touching_what_is_there(tmp_path):
     assert RoutingTrace(tmp_path).steps == [1, 2, 3, 4, 5], "five steps in all"
 
 
+def test_where_experts_choose_all_choices_are_written(tmp_path):
+    flags = (
+        "--micro-batch-size 2 --moe-router-type expert_choice --moe-expert-capacity-factor 1.5 "
+        "--moe-router-load-balancing-type aux_loss"
+    )
+    run_ranks(_train, 2, tmp_path, flags, 0, 1)
+    trace = RoutingTrace(tmp_path)
+    part = trace.read(1)
+    capacity = 2 * SEQ * 2 * 3 // (4 * 2)  # tokens of a microbatch, top-2 of 4, 1.5
+    for experts in part.experts.values():
+        assert experts.shape == (SAMPLES, SEQ, 4)
+        counts = np.bincount(experts[experts != 255], minlength=4)
+        assert counts.tolist() == [SAMPLES // 2 * capacity] * 4
+        chosen = (experts != 255).sum(axis=2)
+        assert chosen.max() > 3 > chosen.min(), "the case was meant to be uneven"
+    assert trace.index.topk == [4, 4]
+
+
 def _bounded(folder: Path) -> None:
     flags = f"--micro-batch-size 2 --moe-routing-trace-path {folder} --moe-routing-trace-max-mb 1"
     run, state = _traced(tiny_run(flags), 0), TrainState()
@@ -86,11 +103,10 @@ def test_a_folder_that_cannot_be_made_is_an_error_on_every_rank(tmp_path):
 
 
 def _late(folder: Path) -> None:
-    config = tiny_run("").config
-    config.logging.moe_routing_trace_path = str(folder)
     run = tiny_run("")
+    run.config.logging.moe_routing_trace_path = str(folder)
     with pytest.raises(ConfigError, match="cannot be used"):
-        open_tracer(config.logging, run.world, run.moe_metrics, 0)
+        open_tracer(run, 0)
     dist.barrier()
 
 

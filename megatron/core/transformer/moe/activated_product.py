@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.core.extensions.torch_native import grouped_product, grouped_weight_grad
+from megatron.core.grad_sink import given, grad_sink_of
 from megatron.core.transformer.moe.expert_activation import activate, differentiate
 
 
@@ -44,16 +45,18 @@ class _ActivatedProduct(torch.autograd.Function):
         gated: bool,
     ) -> Tensor:
         ctx.save_for_backward(inner, probs, weight, tokens_per_expert)
-        ctx.gated = gated
+        ctx.gated, ctx.sink = gated, grad_sink_of(weight)
         active = activate(inner, probs, gated=gated)
         return grouped_product(active, weight.transpose(1, 2), tokens_per_expert)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         inner, probs, weight, tokens_per_expert = ctx.saved_tensors
         grad = grad.contiguous()
         grad_active = grouped_product(grad, weight, tokens_per_expert)
         found = differentiate(inner, probs, grad_active, gated=ctx.gated)
-        grad_weight = grouped_weight_grad(grad, found.activated, tokens_per_expert)
-        return found.inner, found.probs, grad_weight, None, None
+        grad_weight = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = grouped_weight_grad(grad, found.activated, tokens_per_expert)
+        return found.inner, found.probs, given(grad_weight, ctx.sink), None, None

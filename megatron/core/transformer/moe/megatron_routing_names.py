@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.errors import ConfigError
+from megatron.core.transformer.moe.quantile_balancing import expert_quantiles
 from megatron.core.transformer.moe.routing import (
     ScoreFunction,
     group_limited,
@@ -203,16 +204,10 @@ def qb_dual_update(
     """
     scores = scores.detach()
     num_tokens, num_experts = scores.shape
-    worth = scores - beta
-    indices = _best_first(worth, k)
+    indices = _best_first(scores - beta, k)
     if not update_beta or num_tokens == 0 or k >= num_experts:
         return indices, beta
-    alpha = worth.topk(k + 1, dim=1).values[:, k:]  # [num_tokens, 1]
-    whole, part = divmod(num_tokens * k, num_experts)
-    count = min(whole + 2, num_tokens)
-    largest = (scores - alpha).topk(count, dim=0).values
-    price = torch.lerp(largest[whole], largest[min(whole + 1, count - 1)], part / num_experts)
-    return indices, price.to(beta.dtype)
+    return indices, expert_quantiles(scores, k, beta).to(beta.dtype)
 
 
 def apply_random_logits(logits: Tensor) -> Tensor:

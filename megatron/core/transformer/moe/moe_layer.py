@@ -73,7 +73,7 @@ class MoELayer(nn.Module):
             config: Of the model.
             submodules: What to build.
             layer_number: Global index of the layer, from 0.
-            pg_collection: Experts are spread over its ``ep``.
+            pg_collection: Experts are spread over its ``ep``, and each over its ``expt_tp``.
 
         Raises:
             ConfigError: ``config`` contradicts itself; see ``TransformerConfig.check``.
@@ -84,7 +84,7 @@ class MoELayer(nn.Module):
         assert config.num_moe_experts is not None, "a MoE layer needs num_moe_experts"
         self.config = config
         self.layer_number = layer_number
-        self.ep_group = pg_collection.ep
+        self.expert_group = pg_collection.tp_ep
         self.is_recomputed = "moe" in config.recomputed_modules
         self.router = build_module(
             submodules.router, config, layer_number=layer_number, pg_collection=pg_collection
@@ -190,11 +190,11 @@ class MoELayer(nn.Module):
     def _in_chunks(self, tokens: Tensor, routing: Routing, size: int) -> Tensor:
         """Do ``_routed`` for ``size`` tokens at a time, and again in backward.
 
-        Every rank of ``ep`` makes as many chunks as the one with most tokens, empty ones at last.
-        One chunk is not recomputed: it is what there would be without.
+        Every rank that shares the experts makes as many chunks as the one with most tokens, empty
+        ones at last. One chunk is not recomputed: it is what there would be without.
         """
         wanted = -(-len(tokens) // size)
-        count = max(1, largest_over_ranks(self.ep_group, wanted, tokens.device))
+        count = max(1, largest_over_ranks(self.expert_group, wanted, tokens.device))
         sizes = [max(0, min(size, len(tokens) - start * size)) for start in range(count)]
         pieces = zip(*(x.split(sizes) for x in (tokens, *routing)), strict=True)
         outputs = [recomputed(self._routed, count > 1, x, p, m) for x, p, m in pieces]
@@ -203,7 +203,7 @@ class MoELayer(nn.Module):
     def _rows_per_expert(self, num_tokens: int, context: ForwardContext) -> int | None:
         """Rows that every expert gets from each rank, if that needs no exchange to be known."""
         config = self.config
-        if not context.same_num_tokens and self.ep_group.size() > 1:
+        if not context.same_num_tokens and self.expert_group.size() > 1:
             return None
         factor, num_experts = self._capacity_factor(context), self.token_dispatcher.num_experts
         if config.chooses_by_expert:

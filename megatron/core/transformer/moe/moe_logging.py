@@ -27,6 +27,9 @@ _LOSSES = (
     "dropped_fraction",
 )
 _COLUMN = {name: column for column, name in enumerate(_LOSSES)}
+_OF_ALL_TOKENS = [_COLUMN["z_loss"], _COLUMN["global_load_balancing_loss"]]
+"""Sums over tokens divided by the mean number of them (``ForwardContext.mean_valid_tokens``): a
+microbatch without tokens counts, as 0."""
 
 
 class MoEMetricsTracker:
@@ -58,6 +61,7 @@ class MoEMetricsTracker:
         self._counts = torch.zeros(*slots, widest, dtype=torch.int64, device=device)
         self._best_counts = torch.zeros_like(self._counts)
         self._losses = torch.zeros(*slots, len(_LOSSES), dtype=torch.float64, device=device)
+        self._is_filled = torch.zeros(*slots, 1, dtype=torch.bool, device=device)
         self._has: set[tuple[int, str]] = set()
         self._biases: dict[int, Tensor] = {}
         self._columns: dict[tuple[str, ...], Tensor] = {}
@@ -93,6 +97,7 @@ class MoEMetricsTracker:
         """
         row = self._row_of_layer[layer]
         self._counts[row, microbatch, : len(tokens_per_expert)] = tokens_per_expert
+        self._is_filled[row, microbatch] = True
         if expert_bias is not None:
             self._biases[row] = expert_bias
         found = {name: value for name, value in values.items() if value is not None}
@@ -166,19 +171,22 @@ class MoEMetricsTracker:
         """Add the slots to the interval and empty them; no communication.
 
         A value that is not finite is counted and left out; so are the counts of a router whose
-        logits were not finite, which shows in its entropy. A slot without tokens (all padding) has
-        no losses.
+        logits were not finite, which shows in its entropy. A slot without tokens (all padding) is
+        in no mean but of the losses that are sums over all tokens of the step.
         """
         finite = self._losses.isfinite()  # [layers, microbatches, losses]
         routed = finite[:, :, _COLUMN["entropy"], None]
         self._count_sums += (self._counts * routed).sum(dim=1)
         is_counted = finite & (self._counts.sum(dim=2, keepdim=True) > 0)
+        of_all = finite & self._is_filled
+        is_counted[..., _OF_ALL_TOKENS] = of_all[..., _OF_ALL_TOKENS]
         self._loss_sums += self._losses.where(is_counted, 0.0).sum(dim=1)
         self._finite += is_counted.sum(dim=1)
         self._left_out += (~finite).any(dim=2).sum(dim=1)
         self._counts.zero_()
         self._best_counts.zero_()
         self._losses.zero_()
+        self._is_filled.zero_()
         if self._quantiles is not None:
             self._quantiles.clear()
 

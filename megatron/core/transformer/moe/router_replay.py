@@ -278,10 +278,9 @@ class RouterReplay:
 def replay_for_layers(config: TransformerConfig) -> dict[int, RouterReplay]:
     """Return layer number -> a new instance for each MoE layer, for one ``ForwardContext``."""
     assert config.num_moe_experts is not None, "a dense model has no routers"
+    sizes = zip(config.moe_experts_by_layer, config.moe_topk_by_layer, strict=True)
     return {
-        layer: RouterReplay(config.num_moe_experts, config.moe_router_topk)
-        for layer, is_moe in enumerate(config.moe_layer_pattern)
-        if is_moe
+        layer: RouterReplay(*size) for layer, size in zip(config.moe_layers, sizes, strict=True)
     }
 
 

@@ -38,7 +38,7 @@ class TraceIndex:
     num_experts: list[int]
     """Of each of them."""
     topk: list[int]
-    """Columns of each of them."""
+    """Columns of each of them: the most experts that a token may have."""
     format: int = FORMAT
 
 

@@ -18,34 +18,24 @@ def sinkhorn_ranking(logits: Tensor, padding: Tensor | None = None, *, tol: floa
     """Return what a balanced choice ranks the experts of each token by; no gradient.
 
     It is the logarithm of the doubly normalised ``exp(logits)`` up to a constant of each row. One
-    token alone is no crowd: all its experts would tie, so its logits rank them.
+    token alone, or alone among padding, is no crowd: all its experts would tie, so its logits rank
+    them.
 
     Args:
         logits: [num_tokens, num_experts], fp32 or fp64.
         padding: See ``expert_prices``.
         tol: See ``expert_prices``.
-    """
-    logits = logits.detach()
-    return logits + expert_prices(logits, padding, tol=tol) if len(logits) > 1 else logits
-
-
-def sinkhorn(cost: Tensor, tol: float = 1e-4) -> Tensor:
-    """Scale rows and columns of ``exp(cost)`` so that all rows, and all columns, sum alike.
-
-    Args:
-        cost: [num_tokens, num_experts]; the larger, the better they fit.
-        tol: See ``expert_prices``.
-
-    Returns:
-        Of the same shape, fp32 or fp64; rows sum to 1 / num_tokens, and columns to 1 / num_experts
-        once the prices have settled.
 
     Source: Sinkhorn 1964, in logarithms as in Peyre and Cuturi 2019 (arXiv:1803.00567), 4.4; for
     experts: Clark et al. 2022 (arXiv:2202.01169), section 3.1.
     """
-    cost = cost if cost.dtype == torch.float64 else cost.float()
-    columns = (cost + expert_prices(cost, tol=tol)).t()  # [num_experts, num_tokens]
-    return (columns + _row_scale(columns)).exp().t()
+    logits = logits.detach()
+    if len(logits) <= 1:
+        return logits
+    prices = expert_prices(logits, padding, tol=tol)
+    if padding is not None:
+        prices = prices.where((~padding).sum() > 1, 0.0)
+    return logits + prices
 
 
 def expert_prices(

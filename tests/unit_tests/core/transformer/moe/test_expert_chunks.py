@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.models.gpt.moe_module_specs import TOKEN_DISPATCHERS
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
@@ -28,7 +30,8 @@ from tests.unit_tests.core.transformer.moe.layers import (
 )
 
 SIZES = [(13, 6, 21, 9), (0, 5, 0, 12), (0, 0, 0, 0)]
-LAYOUTS = [(1, 1), (2, 2), (4, 2), (4, 4)]
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (4, 2, 1), (4, 4, 1), (2, 1, 2), (4, 2, 2)]
+"""Ranks, expert-parallel ranks, ranks that share an expert."""
 SHAPES: list[dict[str, Any]] = [
     {"add_bias_linear": True, "moe_shared_expert_intermediate_size": 10},
     {"moe_latent_size": 12, "moe_expert_capacity_factor": 0.75},
@@ -54,12 +57,12 @@ def _results(groups: ProcessGroupCollection, num_tokens: int, **options: Any) ->
         "output": output,
         "input": tokens.grad,
         "tokens per expert": report.tokens_per_expert.double(),
-        "dropped": torch.tensor(report.dropped_fraction or (0.0,)),
+        "dropped": torch.tensor(report.mean("dropped_fraction") or 0.0).nan_to_num(),
     }
 
 
-def _parity(ep: int) -> None:
-    groups, rank = make_groups(ep), dist.get_rank()
+def _parity(ep: int, etp: int) -> None:
+    groups, rank = make_groups(ep, etp=etp), dist.get_rank()
     for sizes, shape, dispatcher in product(SIZES, SHAPES, TOKEN_DISPATCHERS):
         options = shape | {"moe_token_dispatcher_type": dispatcher}
         want = _results(groups, sizes[rank], **options)
@@ -68,9 +71,9 @@ def _parity(ep: int) -> None:
             assert relative_error(got[name], tensor) <= 1e-12, (name, options, sizes)
 
 
-@pytest.mark.parametrize(("world_size", "ep"), LAYOUTS)
-def test_chunks_equal_the_whole_in_output_gradients_and_counts(world_size, ep):
-    run_ranks(_parity, world_size, ep)
+@pytest.mark.parametrize(("world_size", "ep", "etp"), LAYOUTS)
+def test_chunks_equal_the_whole_in_output_gradients_and_counts(world_size, ep, etp):
+    run_ranks(_parity, world_size, ep, etp)
 
 
 def _collectives(num_tokens: list[int], forward: list, backward: list) -> None:
@@ -103,6 +106,35 @@ def test_all_ranks_make_as_many_chunks_as_the_one_with_most_tokens():
 def test_one_chunk_is_not_recomputed():
     whole = [AGREED, COUNTS, ROWS, PROBS, ROWS]
     run_ranks(_collectives, 2, [4, 0], whole, [ROWS, PROBS, ROWS])
+
+
+def _wide_sums() -> None:
+    groups = make_groups(1)
+    reference = make_reference(moe_config())
+    tokens = make_tokens(512, torch.float32).detach().view(-1, 1, H)
+
+    def gradient(name: str, **options: Any) -> Tensor:
+        config = moe_config(moe_grouped_mm_backend="torch_native", **options)
+        layer = make_layer(config, groups, reference)
+        ddp = DistributedDataParallel(DistributedDataParallelConfig(), layer, pg_collection=groups)
+        ddp.zero_grad_buffer()
+        output, _ = ddp(tokens.to(next(layer.parameters()).dtype), ForwardContext())
+        output.float().square().sum().backward()
+        ddp.finish_grad_sync()
+        found: Tensor = layer.experts.get_parameter(name).main_grad
+        return found.clone()
+
+    for name in ("weight1", "weight2"):
+        exact = gradient(name)
+        errors = [
+            ((gradient(name, bf16=True, **options) - exact).norm() / exact.norm()).item()
+            for options in ({}, {"moe_expert_chunk_tokens": 2})
+        ]
+        assert errors[1] < 1.2 * errors[0], (name, errors)
+
+
+def test_gradients_of_chunks_in_bf16_add_up_in_fp32_in_a_data_parallel_model():
+    run_ranks(_wide_sums, 1)
 
 
 TOKENS, WIDE, FFN = 128, 64, 128

@@ -6,9 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from tests.helpers.ranks import run_ranks
-from tests.unit_tests.core.transformer.moe.layers import make_groups
+from tests.unit_tests.core.transformer.moe.layers import (
+    NUM_EXPERTS,
+    H,
+    make_groups,
+    make_layer,
+    make_reference,
+    make_tokens,
+    moe_config,
+)
 
 NAN = math.nan
 
@@ -130,16 +139,47 @@ def _padding_only() -> None:
     tracker = MoEMetricsTracker([0], 2, 1, 2, "cpu")
     tracker.record(
         0, 0, tokens_per_expert=torch.tensor([3, 1]), entropy=torch.tensor(0.5),
-        z_loss=torch.tensor(2.0),
+        z_loss=torch.tensor(2.0), load_balancing_loss=torch.tensor(1.5),
     )  # fmt: skip
     tracker.record(
         0, 1, tokens_per_expert=torch.tensor([0, 0]), entropy=torch.tensor(0.0),
-        z_loss=torch.tensor(0.0),
+        z_loss=torch.tensor(0.0), load_balancing_loss=torch.tensor(0.0),
     )  # fmt: skip
     tracker.end_step()
     (use,) = tracker.report(make_groups(1)).layers
-    assert use.means == {"entropy": 0.5, "z_loss": 2.0}
+    # the z-loss is a sum over the tokens of the step over the mean number of a microbatch
+    assert use.means == {"entropy": 0.5, "z_loss": 1.0, "load_balancing_loss": 1.5}
     assert use.left_out == 0
+
+
+def _reported_z_loss(masks: list[list[bool]]) -> float:
+    config = moe_config(moe_z_loss_coeff=0.1, fp64=True)
+    groups = make_groups(1)
+    layer = make_layer(config, groups, make_reference(config))
+    tracker = MoEMetricsTracker([1], NUM_EXPERTS, 2, len(masks), "cpu")
+    valid = len(masks[0]) * len(masks) - sum(map(sum, masks))
+    tokens = make_tokens(len(masks[0]) * len(masks), torch.float64)
+    for index, part in enumerate(tokens.view(len(masks), -1, 1, H)):
+        context = ForwardContext(
+            microbatch=index,
+            moe_metrics=tracker,
+            padding_mask=torch.tensor(masks[index]).unsqueeze(0),
+            mean_valid_tokens=torch.tensor(valid / len(masks)),
+        )
+        layer(part, context)
+    tracker.end_step()
+    return tracker.report(groups).losses()["z_loss"]
+
+
+def _mean_over_tokens() -> None:
+    whole = _reported_z_loss([[False] * 3 + [True] * 9])
+    for size in (3, 4):
+        masks = torch.arange(12).ge(3).view(-1, size).tolist()
+        assert _reported_z_loss(masks) == pytest.approx(whole, rel=1e-12)
+
+
+def test_the_z_loss_told_is_the_mean_over_all_tokens_however_they_are_split():
+    run_ranks(_mean_over_tokens, 1)
 
 
 def test_a_microbatch_of_padding_is_in_no_mean():

@@ -47,6 +47,13 @@ def test_sinkhorn_prices_are_those_of_the_tokens_that_are_no_padding(num_tokens)
     assert sinkhorn_ranking(logits, torch.ones_like(padding)).isfinite().all()
 
 
+def test_a_token_alone_among_padding_goes_to_its_best_experts():
+    logits = _logits(4)
+    for token in range(4):
+        ranking = sinkhorn_ranking(logits, torch.arange(4) != token)
+        assert torch.equal(ranking[token], logits[token])
+
+
 def test_experts_take_padding_last():
     logits, padding = _logits(12), _padding(12)
     routing = expert_choice_routing(logits, K, padding=padding)

@@ -290,6 +290,15 @@ def test_a_context_replays_a_whole_model_without_the_flag():
     assert torch.equal(_hidden(second, ForwardContext()), own), "nothing stays on the model"
 
 
+def test_replays_of_layers_that_differ_have_the_sizes_of_their_layers():
+    config = moe_config(moe_num_experts_per_layer=[4, 8], moe_router_topk_per_layer=[1, 2])
+    replays = replay_for_layers(config)
+    assert {n: (r.num_experts, r.topk) for n, r in replays.items()} == {0: (4, 1), 1: (8, 2)}
+    replays[0].set_target_indices(torch.tensor([[3]]))
+    with pytest.raises(DataError, match="0 to 3"):
+        replays[0].set_target_indices(torch.tensor([[4]]))
+
+
 def _layer(groups: Any, scale: float, **options: Any) -> tuple[MoELayer, Any]:
     config = moe_config(fp64=True, **options)
     reference = make_reference(config)

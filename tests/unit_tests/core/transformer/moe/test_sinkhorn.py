@@ -9,7 +9,6 @@ from megatron.core.transformer.moe.routing import map_of_largest
 from megatron.core.transformer.moe.sinkhorn import (
     ROUNDS,
     expert_prices,
-    sinkhorn,
     sinkhorn_ranking,
 )
 from tests.reference.balanced_choice import sinkhorn_chosen, sinkhorn_prices
@@ -36,11 +35,9 @@ def test_prices_are_those_of_plain_scaling(num_tokens, num_experts, scale, round
             assert row.nonzero().flatten().tolist() == sorted(experts)
 
 
-def test_rows_and_columns_of_the_matrix_sum_alike():
-    plan = sinkhorn(_logits(60, 6), tol=1e-10)
-    torch.testing.assert_close(plan.sum(dim=1), torch.full((60,), 1 / 60).double())
+def test_columns_of_the_matrix_sum_alike():
+    plan = sinkhorn_ranking(_logits(60, 6), tol=1e-10).softmax(dim=1) / 60
     torch.testing.assert_close(plan.sum(dim=0), torch.full((6,), 1 / 6).double(), rtol=1e-6, atol=0)
-    assert sinkhorn(_logits(5, 6, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("scale", [100.0, 1000.0, 1e30])
@@ -48,7 +45,7 @@ def test_rows_and_columns_of_the_matrix_sum_alike():
 def test_logits_of_any_size_give_numbers_and_topk_experts(scale, dtype):
     logits = _logits(50, 8, scale, dtype)
     assert expert_prices(logits).isfinite().all()
-    assert sinkhorn(logits).isfinite().all()
+    assert sinkhorn_ranking(logits).isfinite().all()
     assert (map_of_largest(sinkhorn_ranking(logits), 2).sum(dim=1) == 2).all()
 
 
@@ -84,11 +81,9 @@ def test_a_token_alone_goes_to_its_best_experts():
     logits = _logits(1, 8)
     chosen = map_of_largest(sinkhorn_ranking(logits), 2)
     assert torch.equal(chosen, map_of_largest(logits, 2))
-    torch.testing.assert_close(sinkhorn(logits), torch.full((1, 8), 1 / 8).double())
 
 
 def test_no_tokens_are_no_problem():
     logits = torch.zeros(0, 4)
     assert sinkhorn_ranking(logits).shape == (0, 4)
-    assert sinkhorn(logits).shape == (0, 4)
     assert math.isfinite(expert_prices(logits).sum())
