@@ -6,16 +6,23 @@ dropout and every balance loss are on where a case does not say otherwise.
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megatron.core.dist_checkpointing.mapping import model_tensors, optimizer_tensors
+from megatron.core.dist_checkpointing.serialization import read_tensors, write_tensors
+from megatron.core.dist_checkpointing.tensor_shards import Storable
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.microbatch_share import MicrobatchShare
-from tests.helpers.layouts import LayoutResult, make_batch, run_layout
+from tests.helpers.layouts import LayoutResult, make_batch, make_config, make_run, run_layout
+from tests.helpers.ranks import run_ranks
 from tests.parity.test_layouts import CASES as EXPERT_CASES
 from tests.parity.test_layouts import compare
+from tests.unit_tests.core.dist_checkpointing.stand_in import clear, fill, wrong_keys
 
 BASE = {"num_attention_heads": 4, "optimizer": "sgd"}
 ALL_LOSSES = {
@@ -100,6 +107,41 @@ def test_every_feature_equals_one_process(case, shared):
 @pytest.mark.parametrize("case", ["expert_choice", "capacity_padded"])
 def test_choices_over_a_microbatch_equal_one_process(case):
     check(case, (2, 2, 2, 1), True)
+
+
+GRID_OF_CHECKPOINT = {1: (1, 1, None), 2: (2, 2, 1), 4: (2, 2, 2)}  # ranks -> TP, EP, ETP
+
+
+def _tensors(world_size: int) -> dict[str, Storable]:
+    tp, ep, etp = GRID_OF_CHECKPOINT[world_size]
+    grid = {
+        "tensor_model_parallel_size": tp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": etp,
+        "sequence_parallel": tp > 1,
+    }
+    options = BASE | ALL_LOSSES | {"optimizer": "adam", "moe_layer_freq": [0, 1]}
+    run = make_run(make_config(**options, **grid))
+    return model_tensors(run.model.module) | optimizer_tensors(run.optimizer.named_state())
+
+
+def _save(folder: str, world_size: int) -> None:
+    tensors = _tensors(world_size)
+    fill(tensors)
+    write_tensors(Path(folder), tensors, dist.group.WORLD)
+
+
+def _load(folder: str, world_size: int) -> None:
+    tensors = _tensors(world_size)
+    clear(tensors)
+    read_tensors(Path(folder), tensors, dist.group.WORLD, prefixes=("model.", "optimizer."))
+    assert wrong_keys(tensors) == []
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 2), (2, 1), (4, 1), (2, 4)])
+def test_weights_and_moments_fit_any_grid(tmp_path, saved, loaded):
+    run_ranks(_save, saved, str(tmp_path), saved)
+    run_ranks(_load, loaded, str(tmp_path), loaded)
 
 
 @pytest.mark.slow

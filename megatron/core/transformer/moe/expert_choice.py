@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.capacity import get_capacity
-from megatron.core.transformer.moe.microbatch_share import MicrobatchShare
 from megatron.core.transformer.moe.routing import (
     Routing,
     ScoreFunction,
@@ -17,6 +16,7 @@ from megatron.core.transformer.moe.routing import (
     log_scores,
     map_of_largest,
 )
+from megatron.core.transformer.moe.token_share import TokenShare
 
 
 def expert_choice_routing(
@@ -27,7 +27,7 @@ def expert_choice_routing(
     score_function: ScoreFunction = "softmax",
     scaling_factor: float | None = None,
     padding: Tensor | None = None,
-    share: MicrobatchShare | None = None,
+    share: TokenShare | None = None,
 ) -> Routing:
     """Let each expert take the tokens that score it best; a token has 0 to num_experts experts.
 
@@ -54,7 +54,7 @@ def expert_choice_routing(
         merit = merit.masked_fill(padding.unsqueeze(1), float("-inf"))
     if share is not None:
         merit = share.gather(merit)
-    capacity = expert_capacity(*merit.shape, topk, capacity_factor)
+    capacity = expert_capacity(len(merit), merit.shape[1], topk, capacity_factor)
     routing_map = map_of_largest(merit.t().contiguous(), capacity).t().contiguous()
     if share is not None:
         routing_map = share.own(routing_map)

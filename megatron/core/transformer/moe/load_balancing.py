@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.core.transformer.moe.microbatch_share import MicrobatchShare
 from megatron.core.transformer.moe.routing import softmax_over_experts
+from megatron.core.transformer.moe.token_share import TokenShare
 
 
 def switch_load_balancing_loss(
@@ -62,7 +62,7 @@ def sequence_balance_loss(
     topk: int,
     num_samples: int,
     padding: Tensor | None = None,
-    share: MicrobatchShare | None = None,
+    share: TokenShare | None = None,
 ) -> Tensor:
     """Return the mean over samples of ``switch_load_balancing_loss`` of each sample's tokens.
 

@@ -143,7 +143,8 @@ class MoEMetricsTracker:
         Args:
             layer: Global index of the layer.
             microbatch: Slot within the step.
-            quantiles: [num_experts of the layer], of this rank's tokens.
+            quantiles: [num_experts of the layer], of the tokens of the microbatch: the same on all
+                ranks that share it.
             num_tokens: How many tokens they are of.
         """
         if self._quantiles is None:

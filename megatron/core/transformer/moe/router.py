@@ -71,7 +71,8 @@ class TopKRouter(nn.Module):
 
     In training the balance losses ride on ``probs`` (``MoEAuxLossAutoScaler``); each is a mean over
     the tokens of one microbatch, of which this rank may have a share, and
-    ``context.aux_loss_scale`` makes the mean over those. How far balance is looked for (microbatch, sequence, all ranks) is in the counts.
+    ``context.aux_loss_scale`` makes the mean over those. How far balance is looked for
+    (microbatch, sequence, all ranks) is in the counts.
     """
 
     weight: nn.Parameter
@@ -170,12 +171,13 @@ class TopKRouter(nn.Module):
         if self.router_type == "expert_choice":
             return self._choose_by_expert(logits, context)
         if self.qb_beta is not None and self.training and context.moe_metrics is not None:
-            padding = context.padding_rows()
+            padding = self.share.gather_padding(context.padding_rows())
+            every = self.share.gather(logits)
             context.moe_metrics.record_quantiles(
                 self.layer_number,
                 context.microbatch,
-                expert_quantiles(logits, self.topk, self.qb_beta, padding),
-                len(logits) if padding is None else (~padding).sum(),
+                expert_quantiles(every, self.topk, self.qb_beta, padding),
+                len(every) if padding is None else (~padding).sum(),
             )
         replay = (context.router_replay or {}).get(self.layer_number, self.router_replay)
         replayed = None
