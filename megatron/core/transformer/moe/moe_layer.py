@@ -292,7 +292,8 @@ def _latent_projections(
         build_module(spec, full, latent, init=input_init(config), **options),
         build_module(spec, latent, full, init=output_init(config), **options),
     )
-    if config.tensor_model_parallel_size > 1:
+    works_on_share = config.tensor_model_parallel_size > 1
+    if works_on_share:
         for param in (*pair[0].parameters(), *pair[1].parameters()):
             set_role(param, replace(role_of(param), sums_over_tp=True))
     return pair
