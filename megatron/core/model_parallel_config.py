@@ -12,11 +12,12 @@ class ModelParallelConfig:
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each dense weight matrix: heads, query groups, ffn and vocabulary are split
-    over them. With experts only 1 is offered so far."""
+    over them."""
 
     sequence_parallel: bool = False
     """Between the matrices, give each tensor-parallel rank its share of the sequence: less memory
-    for activations, the same result. --seq-length is a multiple of the ranks."""
+    for activations, the same result. --seq-length is a multiple of the ranks. On one rank there is
+    nothing to split."""
 
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are split into. Only 1 is offered so far."""

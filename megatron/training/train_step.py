@@ -80,10 +80,11 @@ def train_step(
     else:
         _tell_samples(run.world, state, losses, batches)
     if run.moe_metrics is not None:
+        groups = run.world.pg_collection
         if updated:
-            update_expert_biases(run.model, run.moe_metrics, run.world.pg_collection.dp_cp)
-            update_quantile_betas(run.model, run.moe_metrics, run.world.pg_collection.dp_cp)
-        run.moe_metrics.end_step()
+            update_expert_biases(run.model, run.moe_metrics, groups.tp_dp_cp)
+            update_quantile_betas(run.model, run.moe_metrics, groups.tp_dp_cp)
+        run.moe_metrics.end_step(groups.tp_cp)
     if run.router_tracer is not None:
         run.router_tracer.advance_step(state.iteration + 1, cpu_batches)
     if not updated:
@@ -126,7 +127,7 @@ def forward_backward(
     run: Run, state: TrainState, batch: Batch, index: int, counts: TokenCounts
 ) -> Tensor:
     """Add one microbatch to the gradients; return its sum of losses, [] fp64, without gradient."""
-    forwards = run.num_microbatches * run.world.pg_collection.dp_cp.size()
+    forwards = run.num_microbatches * run.world.pg_collection.dp.size()  # of all their shares
     context = ForwardContext(
         rng=SampleRng(state.dropout_seed, batch.sample_ids),
         microbatch=index,

@@ -20,10 +20,27 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
     **MOE_CASES,
     "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
-    "tensor parallel experts": (
-        4,
-        f"{MOE} --tensor-model-parallel-size 2",
-        ["--tensor-model-parallel-size 2 with --num-experts is not offered yet", "share experts"],
+    "tensor parallel positions of experts": (
+        2,
+        f"{MOE} --tensor-model-parallel-size 2 --num-attention-heads 4 --seq-length 63",
+        ["MoE layers share --seq-length 63 over --tensor-model-parallel-size 2, which does not"],
+    ),
+    "tensor parallel shared experts": (
+        2,
+        f"{MOE} --tensor-model-parallel-size 2 --num-attention-heads 4 "
+        "--moe-shared-expert-intermediate-size 33",
+        ["must divide --moe-shared-expert-intermediate-size 33; sizes that fit: 1, 3"],
+    ),
+    "tensor parallel replay": (
+        2,
+        f"{MOE} --tensor-model-parallel-size 2 --num-attention-heads 4 --moe-enable-routing-replay",
+        ["--moe-enable-routing-replay with --tensor-model-parallel-size 2 is not offered"],
+    ),
+    "tensor parallel trace": (
+        2,
+        f"{MOE} --tensor-model-parallel-size 2 --num-attention-heads 4 "
+        "--moe-routing-trace-path trace",
+        ["--moe-routing-trace-path is not offered with --tensor-model-parallel-size 2"],
     ),
     "tensor parallel heads": (
         3,
@@ -45,11 +62,6 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         2,
         f"{GOOD} --num-attention-heads 4 --tensor-model-parallel-size 2 --padded-vocab-size 50257",
         ["must divide the padded vocabulary 50257", "leave out --padded-vocab-size"],
-    ),
-    "sequence parallel alone": (
-        2,
-        f"{GOOD} --sequence-parallel",
-        ["--sequence-parallel has no effect with --tensor-model-parallel-size 1"],
     ),
     "sequence parallel length": (
         2,

@@ -79,9 +79,11 @@ def test_each_head_of_four_on_a_rank_of_its_own_equals_one_process(shared):
 
 def _same_masks(patch: pytest.MonkeyPatch) -> None:
     right = WeightDropout.kept
-    patch.setattr(
-        WeightDropout, "kept", lambda self, *args: right(self._replace(first_head=0), *args)
-    )
+
+    def as_the_first_rank(self, *args, **places):
+        return right(self._replace(first_head=0), *args, **places)
+
+    patch.setattr(WeightDropout, "kept", as_the_first_rank)
 
 
 def _same_dropout_on_every_share(patch: pytest.MonkeyPatch) -> None:

@@ -73,9 +73,7 @@ class SampleRng:
         if share is not None:
             shape = torch.Size((x.shape[0] * share.ranks, *x.shape[1:]))
         kept = self.kept(shape, p, layer=layer, site=site, batch_dim=batch_dim, device=x.device)
-        if share is not None:
-            kept = kept.chunk(share.ranks)[share.rank]
-        out: Tensor = _Dropout.apply(x, kept, keep_scale(p))
+        out: Tensor = _Dropout.apply(x, _own(kept, share), keep_scale(p))
         return out
 
     def kept(
@@ -97,27 +95,45 @@ class SampleRng:
             torch.ge(_random_int16(one.shape, generator), threshold, out=one)
         return mask
 
-    def jitter(self, x: Tensor, eps: float, *, layer: int, site: str, batch_dim: int) -> Tensor:
+    def jitter(
+        self,
+        x: Tensor,
+        eps: float,
+        *,
+        layer: int,
+        site: str,
+        batch_dim: int,
+        share: SequenceShare | None = None,
+    ) -> Tensor:
         """Multiply each element of ``x`` by a number drawn evenly between 1 - eps and 1 + eps.
 
         The numbers have 65536 levels; the other arguments are those of ``dropout``.
         """
         assert x.shape[batch_dim] == len(self.sample_ids), f"{x.shape=} {self.sample_ids=}"
-        factor = torch.empty_like(x)
+        factor = _whole_like(x, share)
         for i, generator in enumerate(self._generators(layer, site, x.device)):
             one = factor.select(batch_dim, i)
             one.copy_(_random_int16(one.shape, generator))
+        factor = _own(factor, share)
         return x * factor.add_(0.5).mul_(2 * eps / _LEVELS).add_(1.0)
 
-    def normal_like(self, x: Tensor, *, layer: int, site: str, batch_dim: int) -> Tensor:
+    def normal_like(
+        self,
+        x: Tensor,
+        *,
+        layer: int,
+        site: str,
+        batch_dim: int,
+        share: SequenceShare | None = None,
+    ) -> Tensor:
         """Return standard normal numbers shaped like ``x``; see ``dropout``."""
         assert x.shape[batch_dim] == len(self.sample_ids), f"{x.shape=} {self.sample_ids=}"
-        drawn = torch.empty_like(x)
+        drawn = _whole_like(x, share)
         for i, generator in enumerate(self._generators(layer, site, x.device)):
             one = drawn.select(batch_dim, i)
             # drawn apart: into a strided view, numbers would come in another order
             one.copy_(torch.randn(one.shape, generator=generator, device=x.device, dtype=x.dtype))
-        return drawn
+        return _own(drawn, share)
 
     def shared_normal(
         self, count: int, *, layer: int, site: str, step: int | None, like: Tensor
@@ -141,6 +157,17 @@ class SampleRng:
         for sample in self.sample_ids:
             generator.manual_seed(_hash(f"{self.seed}/{sample}/{layer}/{site}"))
             yield generator
+
+
+def _whole_like(x: Tensor, share: SequenceShare | None) -> Tensor:
+    """Return room for what ``x`` is a share of along dim 0, or for ``x`` when None."""
+    if share is None:
+        return torch.empty_like(x)
+    return x.new_empty(x.shape[0] * share.ranks, *x.shape[1:])
+
+
+def _own(whole: Tensor, share: SequenceShare | None) -> Tensor:
+    return whole if share is None else whole.chunk(share.ranks)[share.rank]
 
 
 def as_factor(kept: Tensor, dtype: torch.dtype) -> Tensor:

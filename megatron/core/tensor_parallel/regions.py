@@ -46,6 +46,17 @@ def share_sequence(group: ProcessGroup, x: Tensor, *, sequence_parallel: bool) -
     return out
 
 
+def gather_sequence(group: ProcessGroup, x: Tensor) -> Tensor:
+    """Give every rank the shares ``x`` [s / ranks, ...] of all: [s, ...], the same everywhere.
+
+    So is its gradient, of which each rank keeps its share: the mirror image of ``share_sequence``.
+    """
+    if group.size() == 1:
+        return x
+    out: Tensor = _GatherShares.apply(group, x)
+    return out
+
+
 def copy_to_region(group: ProcessGroup, x: Tensor) -> Tensor:
     """Return ``x`` as it is; its gradient is the sum of those of all ranks of ``group``.
 
@@ -116,3 +127,15 @@ class _Share(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, all_gather_rows(ctx.group, grad, [grad.shape[0]] * ctx.group.size())
+
+
+class _GatherShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, x: Tensor) -> Tensor:
+        ctx.group = group
+        return all_gather_rows(group, x, [x.shape[0]] * group.size())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous()

@@ -38,8 +38,8 @@ class ForwardContext:
     """[b, s] bool, True where a token is padding: it is routed like any other, but is in no
     balance loss, count, entropy or expert bias. None for none."""
     mean_valid_tokens: Tensor | None = None
-    """[] tokens of a microbatch of a rank that are no padding, mean over the global batch; losses
-    that are means over tokens divide by it. None: by the tokens of each microbatch."""
+    """[] tokens of a microbatch, of all its shares, that are no padding, mean over the global
+    batch; losses that are means over tokens divide by it. None: by the tokens of each."""
     kv_cache: "KVCache | None" = None
     """Keys and values of earlier positions, in generation."""
     same_num_tokens: bool = False

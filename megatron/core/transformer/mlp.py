@@ -37,6 +37,7 @@ class MLP(nn.Module):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         ffn_size: int | None = None,
+        shares_tokens: bool | None = None,
     ) -> None:
         """Build both matrices.
 
@@ -46,11 +47,14 @@ class MLP(nn.Module):
             layer_number: Taken because every MLP slot is given it; a dense MLP needs it not.
             pg_collection: Its ``tp`` splits the width between the matrices.
             ffn_size: Width between the matrices; ``config.ffn_size`` when None.
+            shares_tokens: Each rank of ``tp`` brings its share of the tokens and takes that of the
+                outputs; ``config.sequence_parallel`` when None.
         """
         super().__init__()
         del layer_number
         hidden, dtype = config.hidden_size, params_dtype(config)
         ffn = ffn_size or config.ffn_size
+        shared = config.sequence_parallel if shares_tokens is None else shares_tokens
         self.is_recomputed = "mlp" in config.recomputed_modules
         self.activation = submodules.activation
         self.linear_fc1 = build_module(
@@ -59,7 +63,7 @@ class MLP(nn.Module):
             ffn * (2 if submodules.gated else 1),
             pg_collection=pg_collection,
             parts=(ffn, ffn) if submodules.gated else (ffn,),
-            sequence_parallel=config.sequence_parallel,
+            sequence_parallel=shared,
             init=input_init(config),
             dtype=dtype,
             bias=config.add_bias_linear,
@@ -69,7 +73,7 @@ class MLP(nn.Module):
             ffn,
             hidden,
             pg_collection=pg_collection,
-            sequence_parallel=config.sequence_parallel,
+            sequence_parallel=shared,
             init=output_init(config),
             dtype=dtype,
             bias=config.add_bias_linear,

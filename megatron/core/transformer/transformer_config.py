@@ -76,16 +76,21 @@ class TransformerConfig(
         """Yield a sentence for each width that tensor-parallel ranks cannot share evenly."""
         size = self.tensor_model_parallel_size
         shown = f"--tensor-model-parallel-size {size}"
-        if size > 1 and self.num_moe_experts is not None:
+        if size > 1 and self.moe_enable_routing_replay:
             yield (
-                f"{shown} with --num-experts is not offered yet; share experts with "
-                "--expert-tensor-parallel-size and spread them with --expert-model-parallel-size"
+                f"--moe-enable-routing-replay with {shown} is not offered: a router sees a share "
+                "of the tokens; replay with --tensor-model-parallel-size 1"
             )
-            return
         widths = {"--num-attention-heads": self.num_attention_heads}
         if self.group_query_attention:
             widths["--num-query-groups"] = self.query_groups
-        for what, width in {**widths, "--ffn-hidden-size": self.ffn_size}.items():
+        is_sparse = self.num_moe_experts is not None and not any(self.layer_problems())
+        if not (is_sparse and all(self.moe_layer_pattern)):
+            widths["--ffn-hidden-size"] = self.ffn_size
+        if self.num_moe_experts is not None:
+            shared = self.moe_shared_expert_intermediate_size
+            widths["--moe-shared-expert-intermediate-size"] = shared or 0
+        for what, width in widths.items():
             if size > 0 and width and width % size:
                 fits = [str(count) for count in range(1, 2 * size) if width % count == 0]
                 yield f"{shown} must divide {what} {width}; sizes that fit: {', '.join(fits[-3:])}"

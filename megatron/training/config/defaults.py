@@ -240,6 +240,15 @@ def _nodes(run: Derivation) -> None:
         run.use("moe_dispatcher_node_size", size, "ranks that torchrun started on a node")
 
 
+def _sequence_parallelism(run: Derivation) -> None:
+    model = run.config.model
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        model.sequence_parallel = False
+        run.notices.append(
+            "--sequence-parallel: nothing to split with --tensor-model-parallel-size 1"
+        )
+
+
 def _balancing(run: Derivation) -> None:
     model = run.config.model
     if model.num_moe_experts is None:
@@ -280,6 +289,7 @@ _STEPS: tuple[Callable[[Derivation], None], ...] = (
     _experts,
     _heads,
     _sequence,
+    _sequence_parallelism,
     _batches,
     _iterations,
     _schedule,

@@ -56,13 +56,10 @@ def _dense_grid(check: Check) -> Iterator[str]:
             f"(ranks of torchrun); valid --tensor-model-parallel-size here: {', '.join(legal)}"
         )
     length = check.config.data.seq_length
-    if tp == 1:
-        yield from check.useless(
-            "sequence_parallel", "with --tensor-model-parallel-size 1: there is nothing to share"
-        )
-    elif model.sequence_parallel and length % tp:
+    if (model.sequence_parallel or model.num_moe_experts) and tp > 0 and length % tp:
+        who = "--sequence-parallel shares" if model.sequence_parallel else "MoE layers share"
         yield (
-            f"--sequence-parallel shares {check.show('seq_length')} over "
+            f"{who} {check.show('seq_length')} over "
             f"{check.show('tensor_model_parallel_size')}, which does not divide it"
         )
     vocab = check.config.tokenizer.padded_vocab_size

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.routing import (
     log_scores,
     map_of_largest,
 )
+from megatron.core.transformer.moe.token_share import TokenShare
 
 
 def expert_choice_routing(
@@ -26,6 +27,7 @@ def expert_choice_routing(
     score_function: ScoreFunction = "softmax",
     scaling_factor: float | None = None,
     padding: Tensor | None = None,
+    share: TokenShare | None = None,
 ) -> Routing:
     """Let each expert take the tokens that score it best; a token has 0 to num_experts experts.
 
@@ -40,18 +42,22 @@ def expert_choice_routing(
         score_function: See ``log_scores``.
         scaling_factor: What probs are multiplied by at the end; None for 1.
         padding: [num_tokens] bool, True for tokens that are taken after all others; None for none.
+        share: Where the rows are a share of the microbatch; None when they are all of it.
 
     Source: Zhou et al. 2022 (arXiv:2202.09368), section 3.2.
     """
     scores = _wide_scores(logits, score_function)
-    num_tokens, num_experts = logits.shape
-    capacity = expert_capacity(num_tokens, num_experts, topk, capacity_factor)
     merit = scores.detach()
     if score_function == "softmax":
         merit = merit.log_softmax(dim=1)  # unlike the softmax, never a tie of zeros
     if padding is not None:
         merit = merit.masked_fill(padding.unsqueeze(1), float("-inf"))
+    if share is not None:
+        merit = share.gather(merit)
+    capacity = expert_capacity(len(merit), merit.shape[1], topk, capacity_factor)
     routing_map = map_of_largest(merit.t().contiguous(), capacity).t().contiguous()
+    if share is not None:
+        routing_map = share.own(routing_map)
     return Routing(_own_scores(scores, routing_map, score_function, scaling_factor), routing_map)
 
 

@@ -15,10 +15,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.core.transformer.moe.routing import softmax_over_experts
+from megatron.core.transformer.moe.token_share import TokenShare
 
 
 def switch_load_balancing_loss(
-    logits: Tensor, tokens_per_expert: Tensor, topk: int, padding: Tensor | None = None
+    logits: Tensor,
+    tokens_per_expert: Tensor,
+    topk: int,
+    padding: Tensor | None = None,
+    num_tokens: int | Tensor | None = None,
 ) -> Tensor:
     """Return E * sum_i(f_i * P_i): 1.0 when experts are used evenly, up to E / topk when not.
 
@@ -32,13 +37,14 @@ def switch_load_balancing_loss(
             num_tokens * topk.
         topk: Experts per token.
         padding: See the module.
+        num_tokens: See the module; what ``tokens_per_expert`` counted.
 
     Returns:
         Scalar in the dtype of ``logits``; 0 for no tokens.
 
     Source: Fedus et al. 2021 (arXiv:2101.03961), eq. 4-6, with f counted over top-k.
     """
-    num_tokens = count_valid(logits, padding)
+    num_tokens = count_valid(logits, padding) if num_tokens is None else num_tokens
     shares = tokens_per_expert.to(logits.dtype) * (1.0 / (num_tokens * topk))
     return balance_loss_of_shares(logits, shares, padding, num_tokens)
 
@@ -51,7 +57,12 @@ def count_valid(logits: Tensor, padding: Tensor | None) -> int | Tensor:
 
 
 def sequence_balance_loss(
-    logits: Tensor, best: Tensor, topk: int, num_samples: int, padding: Tensor | None = None
+    logits: Tensor,
+    best: Tensor,
+    topk: int,
+    num_samples: int,
+    padding: Tensor | None = None,
+    share: TokenShare | None = None,
 ) -> Tensor:
     """Return the mean over samples of ``switch_load_balancing_loss`` of each sample's tokens.
 
@@ -63,16 +74,23 @@ def sequence_balance_loss(
         topk: Experts per token.
         num_samples: In the microbatch.
         padding: See the module.
+        share: Where other ranks have other positions of these samples; None when none does. The
+            losses of all shares add up to that of the whole samples.
 
     Source: DeepSeek-V3 (arXiv:2412.19437), eq. 17-20.
     """
     num_tokens, num_experts = logits.shape
     length = num_tokens // num_samples
-    counts = best.view(length, num_samples, num_experts).sum(dim=0).to(logits.dtype)
+    counts = best.view(length, num_samples, num_experts).sum(dim=0)
+    if share is not None:
+        counts = share.total(counts)
+        num_tokens *= share.ranks
+    counts = counts.to(logits.dtype)
     if padding is None:
         scale = num_samples / (max(num_tokens, 1) * topk)
-        return balance_loss_of_shares(logits, counts * scale)
-    valid = (~padding).view(length, num_samples, 1).sum(dim=0).clamp(min=1).to(logits.dtype)
+        return balance_loss_of_shares(logits, counts * scale, num_tokens=max(num_tokens, 1))
+    valid = (~padding).view(length, num_samples, 1).sum(dim=0)
+    valid = (valid if share is None else share.total(valid)).clamp(min=1).to(logits.dtype)
     shares = counts / (valid * topk)  # [num_samples, E]
     return balance_loss_of_shares(logits, shares, padding, valid * num_samples)
 
@@ -120,7 +138,9 @@ def router_z_loss(
     return loss
 
 
-def router_entropy(logits: Tensor, padding: Tensor | None = None) -> Tensor:
+def router_entropy(
+    logits: Tensor, padding: Tensor | None = None, num_tokens: int | Tensor | None = None
+) -> Tensor:
     """Return the mean over tokens of the entropy of softmax(logits), in nats; no gradient.
 
     Of scores that are no softmax, give their ``log_scores``.
@@ -131,7 +151,8 @@ def router_entropy(logits: Tensor, padding: Tensor | None = None) -> Tensor:
     logits = logits.detach()
     scores = softmax_over_experts(logits)
     entropy = logits.logsumexp(dim=1) - torch.linalg.vecdot(scores, logits)
-    return _without(entropy, padding).sum() / count_valid(logits, padding)
+    num_tokens = count_valid(logits, padding) if num_tokens is None else num_tokens
+    return _without(entropy, padding).sum() / num_tokens
 
 
 def updated_expert_bias(expert_bias: Tensor, tokens_per_expert: Tensor, rate: float) -> Tensor:

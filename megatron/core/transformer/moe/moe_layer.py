@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from megatron.core.errors import ConfigError
+from megatron.core.param_role import role_of, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import largest_over_ranks
+from megatron.core.tensor_parallel.regions import gather_sequence, share_sequence
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.moe.capacity import (
@@ -17,6 +21,7 @@ from megatron.core.transformer.moe.capacity import (
     get_capacity,
 )
 from megatron.core.transformer.moe.expert_choice import expert_capacity, takes_by_expert
+from megatron.core.transformer.moe.microbatch_share import MicrobatchShare
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.routing import Routing
 from megatron.core.transformer.moe.shared_experts import SharedExpertsMeanwhile
@@ -84,7 +89,8 @@ class MoELayer(nn.Module):
         assert config.num_moe_experts is not None, "a MoE layer needs num_moe_experts"
         self.config = config
         self.layer_number = layer_number
-        self.expert_group = pg_collection.tp_ep
+        self.expert_group, self.tp_group = pg_collection.tp_ep, pg_collection.tp
+        self.share = MicrobatchShare(pg_collection.tp_cp)
         self.is_recomputed = "moe" in config.recomputed_modules
         self.router = build_module(
             submodules.router, config, layer_number=layer_number, pg_collection=pg_collection
@@ -122,10 +128,10 @@ class MoELayer(nn.Module):
         *,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Apply to ``hidden_states`` [s, b, h].
+        """Apply to ``hidden_states`` [s, b, h], or to this rank's share of the sequence.
 
         Args:
-            hidden_states: [s, b, h].
+            hidden_states: [s, b, h]; [s / tp, b, h] with sequence parallelism.
             context: Of the forward.
             padding_mask: [b, s] bool, True where a token is padding, as
                 ``ForwardContext.padding_mask``, which it replaces; None leaves that as it is.
@@ -135,7 +141,24 @@ class MoELayer(nn.Module):
         """
         if padding_mask is not None:
             context = replace(context, padding_mask=padding_mask)
-        return recomputed(self._mix, self.is_recomputed, hidden_states, context), None
+        whole = not self.config.sequence_parallel
+        if whole:
+            self._check_shares(hidden_states.shape[0])
+            hidden_states = share_sequence(self.tp_group, hidden_states, sequence_parallel=True)
+        context = _own_positions(context, self.tp_group)
+        output = recomputed(self._mix, self.is_recomputed, hidden_states, context)
+        return gather_sequence(self.tp_group, output) if whole else output, None
+
+    def _check_shares(self, length: int) -> None:
+        ranks = self.tp_group.size()
+        ConfigError.raise_if_any(
+            [
+                f"a MoE layer shares {length} positions over --tensor-model-parallel-size {ranks}, "
+                "which does not divide them; generate with a model of 1"
+            ]
+            if length % ranks
+            else []
+        )
 
     def _mix(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Route, send, compute and bring back: the layer itself."""
@@ -203,8 +226,8 @@ class MoELayer(nn.Module):
     def _rows_per_expert(self, num_tokens: int, context: ForwardContext) -> int | None:
         """Rows that every expert gets from each rank, if that needs no exchange to be known."""
         config = self.config
-        if not context.same_num_tokens and self.expert_group.size() > 1:
-            return None
+        if self.share.ranks > 1 or (not context.same_num_tokens and self.expert_group.size() > 1):
+            return None  # a capacity of the whole microbatch: any of it may be on any rank
         factor, num_experts = self._capacity_factor(context), self.token_dispatcher.num_experts
         if config.chooses_by_expert:
             if not takes_by_expert(self.router.training, context):
@@ -224,19 +247,39 @@ class MoELayer(nn.Module):
         factor = self._capacity_factor(context)
         if factor is None or self.config.chooses_by_expert:
             return routing
+        is_whole = self.share.ranks == 1
+        every = routing if is_whole else Routing(*map(self.share.gather, routing))
         limited = apply_router_token_dropping(
-            *routing,
+            *every,
             self.config.moe_router_topk,
             factor,
             self.config.moe_token_drop_policy,
             self.config.moe_pad_expert_input_to_capacity,
         )
         if context.moe_metrics is not None:
-            share = dropped_fraction(
-                routing.routing_map, limited.routing_map, context.padding_rows()
-            )
-            context.moe_metrics.record_dropped(self.layer_number, context.microbatch, share)
-        return limited
+            padding = self.share.gather_padding(context.padding_rows())
+            share = dropped_fraction(every.routing_map, limited.routing_map, padding)
+            part = share / self.share.ranks  # parts of all shares add up
+            context.moe_metrics.record_dropped(self.layer_number, context.microbatch, part)
+        if is_whole:
+            return limited
+        kept = self.share.own(limited.routing_map)
+        return Routing(routing.probs.masked_fill(~(kept & routing.routing_map), 0.0), kept)
+
+
+def _own_positions(context: ForwardContext, tp: ProcessGroup) -> ForwardContext:
+    """Return ``context`` with this rank's share of what is said of each position."""
+    if tp.size() == 1:
+        return context
+    return replace(
+        context,
+        padding_mask=_own_columns(context.padding_mask, tp),
+        token_ids=_own_columns(context.token_ids, tp),
+    )
+
+
+def _own_columns(x: Tensor | None, tp: ProcessGroup) -> Tensor | None:
+    return None if x is None else x.chunk(tp.size(), dim=1)[tp.rank()]
 
 
 def _latent_projections(
@@ -245,10 +288,15 @@ def _latent_projections(
     """Build the matrices from the width of a token to that of the experts, and back."""
     full, latent = config.hidden_size, config.moe_hidden_size
     options = {"dtype": params_dtype(config), "bias": config.add_bias_linear}
-    return (
+    pair = (
         build_module(spec, full, latent, init=input_init(config), **options),
         build_module(spec, latent, full, init=output_init(config), **options),
     )
+    works_on_share = config.tensor_model_parallel_size > 1
+    if works_on_share:
+        for param in (*pair[0].parameters(), *pair[1].parameters()):
+            set_role(param, replace(role_of(param), sums_over_tp=True))
+    return pair
 
 
 def _project(projection: nn.Module | None, tokens: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class MoEMetricsTracker:
                 padding.
             expert_bias: [num_experts], looked at again in ``report``; None without.
             **values: Scalars: the names of ``LayerUse.means``; losses without their coefficients.
+                Where ranks share a microbatch, parts that add up to its values.
                 None for one that is off. A layer gives the same names in all microbatches.
         """
         row = self._row_of_layer[layer]
@@ -147,7 +148,8 @@ class MoEMetricsTracker:
         Args:
             layer: Global index of the layer.
             microbatch: Slot within the step.
-            quantiles: [num_experts of the layer], of this rank's tokens.
+            quantiles: [num_experts of the layer], of the tokens of the microbatch: the same on all
+                ranks that share it.
             num_tokens: How many tokens they are of.
         """
         if self._quantiles is None:
@@ -167,13 +169,20 @@ class MoEMetricsTracker:
             for layer, row in self._row_of_layer.items()
         }
 
-    def end_step(self) -> None:
-        """Add the slots to the interval and empty them; no communication.
+    def end_step(self, shares: ProcessGroup | None = None) -> None:
+        """Add the slots to the interval and empty them.
+
+        Args:
+            shares: Ranks that have shares of each microbatch (``tp_cp``), whose slots are summed;
+                all of them call this. None, or one rank: no communication.
 
         A value that is not finite is counted and left out; so are the counts of a router whose
         logits were not finite, which shows in its entropy. A slot without tokens (all padding) is
         in no mean but of the losses that are sums over all tokens of the step.
         """
+        if shares is not None:
+            self._counts.copy_(all_reduce_sum(shares, self._counts))
+            self._losses.copy_(all_reduce_sum(shares, self._losses))
         finite = self._losses.isfinite()  # [layers, microbatches, losses]
         routed = finite[:, :, _COLUMN["entropy"], None]
         self._count_sums += (self._counts * routed).sum(dim=1)
@@ -191,11 +200,11 @@ class MoEMetricsTracker:
             self._quantiles.clear()
 
     def report(self, pg_collection: ProcessGroupCollection) -> MoEReport:
-        """Reduce the interval over ``dp_cp``, start a new one, and say how it was.
+        """Reduce the interval over ``dp``, start a new one, and say how it was.
 
         Every rank of the group must call this.
         """
-        group = pg_collection.dp_cp
+        group = pg_collection.dp  # those that share microbatches have the same
         counts = all_reduce_sum(group, self._count_sums).cpu()
         folded = torch.cat([self._loss_sums, self._finite, self._left_out.unsqueeze(1)], dim=1)
         sums, finite, left_out = (

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from megatron.core.param_role import ParamRole, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
+from megatron.core.tensor_parallel.random import sequence_share
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init
 from megatron.core.transformer.moe.expert_choice import (
@@ -30,6 +31,7 @@ from megatron.core.transformer.moe.load_balancing import (
     switch_load_balancing_loss,
     updated_expert_bias,
 )
+from megatron.core.transformer.moe.microbatch_share import MicrobatchShare
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.moe.quantile_balancing import (
     expert_quantiles,
@@ -68,8 +70,9 @@ class TopKRouter(nn.Module):
     """Route each token to its top-k experts; keeps nothing of a forward.
 
     In training the balance losses ride on ``probs`` (``MoEAuxLossAutoScaler``); each is a mean over
-    the tokens of one microbatch on this rank, and ``context.aux_loss_scale`` makes the mean over
-    those. How far balance is looked for (microbatch, sequence, all ranks) is in the counts.
+    the tokens of one microbatch, of which this rank may have a share, and
+    ``context.aux_loss_scale`` makes the mean over those. How far balance is looked for
+    (microbatch, sequence, all ranks) is in the counts.
     """
 
     weight: nn.Parameter
@@ -91,10 +94,13 @@ class TopKRouter(nn.Module):
         Args:
             config: Number of experts, topk, order of softmax and top-k, losses, dtype.
             layer_number: Global index of the layer, under which metrics are recorded.
-            pg_collection: Its ``dp_cp`` sums the counts of the global balance loss.
+            pg_collection: The ranks of its ``tp_cp`` have equal shares of the tokens of each
+                microbatch, those of ``tp_dp_cp`` the batch.
         """
         super().__init__()
-        self.data_group = pg_collection.dp_cp
+        self.data_group = pg_collection.tp_dp_cp
+        self.share = MicrobatchShare(pg_collection.tp_cp)
+        self.positions = sequence_share(pg_collection, sequence_parallel=True)
         config = config.for_layer(layer_number)
         assert config.num_moe_experts is not None, "a router needs num_moe_experts"
         self.layer_number = layer_number
@@ -125,7 +131,8 @@ class TopKRouter(nn.Module):
         if config.moe_enable_routing_replay:
             self.router_replay = RouterReplay(config.num_moe_experts, self.topk, register=True)
         weight = torch.empty(config.num_moe_experts, config.hidden_size, dtype=params_dtype(config))
-        self.weight = set_role(nn.Parameter(weight), ParamRole(init=input_init(config)))
+        role = ParamRole(init=input_init(config), sums_over_tp=self.positions is not None)
+        self.weight = set_role(nn.Parameter(weight), role)
 
     def forward(self, hidden_states: Tensor, context: ForwardContext) -> Routing:
         """Route ``hidden_states`` [s, b, h], or the [num_tokens, h] of one sample.
@@ -148,12 +155,13 @@ class TopKRouter(nn.Module):
             for kind, coeff in self.coeffs.items():
                 probs = self._attach(probs, losses[kind] * coeff, context)
         if context.moe_metrics is not None:
+            padding = context.padding_rows()
             context.moe_metrics.record(
                 self.layer_number,
                 context.microbatch,
-                tokens_per_expert=_without_padding(routing_map, context.padding_rows()).sum(dim=0),
+                tokens_per_expert=_without_padding(routing_map, padding).sum(dim=0),
                 expert_bias=self.expert_bias,
-                entropy=router_entropy(scores, context.padding_rows()),
+                entropy=router_entropy(scores, padding, self.share.num_tokens(scores, padding)),
                 **{_LOSS_NAMES[kind]: loss for kind, loss in losses.items()},
             )
         return Routing(probs, routing_map)
@@ -163,12 +171,13 @@ class TopKRouter(nn.Module):
         if self.router_type == "expert_choice":
             return self._choose_by_expert(logits, context)
         if self.qb_beta is not None and self.training and context.moe_metrics is not None:
-            padding = context.padding_rows()
+            padding = self.share.gather_padding(context.padding_rows())
+            every = self.share.gather(logits)
             context.moe_metrics.record_quantiles(
                 self.layer_number,
                 context.microbatch,
-                expert_quantiles(logits, self.topk, self.qb_beta, padding),
-                len(logits) if padding is None else (~padding).sum(),
+                expert_quantiles(every, self.topk, self.qb_beta, padding),
+                len(every) if padding is None else (~padding).sum(),
             )
         replay = (context.router_replay or {}).get(self.layer_number, self.router_replay)
         replayed = None
@@ -207,6 +216,7 @@ class TopKRouter(nn.Module):
             score_function=self.score_function,
             scaling_factor=self.scaling_factor,
             padding=context.padding_rows(),
+            share=self.share,
         )
 
     def _chosen(self, logits: Tensor, context: ForwardContext) -> Tensor:
@@ -218,7 +228,9 @@ class TopKRouter(nn.Module):
             # balance is for training; a text must not depend on its neighbours
             if not self.training:
                 return map_of_largest(logits, self.topk)
-            return map_of_largest(sinkhorn_ranking(logits, context.padding_rows()), self.topk)
+            padding = self.share.gather_padding(context.padding_rows())
+            ranking = self.share.own(sinkhorn_ranking(self.share.gather(logits), padding))
+            return map_of_largest(ranking, self.topk)
         if self.qb_beta is not None:
             return quantile_choice(logits, self.topk, self.qb_beta)
         return best_experts(
@@ -248,7 +260,12 @@ class TopKRouter(nn.Module):
             wide = hidden_states.to(torch.promote_types(hidden_states.dtype, self.dtype))
             wide = wide if wide.dim() == 3 else wide.unsqueeze(1)  # [s, b, h]
             hidden_states = context.rng.jitter(
-                wide, self.jitter_eps, layer=self.layer_number, site="router", batch_dim=1
+                wide,
+                self.jitter_eps,
+                layer=self.layer_number,
+                site="router",
+                batch_dim=1,
+                share=self.positions,
             )
         return hidden_states.reshape(-1, hidden_states.shape[-1])
 
@@ -257,7 +274,11 @@ class TopKRouter(nn.Module):
         assert context.rng is not None, "forced routing needs a context with rng"
         shape = (logits.shape[0] // num_samples, num_samples, logits.shape[1])  # [s, b, E]
         drawn = context.rng.normal_like(
-            logits.detach().view(shape), layer=self.layer_number, site="router", batch_dim=1
+            logits.detach().view(shape),
+            layer=self.layer_number,
+            site="router",
+            batch_dim=1,
+            share=self.positions,
         )
         drawn = drawn.view_as(logits)
         if self.forced_std is not None:
@@ -276,12 +297,16 @@ class TopKRouter(nn.Module):
         num_samples: int,
         context: ForwardContext,
     ) -> dict[str, Tensor]:
-        """Return name -> loss, without coefficients, of those in force."""
+        """Return name -> loss, without coefficients, of those in force.
+
+        Each is this rank's part: the parts of all shares of the microbatch add up to the loss.
+        """
         padding, mean_valid = context.padding_rows(), context.mean_valid_tokens
-        mean_valid = None if mean_valid is None else mean_valid.to(scores.dtype)
+        num_tokens = self.share.num_tokens(scores, padding)
+        mean_num = num_tokens if mean_valid is None else mean_valid.to(scores.dtype)
         losses = {}
         if "z_loss" in self.coeffs:
-            losses["z_loss"] = router_z_loss(logits, padding, mean_valid)
+            losses["z_loss"] = router_z_loss(logits, padding, mean_num)
         if self.coeffs.keys() <= losses.keys():
             return losses
         best = routing_map
@@ -290,10 +315,12 @@ class TopKRouter(nn.Module):
         best = _without_padding(best, padding)
         counts = best.sum(dim=0)
         if "aux_loss" in self.coeffs:
-            losses["aux_loss"] = switch_load_balancing_loss(scores, counts, self.topk, padding)
+            losses["aux_loss"] = switch_load_balancing_loss(
+                scores, self.share.total(counts), self.topk, padding, num_tokens
+            )
         if "seq_aux_loss" in self.coeffs:
             losses["seq_aux_loss"] = sequence_balance_loss(
-                scores, best, self.topk, num_samples, padding
+                scores, best, self.topk, num_samples, padding, self.share
             )
         if "global_aux_loss" in self.coeffs and self.training:
             if context.moe_metrics is not None:
@@ -302,7 +329,7 @@ class TopKRouter(nn.Module):
                 )
             counts = all_reduce_sum(self.data_group, counts).to(scores.dtype)
             shares = counts / counts.sum().clamp(min=1.0)
-            losses["global_aux_loss"] = balance_loss_of_shares(scores, shares, padding, mean_valid)
+            losses["global_aux_loss"] = balance_loss_of_shares(scores, shares, padding, mean_num)
         return losses
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TopKRouter":

@@ -1,7 +1,7 @@
 """Shared experts: one dense MLP beside the routed experts, through which every token goes.
 
 Several shared experts are one MLP as wide as all of them. Its parameters are dense: every data rank
-holds them, whatever the expert parallelism.
+holds them, whatever the expert parallelism; tensor-parallel ranks have slices, and gather tokens.
 """
 
 from typing import Any
@@ -37,12 +37,16 @@ class SharedExpertMLP(MLP):
         """
         width = config.moe_shared_expert_intermediate_size
         assert width is not None, "shared experts need moe_shared_expert_intermediate_size"
-        super().__init__(config, submodules, ffn_size=width, **options)
+        # a MoE layer gives each tensor-parallel rank its share of the tokens, in any case
+        super().__init__(config, submodules, ffn_size=width, shares_tokens=True, **options)
         self.is_recomputed = "shared_experts" in config.recomputed_modules
         self.gate_weight = None
         if config.moe_shared_expert_gate:
             weight = torch.empty(1, config.hidden_size, dtype=params_dtype(config))
-            self.gate_weight = set_role(nn.Parameter(weight), ParamRole(init=input_init(config)))
+            role = ParamRole(
+                init=input_init(config), sums_over_tp=config.tensor_model_parallel_size > 1
+            )
+            self.gate_weight = set_role(nn.Parameter(weight), role)
 
     def forward(self, hidden_states: Tensor, context: ForwardContext) -> tuple[Tensor, None]:
         """Apply to ``hidden_states`` [num_tokens, h].

@@ -86,8 +86,8 @@ BAD = {
         "--moe-router-force-biased and --moe-router-force-load-balancing exclude each other",
     ),
     "tensor parallel": (
-        {"tensor_model_parallel_size": 2},
-        "--tensor-model-parallel-size 2 with --num-experts is not offered yet",
+        {"tensor_model_parallel_size": 2, "moe_enable_routing_replay": True},
+        "--moe-enable-routing-replay with --tensor-model-parallel-size 2 is not offered",
     ),
     "slices": (
         {"expert_tensor_parallel_size": 5, "moe_ffn_hidden_size": 24},
