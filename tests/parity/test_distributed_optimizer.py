@@ -1,0 +1,150 @@
+"""ZeRO-1 equals the plain optimizer on the same ranks, with and without overlap."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.core.distributed.bucket_layout import Bucket
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer
+from megatron.core.optimizer import optimizer
+from tests.helpers.layouts import LayoutResult, run_layout
+
+STEPS = 3
+SHARDED = {"use_distributed_optimizer": True}
+OVERLAPPED = SHARDED | {"overlap_grad_reduce": True, "overlap_param_gather": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "dp4": (4, {}),
+    "ep2": (4, {"expert_model_parallel_size": 2}),
+    "etp2": (4, {"expert_tensor_parallel_size": 2}),
+    "tp2": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "num_moe_experts": None,
+            "moe_aux_loss_coeff": None,
+            "moe_z_loss_coeff": None,
+            "ffn_hidden_size": 24,
+        },
+    ),
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd"},
+    "adam": {"optimizer": "adam", "lr": 1e-3, "clip_grad": 0.1, "weight_decay": 0.1},
+    "bf16": {"optimizer": "adam", "lr": 1e-2, "clip_grad": 0.1, "fp64": False, "bf16": True},
+}
+
+
+def run(layout: str, case: str, **options: Any) -> LayoutResult:
+    """Train a few steps; buckets are small, so that there are many."""
+    ranks, sizes = LAYOUTS[layout]
+    settings = {"bucket_size": 700} | RUNS[case] | sizes | options
+    return run_layout(ranks, steps=STEPS, **settings)
+
+
+@functools.cache
+def plain(layout: str, case: str) -> LayoutResult:
+    """The run without sharding."""
+    return run(layout, case)
+
+
+def compare(got: LayoutResult, want: LayoutResult, *, same_bits: bool) -> None:
+    """Compare losses, norms and weights of every step."""
+    for step, (mine, theirs) in enumerate(zip(got.steps, want.steps, strict=True)):
+        rel = 0.0 if step == 0 and same_bits else 1e-12
+        assert mine.lm_loss == pytest.approx(theirs.lm_loss, rel=rel), f"step {step}: loss"
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-12), f"step {step}: norm"
+        assert sorted(mine.weights) == sorted(theirs.weights)
+        for key, weight in theirs.weights.items():
+            error = (mine.weights[key].double() - weight.double()).abs().max().item()
+            bound = 0.0 if same_bits else 1e-12 * weight.abs().max().item()
+            assert error <= bound, f"step {step}: weight of {key}: {error=:.3g}"
+
+
+QUICK = [("dp2", "adam"), ("ep2", "adam"), ("dp4", "sgd"), ("tp2", "adam"), ("etp2", "bf16")]
+ALL = [(layout, case) for layout in LAYOUTS for case in RUNS if (layout, case) not in QUICK]
+CASES = [*QUICK, *(pytest.param(*both, marks=pytest.mark.slow) for both in ALL)]
+
+
+@pytest.mark.parametrize(("layout", "case"), CASES)
+def test_sharded_steps_equal_plain_ones(layout: str, case: str) -> None:
+    got = run(layout, case, **OVERLAPPED)
+    compare(got, plain(layout, case), same_bits=case != "adam")
+
+
+@pytest.mark.parametrize("layout", ["ep2", pytest.param("tp2", marks=pytest.mark.slow)])
+def test_overlap_changes_no_bit(layout: str) -> None:
+    got, want = run(layout, "adam", **OVERLAPPED), run(layout, "adam", **SHARDED)
+    for mine, theirs in zip(got.steps, want.steps, strict=True):
+        assert (mine.lm_loss, mine.grad_norm) == (theirs.lm_loss, theirs.grad_norm)
+        for key, weight in theirs.weights.items():
+            assert torch.equal(mine.weights[key], weight), key
+
+
+class _OnlyWhenWaitedFor:
+    """A gather that arrives as late as it may: when somebody waits for it."""
+
+    def __init__(self, start: Any) -> None:
+        self._start = start
+
+    def wait(self) -> None:
+        self._start().wait()
+
+
+def _arrive_late(patch: pytest.MonkeyPatch) -> None:
+    right = ParamAndGradBuffer.start_gather
+
+    def late(self: ParamAndGradBuffer, start: int, end: int) -> _OnlyWhenWaitedFor:
+        return _OnlyWhenWaitedFor(lambda: right(self, start, end))
+
+    patch.setattr(ParamAndGradBuffer, "start_gather", late)
+
+
+def test_nobody_reads_weights_before_they_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    _arrive_late(monkeypatch)
+    compare(run("dp2", "adam", **OVERLAPPED), plain("dp2", "adam"), same_bits=False)
+
+
+def _nobody_waits(patch: pytest.MonkeyPatch) -> None:
+    _arrive_late(patch)
+    patch.setattr(
+        "megatron.core.distributed.param_gatherer.ParamGatherer._waiter",
+        lambda self, numbers: lambda *_: None,
+    )
+
+
+def _stale_slices(patch: pytest.MonkeyPatch) -> None:
+    right = DistributedDataParallel._start_gather
+
+    def gather(self: DistributedDataParallel, bucket: Bucket) -> Any:
+        return None if bucket is self.bucket_layout.buckets[1] else right(self, bucket)
+
+    patch.setattr(DistributedDataParallel, "_start_gather", gather)
+
+
+def _norm_of_own_slices(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(optimizer, "sum_over_ranks", lambda own, group: own)
+
+
+def _experts_over_all_data_ranks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(DistributedDataParallel, "_group", lambda self, key: self.pg_collection.dp_cp)
+
+
+@pytest.mark.parametrize(
+    ("plant", "wrong"),
+    [
+        (_nobody_waits, "step 1: loss"),
+        (_stale_slices, "replicas of"),
+        (_norm_of_own_slices, "ranks disagree"),
+        (_experts_over_all_data_ranks, "step 0: norm|ranks disagree|replicas of"),
+    ],
+)
+def test_a_planted_bug_is_seen(plant: Any, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = plain("ep2", "adam")  # before the bug is there
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match=wrong):
+        compare(run("ep2", "adam", **OVERLAPPED), want, same_bits=False)
