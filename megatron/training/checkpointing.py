@@ -32,6 +32,7 @@ from megatron.core.dist_checkpointing.store import (
     write_checkpoint,
 )
 from megatron.core.dist_checkpointing.tensor_shards import Storable
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.errors import CheckpointError
 from megatron.training.checkpoint_state import (
     LoadedState,
@@ -195,7 +196,9 @@ def restart_seed(seed: int, iteration: int) -> int:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside a DistributedDataParallel, or the model itself."""
+    """Return the model inside a DistributedDataParallel, its weights complete, or the model."""
+    if isinstance(model, DistributedDataParallel):
+        model.finish_param_sync()
     inner = getattr(model, "module", model)
     assert isinstance(inner, nn.Module), f"{type(model)}.module is no module"
     return inner

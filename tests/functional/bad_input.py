@@ -69,6 +69,16 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         "--sequence-parallel",
         ["--sequence-parallel shares --seq-length 63 over --tensor-model-parallel-size 2"],
     ),
+    "gather of nothing": (
+        2,
+        f"{GOOD} --overlap-param-gather --overlap-grad-reduce",
+        ["--overlap-param-gather needs --use-distributed-optimizer"],
+    ),
+    "gather without overlapped reduction": (
+        2,
+        f"{GOOD} --overlap-param-gather --use-distributed-optimizer",
+        ["--overlap-param-gather needs --overlap-grad-reduce"],
+    ),
     "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
     "ep of experts": (
         4,

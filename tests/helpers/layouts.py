@@ -194,7 +194,8 @@ def _train(
         state.consumed_samples += run.global_batch_size
         kept["losses"].append(outcome.lm_loss)
         kept["norms"].append(outcome.grad_norm)
-        kept["gradients"].append(global_tensors(run, "main_grad"))
+        whole = not run.model.is_sharded  # else a rank has sums of its slices only
+        kept["gradients"].append(global_tensors(run, "main_grad") if whole else {})
         kept["weights"].append(global_tensors(run) | _biases(run))
     kept["counts"] = torch.zeros(0)
     if run.moe_metrics is not None:

@@ -10,17 +10,19 @@ depends on the sizes of the parallel axes.
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
+from operator import attrgetter
 
 from torch import Tensor, nn
 
 from megatron.core.dist_checkpointing.tensor_shards import Storable, storable
+from megatron.core.param_blocks import ParamBlocks, block_shards
 from megatron.core.param_role import ParamRole, logical_shards, role_of
 
 MODEL = "model."
 OPTIMIZER = "optimizer."
 RNG = "rng."
 
-NamedState = Iterable[tuple[str, ParamRole, Mapping[str, Tensor]]]
+NamedState = Iterable[tuple[str, ParamRole, Mapping[str, Tensor | ParamBlocks]]]
 
 
 def model_tensors(model: nn.Module) -> dict[str, Storable]:
@@ -41,13 +43,17 @@ def optimizer_tensors(named_state: NamedState) -> dict[str, Storable]:
     """Return views of the optimizer's tensors of this rank, by global key.
 
     Args:
-        named_state: (parameter name, role, state name -> tensor shaped like the parameter), as
-            ``MegatronOptimizer.named_state`` yields.
+        named_state: (parameter name, role, state name -> tensor shaped like the parameter, or the
+            blocks of it that this rank keeps), as ``MegatronOptimizer.named_state`` yields.
     """
     tensors: dict[str, Storable] = {}
     for name, role, states in named_state:
         for state, tensor in states.items():
-            _add_logical(tensors, f"{OPTIMIZER}{state}.", name, tensor.detach(), role)
+            prefix = f"{OPTIMIZER}{state}."
+            if isinstance(tensor, ParamBlocks):
+                _add_blocks(tensors, prefix, name, tensor, role)
+            else:
+                _add_logical(tensors, prefix, name, tensor.detach(), role)
     return tensors
 
 
@@ -55,6 +61,14 @@ def _add_logical(
     tensors: dict[str, Storable], prefix: str, name: str, tensor: Tensor, role: ParamRole
 ) -> None:
     for key, shards in groupby(logical_shards(name, tensor, role), lambda shard: shard.name):
+        _add(tensors, prefix + key, storable(shards))
+
+
+def _add_blocks(
+    tensors: dict[str, Storable], prefix: str, name: str, part: ParamBlocks, role: ParamRole
+) -> None:
+    by_name = attrgetter("name")
+    for key, shards in groupby(sorted(block_shards(name, part, role), key=by_name), by_name):
         _add(tensors, prefix + key, storable(shards))
 
 

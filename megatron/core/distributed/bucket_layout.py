@@ -6,7 +6,7 @@ names, since a rank's experts are named by their global ids. Easy to break: buck
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ PARAM_ALIGNMENT = 64
 """Elements: a parameter starts at a multiple, so that kernels may load whole vectors from it."""
 
 BUFFER_ALIGNMENT = 1024
-"""Elements: a buffer ends at a multiple, so that it can be viewed as rows (see clip_grads.py)."""
+"""Elements: a bucket begins at a multiple, and so does the slice of a rank that owns a part of it:
+each is whole rows of the sum of squares (see clip_grads.py), the same rows whoever adds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +89,16 @@ def default_bucket_size(data_parallel_size: int) -> int:
     return max(40_000_000, 1_000_000 * data_parallel_size)
 
 
-def plan_buckets(specs: Sequence[ParamSpec], bucket_size: int) -> BucketLayout:
+def plan_buckets(
+    specs: Sequence[ParamSpec], bucket_size: int, shards: Callable[[BufferKey], int] | None = None
+) -> BucketLayout:
     """Lay parameters out in reverse registration order, the order in which backward fills them.
 
     Args:
         specs: The parameters in registration order, which is that of their use in forward.
         bucket_size: A bucket is closed when it holds at least so many elements.
+        shards: Number of ranks that each own an equal slice of every bucket of a buffer; buckets
+            are padded to fit. Not sharded when None.
 
     Returns:
         Buffers by their ``BufferKey`` in order of first use, and the buckets of all of them
@@ -108,35 +113,40 @@ def plan_buckets(specs: Sequence[ParamSpec], bucket_size: int) -> BucketLayout:
         members.setdefault(key, []).append(param)
     buffers, buckets = [], []
     for number, (key, params) in enumerate(members.items()):
-        buffer = _lay_out(key, params, specs)
-        buffers.append(buffer)
-        buckets.extend(_cut(number, buffer, bucket_size))
+        unit = BUFFER_ALIGNMENT * (1 if shards is None else shards(key))
+        spans, own = _lay_out(number, [(p, specs[p].numel) for p in params], bucket_size, unit)
+        buffers.append(BufferLayout(key=key, numel=own[-1].end, spans=tuple(spans)))
+        buckets.extend(own)
     # the last parameter that backward reaches completes a bucket
     buckets.sort(key=lambda bucket: -min(bucket.params))
     return BucketLayout(buffers=tuple(buffers), buckets=tuple(buckets))
 
 
-def _lay_out(key: BufferKey, params: Sequence[int], specs: Sequence[ParamSpec]) -> BufferLayout:
-    spans, end = [], 0
-    for param in params:
-        start = _round_up(end, PARAM_ALIGNMENT)
-        end = start + specs[param].numel
-        spans.append(Span(param, start, end))
-    return BufferLayout(key=key, numel=_round_up(end, BUFFER_ALIGNMENT), spans=tuple(spans))
+def shard_of(start: int, end: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Return the elements [start, end) that ``rank`` of ``ranks`` owns of a bucket [start, end)."""
+    assert (end - start) % (ranks * BUFFER_ALIGNMENT) == 0, f"{start=} {end=} is no {ranks} slices"
+    size = (end - start) // ranks
+    return start + rank * size, start + (rank + 1) * size
 
 
-def _cut(number: int, buffer: BufferLayout, bucket_size: int) -> list[Bucket]:
+def _lay_out(
+    number: int, members: Sequence[tuple[int, int]], bucket_size: int, unit: int
+) -> tuple[list[Span], list[Bucket]]:
+    """Place (parameter, elements) one after another; buckets are multiples of ``unit``."""
+    spans: list[Span] = []
     buckets: list[Bucket] = []
-    start, params = 0, []
-    for place, span in enumerate(buffer.spans):
-        params.append(span.param)
-        is_last = place == len(buffer.spans) - 1
-        if span.end - start >= bucket_size or is_last:
+    begin, end, params = 0, 0, []
+    for place, (param, numel) in enumerate(members):
+        start = _round_up(end, PARAM_ALIGNMENT)
+        end = start + numel
+        spans.append(Span(param, start, end))
+        params.append(param)
+        if end - begin >= bucket_size or place == len(members) - 1:
             # padding belongs to the bucket before it, so that buckets tile the buffer
-            end = buffer.numel if is_last else buffer.spans[place + 1].start
-            buckets.append(Bucket(number, start, end, tuple(params)))
-            start, params = end, []
-    return buckets
+            end = begin + _round_up(end - begin, unit)
+            buckets.append(Bucket(number, begin, end, tuple(params)))
+            begin, params = end, []
+    return spans, buckets
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -23,6 +23,7 @@ from megatron.core.distributed.bucket_layout import (
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.grad_reducer import GradReducer, Pending
 from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer
+from megatron.core.distributed.param_gatherer import ParamGatherer
 from megatron.core.grad_sink import offer_grad_sink
 from megatron.core.param_role import role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -37,6 +38,9 @@ class DistributedDataParallel(nn.Module):
 
     One step: ``zero_grad_buffer()``; all microbatches but the last under ``no_sync()``; the last
     one outside; ``finish_grad_sync()``. Then ``main_grad`` is the same on all replicas.
+
+    With ``use_distributed_optimizer`` a rank gets the sums of its slice of each bucket only
+    (``ParamAndGradBuffer.own``), and weights that it does not own from ``start_param_sync()``.
     """
 
     def __init__(
@@ -57,16 +61,24 @@ class DistributedDataParallel(nn.Module):
         self.module = module
         self.pg_collection = pg_collection
         self._names, self._params = _trainable(module)
+        self.is_sharded = ddp_config.use_distributed_optimizer
         self.bucket_layout = plan_buckets(
             [_spec(param) for param in self._params],
             ddp_config.bucket_size or default_bucket_size(pg_collection.dp_cp.size()),
+            (lambda key: self._group(key).size()) if self.is_sharded else None,
         )
         self.grad_buffers = tuple(
-            ParamAndGradBuffer(layout, self._params, group=self._group(layout.key))
+            ParamAndGradBuffer(
+                layout, self._params, group=self._group(layout.key), is_sharded=self.is_sharded
+            )
             for layout in self.bucket_layout.buffers
         )
         self._reducer = GradReducer(self.bucket_layout.buckets, self._start_reduce)
+        self._gatherer = ParamGatherer(self.bucket_layout.buckets, self._start_gather)
         self._overlap = ddp_config.overlap_grad_reduce
+        self._overlap_gather = ddp_config.overlap_param_gather
+        if self._overlap_gather:
+            self._gatherer.watch(module, {param: n for n, param in enumerate(self._params)})
         self._is_last_microbatch = True
         self._is_synced = False
         self._accumulators = [self._watch(n, param) for n, param in enumerate(self._params)]
@@ -77,6 +89,7 @@ class DistributedDataParallel(nn.Module):
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in the model, parameter) in registration order, each parameter once."""
+        self.finish_param_sync()
         yield from zip(self._names, self._params, strict=True)
 
     def zero_grad_buffer(self) -> None:
@@ -100,13 +113,37 @@ class DistributedDataParallel(nn.Module):
         self._reducer.finish()
         self._is_synced = True
 
+    def start_param_sync(self) -> None:
+        """Gather the weights that other ranks own; every rank, after it wrote its own slices.
+
+        With ``overlap_param_gather`` modules wait for theirs when they are called next.
+        """
+        if self.is_sharded:
+            self._gatherer.start()
+        if not self._overlap_gather:
+            self._gatherer.finish()
+
+    def finish_param_sync(self) -> None:
+        """Wait until all weights are there; before anybody but a forward reads or writes them."""
+        self._gatherer.finish()
+
     def nonfinite_gradients(self) -> list[str]:
-        """Name the parameters whose gradient holds an inf or a NaN; slow, for messages only."""
-        return [
-            name
-            for name, param in self.trainable_parameters()
-            if not torch.isfinite(_main_grad(param)).all()
-        ]
+        """Name the parameters whose gradient holds an inf or a NaN; slow, for messages only.
+
+        Collective over all ranks where gradients are sharded: replicas name the same.
+        """
+        bad = torch.zeros(len(self._params), dtype=torch.int32)
+        for number, buffer in enumerate(self.grad_buffers):
+            here = [b for b in self.bucket_layout.buckets if b.buffer == number]
+            for start, end in (buffer.own(bucket.start, bucket.end) for bucket in here):
+                for param, low, high in buffer.layout.spans:
+                    part = buffer.grad_data[max(low, start) : max(start, min(high, end))]
+                    bad[param] += int(not torch.isfinite(part).all())
+        bad = bad.to(self.grad_buffers[0].grad_data.device)
+        if self.is_sharded:
+            for buffer in self.grad_buffers:  # a parameter is in one buffer
+                torch.distributed.all_reduce(bad, group=buffer.group)
+        return [name for name, count in zip(self._names, bad.tolist(), strict=True) if count]
 
     def _group(self, key: BufferKey) -> torch.distributed.ProcessGroup:
         groups = self.pg_collection
@@ -116,6 +153,9 @@ class DistributedDataParallel(nn.Module):
 
     def _start_reduce(self, bucket: Bucket) -> Pending | None:
         return self.grad_buffers[bucket.buffer].start_reduce(bucket.start, bucket.end)
+
+    def _start_gather(self, bucket: Bucket) -> Pending | None:
+        return self.grad_buffers[bucket.buffer].start_gather(bucket.start, bucket.end)
 
     def _watch(self, number: int, param: nn.Parameter) -> Node:
         """Gather what backward makes of ``param``; the result lives as long as its hooks."""

@@ -12,5 +12,12 @@ class DistributedDataParallelConfig:
     overlap_grad_reduce: bool = False
     """Reduce each bucket of gradients as soon as backward has filled it, not all at the end."""
 
+    use_distributed_optimizer: bool = False
+    """Share main weights and moments of the optimizer over data-parallel ranks (ZeRO-1): each
+    steps its slice of every bucket, and the ranks gather the weights."""
+
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward runs, each bucket just before its first use."""
+
     bucket_size: int | None = field(default=None, metadata=flag("--ddp-bucket-size"))
     """Parameters in a bucket; max(40,000,000, 1,000,000 x data-parallel size) when not set."""

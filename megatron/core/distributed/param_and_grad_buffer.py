@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
-from megatron.core.distributed.bucket_layout import BufferLayout, Span
+from megatron.core.collectives import start_all_gather, start_reduce_scatter
+from megatron.core.distributed.bucket_layout import BufferLayout, Span, shard_of
 
 
 class ParamAndGradBuffer:
@@ -22,7 +23,12 @@ class ParamAndGradBuffer:
     """
 
     def __init__(
-        self, layout: BufferLayout, params: Sequence[nn.Parameter], *, group: ProcessGroup
+        self,
+        layout: BufferLayout,
+        params: Sequence[nn.Parameter],
+        *,
+        group: ProcessGroup,
+        is_sharded: bool = False,
     ) -> None:
         """Move ``params`` into flat storage.
 
@@ -30,10 +36,12 @@ class ParamAndGradBuffer:
             layout: Place of each parameter; its spans number ``params``.
             params: All parameters of the model in registration order.
             group: Ranks that hold replicas of these parameters and share their gradients.
+            is_sharded: Each rank of ``group`` gets the sum of its slice of a bucket only.
         """
         first = params[layout.spans[0].param]
         self.layout = layout
         self.group = group
+        self.is_sharded = is_sharded
         self.param_data = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)
         self.grad_data = torch.zeros(
             layout.numel, dtype=main_dtype(first.dtype), device=first.device
@@ -51,11 +59,30 @@ class ParamAndGradBuffer:
         for span in self.layout.spans:
             yield span, flat[span.start : span.end].view(self._shapes[span.param])
 
+    def own(self, start: int, end: int) -> tuple[int, int]:
+        """Return the elements of the bucket [start, end) whose optimizer state this rank keeps."""
+        if not self.is_sharded:
+            return start, end
+        return shard_of(start, end, self.group.rank(), self.group.size())
+
     def start_reduce(self, start: int, end: int) -> Work | None:
-        """Start to sum the gradients [start, end) over the group; None in a group of one."""
+        """Start to sum the gradients of the bucket [start, end); None in a group of one.
+
+        Sharded, the sum arrives in the slice that this rank owns; the rest is undefined then.
+        """
         if self.group.size() == 1:
             return None
+        if self.is_sharded:
+            own = self.grad_data[slice(*self.own(start, end))]
+            return start_reduce_scatter(own, self.grad_data[start:end], group=self.group)
         return dist.all_reduce(self.grad_data[start:end], group=self.group, async_op=True)
+
+    def start_gather(self, start: int, end: int) -> Work | None:
+        """Start to take over the weights of the bucket [start, end) from their owners."""
+        if self.group.size() == 1 or not self.is_sharded:
+            return None
+        own = self.param_data[slice(*self.own(start, end))]
+        return start_all_gather(self.param_data[start:end], own, group=self.group)
 
 
 def main_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,7 +4,7 @@ The norm is one number, bit-identical on all ranks: every element counts once, a
 on the rank that holds it, a replica never. Nothing here waits for the device.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ class SpreadGradients(NamedTuple):
 
     group: ProcessGroup
     flats: Sequence[Tensor]
-    """Those that this rank counts; padding is zero."""
+    """Those that this rank counts; padding is zero. Or their sums of squares, [] fp64 each."""
 
 
 def owned_gradients(
@@ -47,19 +47,37 @@ def owned_gradients(
     return [SpreadGradients(groups.tp_ep, found[True]), SpreadGradients(groups.tp, found[False])]
 
 
-def global_grad_norm(gradients: Sequence[SpreadGradients], device: torch.device) -> Tensor:
-    """Return the L2 norm over all parameters of the model, an fp64 scalar on ``device``."""
+def global_grad_norm(
+    gradients: Sequence[SpreadGradients],
+    device: torch.device,
+    *,
+    squares: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return the L2 norm over all parameters of the model, an fp64 scalar on ``device``.
+
+    Args:
+        gradients: All gradients; every rank takes part.
+        device: Where they are.
+        squares: What makes a ``flats`` of ``gradients`` a sum of squares; by default they are
+            gradients.
+    """
+    sum_up = squares or sum_of_squares
     total = torch.zeros((), dtype=torch.float64, device=device)
     for group, flats in gradients:
-        own = sum((_sum_of_squares(flat) for flat in flats), torch.zeros_like(total))
+        own = sum((sum_up(flat) for flat in flats), torch.zeros_like(total))
         # Gathered and added in rank order: the result of a reduction may differ in its last bit
         # between groups, and replicas that clip differently drift apart.
-        if group.size() > 1:
-            parts = torch.empty(group.size(), dtype=torch.float64, device=device)
-            all_gather_single(parts, own.reshape(1), group=group)
-            own = parts.sum()
-        total = total + own
+        total = total + sum_over_ranks(own, group)
     return total.sqrt()
+
+
+def sum_over_ranks(own: Tensor, group: ProcessGroup) -> Tensor:
+    """Add up a [] fp64 of every rank of ``group`` in rank order: the same bits on all of them."""
+    if group.size() == 1:
+        return own
+    parts = torch.empty(group.size(), dtype=torch.float64, device=own.device)
+    all_gather_single(parts, own.reshape(1), group=group)
+    return parts.sum()
 
 
 def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
@@ -70,7 +88,8 @@ def clip_divisor(norm: Tensor, max_norm: float) -> Tensor:
     return ((norm + _CLIP_EPS) / max_norm).clamp(min=1.0)
 
 
-def _sum_of_squares(flat: Tensor) -> Tensor:
+def sum_of_squares(flat: Tensor) -> Tensor:
+    """Return the [] fp64 sum of squares of whole rows of a buffer."""
     # One fp32 sum over 30 million elements is off by 1.7e-3 on CPU; sums of short rows, added
     # in fp64, are off by 4e-10 and cost the same.
     rows = flat.view(-1, BUFFER_ALIGNMENT)

@@ -2,6 +2,9 @@
 
 fp32 and fp64 models are stepped in place. bf16 models have fp32 main weights, which are stepped
 and then rounded into the model; the model's own weights are never read.
+
+Sharded (ZeRO-1, Rajbhandari et al. 2020, arXiv:1910.02054), a rank keeps main weights and moments
+of its slices of the buffers only, steps those, and takes the rest of the weights from their owners.
 """
 
 import math
@@ -13,10 +16,17 @@ from torch import Tensor
 
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer, main_dtype
-from megatron.core.optimizer.clip_grads import global_grad_norm, owned_gradients
+from megatron.core.optimizer.clip_grads import (
+    global_grad_norm,
+    owned_gradients,
+    sum_of_squares,
+    sum_over_ranks,
+)
 from megatron.core.optimizer.flat_step import FlatStep
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import plan_param_groups
+from megatron.core.optimizer.shard_layout import Piece, overlaps, owned_slices, whole_buffers
+from megatron.core.param_blocks import ParamBlocks
 from megatron.core.param_role import ParamRole, role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -37,8 +47,9 @@ class NamedState(NamedTuple):
     """Name of the parameter in the model."""
     role: ParamRole
     """Role of the parameter."""
-    tensors: dict[str, Tensor]
-    """Views shaped like the parameter: the moments and, of a bf16 model, ``main_param``."""
+    tensors: dict[str, Tensor | ParamBlocks]
+    """Views shaped like the parameter: the moments and, of a bf16 model, ``main_param``; sharded,
+    the blocks of it that this rank keeps."""
 
 
 class MegatronOptimizer:
@@ -58,13 +69,18 @@ class MegatronOptimizer:
         """Make main weights and moments (zeros) for every trainable parameter of ``ddp``."""
         self._ddp = ddp
         self._pg_collection = pg_collection
-        self._mains = [_main_tensor(buffer) for buffer in ddp.grad_buffers]
+        self._pieces = _pieces(ddp)
+        self._mains = [_main_tensor(ddp.grad_buffers[p.buffer], p) for p in self._pieces]
         groups = plan_param_groups([buffer.layout.key for buffer in ddp.grad_buffers])
         self._flat_step = FlatStep(
             config,
             [
                 {
-                    "params": [self._mains[number] for number in group.buffers],
+                    "params": [
+                        main
+                        for piece, main in zip(self._pieces, self._mains, strict=True)
+                        if piece.buffer in group.buffers
+                    ],
                     "wd_mult": group.wd_mult,
                     "lr_mult": group.lr_mult,
                     "weight_decay": config.weight_decay * group.wd_mult,
@@ -91,27 +107,36 @@ class MegatronOptimizer:
     def step(self) -> StepResult:
         """Clip the gradient and update the weights, on all ranks or on none.
 
-        Collective over expert-parallel ranks. ``finish_grad_sync`` was called before; the
-        gradients are used up (clipping scales them in place).
+        Collective over all ranks. ``finish_grad_sync`` was called before; the gradients are used
+        up (clipping scales them in place).
         """
+        self._ddp.finish_param_sync()
         norm = self._flat_step.step(self._grad_norm())
-        self._copy_main_to_model()
+        if math.isfinite(norm):
+            self._copy_main_to_model()
         return StepResult(math.isfinite(norm), norm)
 
     def named_state(self) -> Iterator[NamedState]:
         """Yield the state of every trainable parameter once, in registration order."""
-        views: dict[int, dict[str, Tensor]] = {}
-        for buffer, main in zip(self._ddp.grad_buffers, self._mains, strict=True):
-            flats = self._flat_step.moments(main)
-            if main is not buffer.param_data:
+        kept: dict[int, dict[str, Tensor | ParamBlocks]] = {}
+        params = list(self._ddp.trainable_parameters())
+        for piece, main in zip(self._pieces, self._mains, strict=True):
+            buffer, flats = self._ddp.grad_buffers[piece.buffer], self._flat_step.moments(main)
+            if main.dtype != buffer.param_data.dtype:
                 flats["main_param"] = main
-            for span in buffer.layout.spans:
-                views[span.param] = {}
-            for name, flat in flats.items():
-                for span, view in buffer.views(flat):
-                    views[span.param][name] = view
-        for number, (name, param) in enumerate(self._ddp.trainable_parameters()):
-            yield NamedState(name, role_of(param), views[number])
+            for span, start, end in overlaps(piece, buffer.layout):
+                shape = tuple(params[span.param][1].shape)
+                kept[span.param] = {}
+                for name, flat in flats.items():
+                    part = flat[start - piece.start : end - piece.start]
+                    is_whole = not self._ddp.is_sharded
+                    kept[span.param][name] = (
+                        part.view(shape)
+                        if is_whole
+                        else ParamBlocks.of_stretch(shape, start - span.start, part)
+                    )
+        for number, (name, param) in enumerate(params):
+            yield NamedState(name, role_of(param), kept.get(number, {}))
 
     @torch.no_grad()
     def after_load(self, *, with_optim: bool = True) -> None:
@@ -124,20 +149,37 @@ class MegatronOptimizer:
         if with_optim:
             self._copy_main_to_model()
             return
-        for buffer, main in zip(self._ddp.grad_buffers, self._mains, strict=True):
-            if main is not buffer.param_data:
-                main.copy_(buffer.param_data)
+        self._ddp.finish_param_sync()
+        for weights, main in self._rounded():
+            main.copy_(weights)
 
     def _grad_norm(self) -> Tensor:
         buffers = self._ddp.grad_buffers
-        gradients = ((buffer.layout.key, buffer.grad_data) for buffer in buffers)
-        owned = owned_gradients(gradients, self._pg_collection)
-        return global_grad_norm(owned, buffers[0].grad_data.device)
+        device = buffers[0].grad_data.device
+        if not self._ddp.is_sharded:
+            gradients = ((buffer.layout.key, buffer.grad_data) for buffer in buffers)
+            return global_grad_norm(owned_gradients(gradients, self._pg_collection), device)
+        sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in buffers]
+        for number, start, end in self._pieces:
+            sums[number] = sums[number] + sum_of_squares(buffers[number].grad_data[start:end])
+        whole = (
+            (buffer.layout.key, sum_over_ranks(own, buffer.group))
+            for buffer, own in zip(buffers, sums, strict=True)
+        )
+        owned = owned_gradients(whole, self._pg_collection)
+        return global_grad_norm(owned, device, squares=lambda known: known)
 
     def _copy_main_to_model(self) -> None:
-        for buffer, main in zip(self._ddp.grad_buffers, self._mains, strict=True):
-            if main is not buffer.param_data:
-                buffer.param_data.copy_(main)
+        for weights, main in self._rounded():
+            weights.copy_(main)
+        self._ddp.start_param_sync()
+
+    def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (weights of the model, their main weights) where they are two tensors."""
+        for (number, start, end), main in zip(self._pieces, self._mains, strict=True):
+            weights = self._ddp.grad_buffers[number].param_data[start:end]
+            if main.dtype != weights.dtype:
+                yield weights, main
 
 
 def get_megatron_optimizer(
@@ -150,9 +192,22 @@ def get_megatron_optimizer(
     return MegatronOptimizer(optimizer_config, ddp, pg_collection=pg_collection)
 
 
-def _main_tensor(buffer: ParamAndGradBuffer) -> Tensor:
+def _pieces(ddp: DistributedDataParallel) -> list[Piece]:
+    """Return what this rank steps: whole buffers, or its slice of every bucket."""
+    if not ddp.is_sharded:
+        return whole_buffers(ddp.bucket_layout.buffers)
+    groups = [buffer.group for buffer in ddp.grad_buffers]
+    return owned_slices(
+        ddp.bucket_layout.buckets,
+        [group.rank() for group in groups],
+        [group.size() for group in groups],
+    )
+
+
+def _main_tensor(buffer: ParamAndGradBuffer, piece: Piece) -> Tensor:
     """Return what is stepped: the model's flat weights, or fp32 copies of bf16 ones."""
-    same = main_dtype(buffer.param_data.dtype) == buffer.param_data.dtype
-    main = buffer.param_data if same else buffer.param_data.to(buffer.grad_data.dtype)
-    main.grad = buffer.grad_data
+    weights = buffer.param_data[piece.start : piece.end]
+    same = main_dtype(weights.dtype) == weights.dtype
+    main = weights if same else weights.to(buffer.grad_data.dtype)
+    main.grad = buffer.grad_data[piece.start : piece.end]
     return main

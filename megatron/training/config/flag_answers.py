@@ -76,7 +76,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--no-position-embedding": NoEffect("--position-embedding-type says it"),
     "--no-rope-fusion": NoEffect(_FUSED),
     "--num-dataset-builder-threads": NoEffect("sample indices are built by numpy in one thread"),
-    "--overlap-param-gather": NoEffect("parameters are not sharded, there is nothing to gather"),
     "--rerun-mode": NoEffect("steps are never rerun", ("disabled",), "leave it out"),
     "--softmax-type": NoEffect("attention takes a plain softmax", ("vanilla",), "leave it out"),
     "--timing-log-level": NoEffect("there are no such timers", ("0",), "leave it out"),
@@ -101,7 +100,7 @@ _FLEX = (
 )
 _SAMPLES = "the run is counted in iterations of --global-batch-size samples; give "
 _JSONL = "metrics are in metrics.jsonl under --log-dir, and in --tensorboard-dir"
-_SHARDED = "optimizer state is not sharded yet; leave it out, each rank keeps the whole state"
+_SHARDED = "weights are on every rank; --use-distributed-optimizer shares out the optimizer's state"
 
 SUBSTITUTES: dict[str, str] = {
     "--apply-layernorm-1p": "use --normalization RMSNorm or LayerNorm",
@@ -163,7 +162,6 @@ SUBSTITUTES: dict[str, str] = {
     "--use-checkpoint-opt_param-scheduler": (
         "give the settings of the checkpoint again, or --override-opt_param-scheduler"
     ),
-    "--use-distributed-optimizer": _SHARDED,
     "--use-precision-aware-optimizer": "moments are always fp32",
     "--use-rotary-position-embeddings": "use --position-embedding-type rope",
     "--warmup": "use --lr-warmup-fraction, a share and not a percentage",

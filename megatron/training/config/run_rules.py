@@ -169,6 +169,17 @@ def machine(check: Check) -> Iterator[str]:
         )
 
 
+def sharded_optimizer(check: Check) -> Iterator[str]:
+    """Weights are gathered where optimizer state is shared out, and beside reductions."""
+    options = check.config.ddp
+    if not options.overlap_param_gather:
+        return
+    if not options.use_distributed_optimizer:
+        yield "--overlap-param-gather needs --use-distributed-optimizer: else nothing is gathered"
+    if not options.overlap_grad_reduce:
+        yield "--overlap-param-gather needs --overlap-grad-reduce"
+
+
 def evaluation(check: Check) -> Iterator[str]:
     """Evaluation needs batches to evaluate on."""
     # --eval-interval beside an explicit --eval-iters 0 is how scripts turn evaluation off
@@ -194,5 +205,6 @@ RUN_RULES: tuple[Rule, ...] = (
     saving,
     loading,
     machine,
+    sharded_optimizer,
     evaluation,
 )

@@ -54,7 +54,7 @@ class StandIn(nn.Module):
 
 
 def build(
-    ep: int, dtype: torch.dtype = torch.float32, etp: int = 1
+    ep: int, dtype: torch.dtype = torch.float32, etp: int = 1, *, sharded: bool = False
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     """Build model and optimizer on this rank of the default group, at ``ep`` and ``etp``."""
     layout = ParallelLayout(world_size=dist.get_world_size(), ep=ep, etp=etp)
@@ -63,7 +63,8 @@ def build(
     first = groups.ep.rank() * local
     split = split_over("expt_tp", groups, dim=0, parts=(FFN, FFN))
     model = StandIn(tuple(range(first, first + local)), dtype, split)
-    ddp = DistributedDataParallel(DistributedDataParallelConfig(), model, pg_collection=groups)
+    config = DistributedDataParallelConfig(use_distributed_optimizer=sharded)
+    ddp = DistributedDataParallel(config, model, pg_collection=groups)
     return ddp, get_megatron_optimizer(OptimizerConfig(lr=1e-3), ddp, pg_collection=groups)
 
 

@@ -8,6 +8,7 @@ from megatron.core.distributed.bucket_layout import (
     ParamSpec,
     default_bucket_size,
     plan_buckets,
+    shard_of,
 )
 
 SPECS = st.lists(
@@ -29,7 +30,8 @@ BUCKET_SIZES = st.integers(1, 20000)
 def test_every_parameter_has_one_aligned_span_in_the_buffer_of_its_kind(specs, bucket_size):
     layout = plan_buckets(specs, bucket_size)
     seen = []
-    for buffer in layout.buffers:
+    for number, buffer in enumerate(layout.buffers):
+        starts = {bucket.start for bucket in layout.buckets if bucket.buffer == number}
         assert buffer.numel % BUFFER_ALIGNMENT == 0
         end = 0
         for span in buffer.spans:
@@ -37,7 +39,8 @@ def test_every_parameter_has_one_aligned_span_in_the_buffer_of_its_kind(specs, b
             assert (spec.is_expert, spec.decays, spec.dtype, spec.split_over, False) == buffer.key
             assert span.end - span.start == spec.numel
             assert span.start % PARAM_ALIGNMENT == 0
-            assert 0 <= span.start - end < PARAM_ALIGNMENT
+            gap = BUFFER_ALIGNMENT if span.start in starts else PARAM_ALIGNMENT
+            assert 0 <= span.start - end < gap
             end = span.end
             seen.append(span.param)
         assert 0 <= buffer.numel - end < BUFFER_ALIGNMENT
@@ -92,14 +95,43 @@ def test_parameters_lie_in_reverse_registration_order():
     assert [(s.param, s.start, s.end) for s in layout.buffers[0].spans] == [
         (2, 0, 7),
         (1, 64, 164),
-        (0, 192, 202),
+        (0, 1024, 1034),
     ]
     assert [(b.start, b.end, b.params) for b in layout.buckets] == [
-        (0, 192, (2, 1)),
-        (192, 1024, (0,)),
+        (0, 1024, (2, 1)),
+        (1024, 2048, (0,)),
     ]
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(1, 40_000_000), (40, 40_000_000), (64, 64_000_000)])
 def test_default_bucket_size_grows_with_many_ranks(ranks, size):
     assert default_bucket_size(ranks) == size
+
+
+@given(SPECS, BUCKET_SIZES, st.integers(1, 5))
+def test_slices_of_ranks_tile_every_bucket_in_whole_rows(specs, bucket_size, ranks):
+    layout = plan_buckets(specs, bucket_size, lambda key: ranks + key.is_expert)
+    for bucket in layout.buckets:
+        count = ranks + layout.buffers[bucket.buffer].key.is_expert
+        slices = [shard_of(bucket.start, bucket.end, rank, count) for rank in range(count)]
+        assert [start for start, _ in slices] == [bucket.start, *(end for _, end in slices[:-1])]
+        assert slices[-1][1] == bucket.end
+        assert len({end - start for start, end in slices}) == 1
+        assert all(start % BUFFER_ALIGNMENT == 0 for start, _ in slices)
+
+
+@given(SPECS, BUCKET_SIZES, st.integers(1, 5))
+def test_sharding_moves_buckets_and_nothing_within_them(specs, bucket_size, ranks):
+    """So rows of the sum of squares are the same, and their sum differs in its last bits only."""
+    plain, sharded = (
+        plan_buckets(specs, bucket_size),
+        plan_buckets(specs, bucket_size, lambda _: ranks),
+    )
+    for one, other in zip(plain.buckets, sharded.buckets, strict=True):
+        assert one.params == other.params
+        for param in one.params:
+            places = [
+                next(s.start for s in layout.buffers[b.buffer].spans if s.param == param) - b.start
+                for layout, b in ((plain, one), (sharded, other))
+            ]
+            assert places[0] == places[1]
