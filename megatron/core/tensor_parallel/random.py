@@ -5,7 +5,8 @@ the same in any layout, microbatch, accumulation or recompute, and nothing has t
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,25 +14,44 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.sequence_slices import take_own
 
 _LEVELS = 1 << 16  # one 16-bit number decides about one element
 
 
 class SequenceShare(NamedTuple):
-    """An equal share of a sequence, dim 0 of activations."""
+    """Some positions of a sequence, dim 0 of activations.
+
+    Those of one of ``cp_ranks`` (see ``sequence_slices``), and of these, in the order in which it
+    holds them, an equal share.
+    """
 
     rank: int
-    """Which share."""
+    """Which equal share."""
     ranks: int
-    """Shares of the sequence."""
+    """Equal shares of what a context-parallel rank holds."""
+    cp_rank: int = 0
+    """Context-parallel rank."""
+    cp_ranks: int = 1
+    """Context-parallel ranks."""
+
+    def whole(self, own: torch.Size) -> torch.Size:
+        """Return the shape of the whole sequence, when that of the share is ``own``."""
+        return torch.Size((own[0] * self.ranks * self.cp_ranks, *own[1:]))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Take the share of ``whole`` [length, ...]."""
+        return take_own(whole, self.cp_rank, self.cp_ranks, dim=0).chunk(self.ranks)[self.rank]
 
 
 def sequence_share(
     pg_collection: ProcessGroupCollection, sequence_parallel: bool
 ) -> SequenceShare | None:
     """Return this rank's share; None where every rank has the whole sequence."""
-    tp = pg_collection.tp
-    return SequenceShare(tp.rank(), tp.size()) if sequence_parallel and tp.size() > 1 else None
+    tp, cp = pg_collection.tp, pg_collection.cp
+    rank, ranks = (tp.rank(), tp.size()) if sequence_parallel else (0, 1)
+    share = SequenceShare(rank, ranks, cp.rank(), cp.size())
+    return share if share.ranks * share.cp_ranks > 1 else None
 
 
 class SampleRng:
@@ -65,16 +85,13 @@ class SampleRng:
             layer: Global index of the layer; -1 for the embedding.
             site: Names the place within the layer.
             batch_dim: Dimension of ``x`` that counts samples.
-            share: Which share of dim 0 this is; the mask is drawn for all of it.
+            share: Which positions dim 0 has; the mask is drawn for the whole sequence.
         """
         if p == 0.0:
             return x
-        shape = x.shape
-        if share is not None:
-            shape = torch.Size((x.shape[0] * share.ranks, *x.shape[1:]))
+        shape = x.shape if share is None else share.whole(x.shape)
         kept = self.kept(shape, p, layer=layer, site=site, batch_dim=batch_dim, device=x.device)
-        if share is not None:
-            kept = kept.chunk(share.ranks)[share.rank]
+        kept = kept if share is None else share.of(kept)
         out: Tensor = _Dropout.apply(x, kept, keep_scale(p))
         return out
 
@@ -97,7 +114,16 @@ class SampleRng:
             torch.ge(_random_int16(one.shape, generator), threshold, out=one)
         return mask
 
-    def jitter(self, x: Tensor, eps: float, *, layer: int, site: str, batch_dim: int) -> Tensor:
+    def jitter(
+        self,
+        x: Tensor,
+        eps: float,
+        *,
+        layer: int,
+        site: str,
+        batch_dim: int,
+        share: SequenceShare | None = None,
+    ) -> Tensor:
         """Multiply each element of ``x`` by a number drawn evenly between 1 - eps and 1 + eps.
 
         The numbers have 65536 levels; the other arguments are those of ``dropout``.
@@ -106,17 +132,26 @@ class SampleRng:
         factor = torch.empty_like(x)
         for i, generator in enumerate(self._generators(layer, site, x.device)):
             one = factor.select(batch_dim, i)
-            one.copy_(_random_int16(one.shape, generator))
+            one.copy_(_of_share(partial(_random_int16, generator=generator), one.shape, share))
         return x * factor.add_(0.5).mul_(2 * eps / _LEVELS).add_(1.0)
 
-    def normal_like(self, x: Tensor, *, layer: int, site: str, batch_dim: int) -> Tensor:
+    def normal_like(
+        self,
+        x: Tensor,
+        *,
+        layer: int,
+        site: str,
+        batch_dim: int,
+        share: SequenceShare | None = None,
+    ) -> Tensor:
         """Return standard normal numbers shaped like ``x``; see ``dropout``."""
         assert x.shape[batch_dim] == len(self.sample_ids), f"{x.shape=} {self.sample_ids=}"
         drawn = torch.empty_like(x)
         for i, generator in enumerate(self._generators(layer, site, x.device)):
             one = drawn.select(batch_dim, i)
             # drawn apart: into a strided view, numbers would come in another order
-            one.copy_(torch.randn(one.shape, generator=generator, device=x.device, dtype=x.dtype))
+            draw = partial(torch.randn, generator=generator, device=x.device, dtype=x.dtype)
+            one.copy_(_of_share(draw, one.shape, share))
         return drawn
 
     def shared_normal(
@@ -141,6 +176,13 @@ class SampleRng:
         for sample in self.sample_ids:
             generator.manual_seed(_hash(f"{self.seed}/{sample}/{layer}/{site}"))
             yield generator
+
+
+def _of_share(
+    draw: Callable[[torch.Size], Tensor], own: torch.Size, share: SequenceShare | None
+) -> Tensor:
+    """Draw for the whole sequence and take the share, of shape ``own``; None for all of it."""
+    return draw(own) if share is None else share.of(draw(share.whole(own)))
 
 
 def as_factor(kept: Tensor, dtype: torch.dtype) -> Tensor:

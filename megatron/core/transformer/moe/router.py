@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from megatron.core.param_role import ParamRole, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
+from megatron.core.tensor_parallel.random import sequence_share
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init
 from megatron.core.transformer.moe.expert_choice import (
@@ -95,6 +96,7 @@ class TopKRouter(nn.Module):
         """
         super().__init__()
         self.data_group = pg_collection.dp_cp
+        self.share = sequence_share(pg_collection, config.sequence_parallel)
         config = config.for_layer(layer_number)
         assert config.num_moe_experts is not None, "a router needs num_moe_experts"
         self.layer_number = layer_number
@@ -248,7 +250,12 @@ class TopKRouter(nn.Module):
             wide = hidden_states.to(torch.promote_types(hidden_states.dtype, self.dtype))
             wide = wide if wide.dim() == 3 else wide.unsqueeze(1)  # [s, b, h]
             hidden_states = context.rng.jitter(
-                wide, self.jitter_eps, layer=self.layer_number, site="router", batch_dim=1
+                wide,
+                self.jitter_eps,
+                layer=self.layer_number,
+                site="router",
+                batch_dim=1,
+                share=self.share,
             )
         return hidden_states.reshape(-1, hidden_states.shape[-1])
 
@@ -257,7 +264,11 @@ class TopKRouter(nn.Module):
         assert context.rng is not None, "forced routing needs a context with rng"
         shape = (logits.shape[0] // num_samples, num_samples, logits.shape[1])  # [s, b, E]
         drawn = context.rng.normal_like(
-            logits.detach().view(shape), layer=self.layer_number, site="router", batch_dim=1
+            logits.detach().view(shape),
+            layer=self.layer_number,
+            site="router",
+            batch_dim=1,
+            share=self.share,
         )
         drawn = drawn.view_as(logits)
         if self.forced_std is not None:
