@@ -1,10 +1,18 @@
 """R1, R2: sequences shared over ranks train as on one process; checkpoints fit any share."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.models.gpt import gpt_model
+from megatron.core.sequence_slices import take_own
+from megatron.core.tensor_parallel.random import SequenceShare
+from megatron.core.transformer.blocked_attention import WeightDropout
+from megatron.training import train_step
+from megatron.training.datasets import batch
 from megatron.training.datasets.batch import Batch
 from tests.helpers.layouts import VOCAB, LayoutResult, run_layout
 from tests.parity.test_layouts import compare
@@ -23,8 +31,6 @@ CASES = {
     },
 }
 KINDS = ["p2p", "all_gather", "a2a"]
-QUICK = [(2, 1, False), (4, 2, True)]  # (ranks, tensor parallel, sequence parallel); CP 2
-SLOW = [(4, 1, False), (4, 2, False)]
 
 
 def make_batch(sample_ids: range, *, documents: bool = False) -> Batch:
@@ -106,3 +112,128 @@ def test_four_ranks_of_a_sequence_equal_one_process(case, kind):
 @pytest.mark.parametrize(("tp", "shared"), [(1, False), (2, False), (2, True)])
 def test_with_data_or_tensor_parallelism_they_equal_one_process(tp, shared, kind):
     check("groups_rope", kind, ranks=4, tp=tp, shared=shared)
+
+
+MOE = {
+    "num_moe_experts": 8,
+    "moe_z_loss_coeff": 1e-3,
+    "moe_router_load_balancing_type": ["none"],
+    "moe_aux_loss_coeff": None,
+}
+MOE_CASES = {
+    "expert_bias": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.05,
+        "moe_shared_expert_intermediate_size": 20,
+    },
+    "jitter": {"moe_input_jitter_eps": 0.1},
+    "forced": {"moe_router_force_load_balancing": True},
+    "global_balance": {
+        "moe_router_load_balancing_type": ["global_aux_loss"],
+        "moe_aux_loss_coeff": [0.02],
+    },
+    "hash": {"moe_router_type": "hash"},
+}
+
+
+@functools.cache
+def moe_of_whole_sequences(case: str, ranks: int) -> LayoutResult:
+    """The run with as many data ranks, each with whole sequences."""
+    return run_layout(ranks, batch_of=make_batch, **(DENSE | MOE | MOE_CASES[case]))
+
+
+def check_moe(case: str, ranks: int, ep: int) -> None:
+    options = DENSE | MOE | MOE_CASES[case] | {"cp_comm_type": ["p2p", "a2a"]}
+    layout = {"context_parallel_size": 2, "expert_model_parallel_size": ep}
+    got = run_layout(ranks, batch_of=make_batch, **layout, **options)
+    compare(got, moe_of_whole_sequences(case, ranks // 2), weights=True)
+
+
+@pytest.mark.parametrize("case", MOE_CASES)
+def test_experts_over_two_ranks_of_a_sequence_equal_one_process(case):
+    check_moe(case, 2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ep", [2, 4])
+@pytest.mark.parametrize("case", MOE_CASES)
+def test_experts_over_ranks_of_two_sequences_equal_two_processes(case, ep):
+    check_moe(case, 4, ep)
+
+
+def _rotary_positions_from_0(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(gpt_model, "own_ranges", lambda length, rank, ranks: (range(length // ranks),))
+
+
+def _mask_of_the_first_rows(patch: pytest.MonkeyPatch) -> None:
+    def wrong(x: torch.Tensor, rank: int, ranks: int, *, dim: int) -> torch.Tensor:
+        return x[:, :, : LENGTH // ranks] if dim == 2 else take_own(x, rank, ranks, dim=dim)
+
+    patch.setattr(batch, "take_own", wrong)
+
+
+def _tokens_of_this_slice_only(patch: pytest.MonkeyPatch) -> None:
+    right = train_step.count_tokens
+
+    def wrong(batches, world):
+        groups = replace(world.pg_collection, dp_cp=world.pg_collection.dp)
+        return right(batches, replace(world, pg_collection=groups))
+
+    patch.setattr(train_step, "count_tokens", wrong)
+
+
+def _dropout_by_local_position(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SequenceShare, "of", lambda self, whole: whole.chunk(self.cp_ranks)[0])
+
+
+def _dropped_weights_by_local_head(patch: pytest.MonkeyPatch) -> None:
+    right = WeightDropout.kept
+    patch.setattr(
+        WeightDropout,
+        "kept",
+        lambda self, *args, **names: right(self._replace(first_head=0), *args, **names),
+    )
+
+
+def _gradients_of_this_slice_only(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(DistributedDataParallel, "_group", lambda self, key: self.pg_collection.dp)
+
+
+PLANTS = {
+    "rotary": (_rotary_positions_from_0, "groups_rope", "p2p"),
+    "mask": (_mask_of_the_first_rows, "learned_positions", "all_gather"),
+    "count": (_tokens_of_this_slice_only, "learned_positions", "p2p"),
+    "dropout": (_dropout_by_local_position, "learned_positions", "p2p"),
+    "weights": (_dropped_weights_by_local_head, "learned_positions", "a2a"),
+    "gradients": (_gradients_of_this_slice_only, "learned_positions", "p2p"),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_bug_is_seen(plant, monkeypatch):
+    bug, case, kind = PLANTS[plant]
+    masked = plant == "mask"
+    one_process(case, masked)  # before the bug is there
+    bug(monkeypatch)
+    with pytest.raises(AssertionError, match=r"step 0: (lm_loss|grad_norm)|replicas|disagree"):
+        check(case, kind, masked=masked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputed_attention_over_ranks_equals_one_process(kind):
+    check("groups_rope", kind, recompute_granularity="selective")
+
+
+@functools.cache
+def _without_dropout(ranks: int, kind: str) -> LayoutResult:
+    batch_of = functools.partial(make_batch, documents=True)
+    options = DENSE | {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return run_layout(
+        ranks, batch_of=batch_of, context_parallel_size=ranks, cp_comm_type=[kind], **options
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_dropout_ranks_of_a_sequence_equal_one_process(kind):
+    compare(_without_dropout(2, kind), _without_dropout(1, "p2p"), weights=True)
