@@ -30,6 +30,7 @@ CASES = {
         "normalization": "RMSNorm",
     },
 }
+SLOW = pytest.mark.slow
 KINDS = ["p2p", "all_gather", "a2a"]
 
 
@@ -103,13 +104,16 @@ def test_documents_are_kept_apart_over_ranks(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("learned_positions", marks=SLOW), "groups_rope"])
 def test_four_ranks_of_a_sequence_equal_one_process(case, kind):
     check(case, kind, ranks=4, cp=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("tp", "shared"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("tp", "shared"),
+    [pytest.param(1, False, marks=SLOW), pytest.param(2, False, marks=SLOW), (2, True)],
+)
 def test_with_data_or_tensor_parallelism_they_equal_one_process(tp, shared, kind):
     check("groups_rope", kind, ranks=4, tp=tp, shared=shared)
 
@@ -150,12 +154,14 @@ def check_moe(case: str, ranks: int, ep: int) -> None:
     compare(got, moe_of_whole_sequences(case, ranks // 2), weights=True)
 
 
-@pytest.mark.parametrize("case", MOE_CASES)
+@pytest.mark.parametrize(
+    "case", ["expert_bias", *[pytest.param(c, marks=SLOW) for c in MOE_CASES if c != "expert_bias"]]
+)
 def test_experts_over_two_ranks_of_a_sequence_equal_one_process(case):
     check_moe(case, 2, 2)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("ep", [2, 4])
 @pytest.mark.parametrize("case", MOE_CASES)
 def test_experts_over_ranks_of_two_sequences_equal_two_processes(case, ep):
@@ -220,7 +226,7 @@ def test_a_planted_bug_is_seen(plant, monkeypatch):
         check(case, kind, masked=masked)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["p2p", *[pytest.param(k, marks=SLOW) for k in KINDS[1:]]])
 def test_recomputed_attention_over_ranks_equals_one_process(kind):
     check("groups_rope", kind, recompute_granularity="selective")
 

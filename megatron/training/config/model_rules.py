@@ -8,7 +8,7 @@ from megatron.training.config.checks import Check, Rule, divisors, nearest
 
 
 def parallel_sizes(check: Check) -> Iterator[str]:
-    """Only data and expert parallelism exist; experts and their slices must fill the ranks."""
+    """Ranks fill the dense grid and the expert grid, and what they share divides evenly."""
     model, world = check.config.model, check.world_size
     yield from model.parallel_problems()
     yield from _dense_grid(check)
