@@ -80,7 +80,9 @@ def test_each_head_of_four_on_a_rank_of_its_own_equals_one_process(shared):
 def _same_masks(patch: pytest.MonkeyPatch) -> None:
     right = WeightDropout.kept
     patch.setattr(
-        WeightDropout, "kept", lambda self, *args: right(self._replace(first_head=0), *args)
+        WeightDropout,
+        "kept",
+        lambda self, *args, **names: right(self._replace(first_head=0), *args, **names),
     )
 
 

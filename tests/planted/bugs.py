@@ -89,8 +89,8 @@ BUGS = (
         "gradients of experts are summed over all data ranks",
         "R2",
         DDP,
-        "return self.pg_collection.expt_dp if key.is_expert else self.pg_collection.dp_cp",
-        "return self.pg_collection.dp_cp",
+        "            return groups.expt_dp\n",
+        "            return groups.dp_cp\n",
         (f"{DDP_LAYOUTS}[False-2-2]", f"{DDP_LAYOUTS}[False-4-2]"),
     ),
     Bug(
