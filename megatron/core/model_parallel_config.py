@@ -1,7 +1,9 @@
 """Sizes of the parallel axes, as options. The rank arithmetic itself is in parallel_layout.py."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron.core.parallel_layout import ParallelLayout
 
@@ -23,7 +25,13 @@ class ModelParallelConfig:
     """Stages that the layers are split into. Only 1 is offered so far."""
 
     context_parallel_size: int = 1
-    """Ranks that share one sequence. Only 1 is offered so far."""
+    """Ranks that share each sequence, each with two of its 2 x N equal chunks; --seq-length is a
+    multiple of 2 x N."""
+
+    cp_comm_type: list[Literal["p2p", "all_gather", "a2a"]] = field(default_factory=lambda: ["p2p"])
+    """How attention reaches the other ranks of a sequence: pass keys and values round a ring (p2p),
+    gather them all (all_gather), or exchange positions for heads (a2a). One for all layers, or one
+    a layer."""
 
     expert_model_parallel_size: int = 1
     """Ranks that the experts of a layer are spread over; divides --num-experts."""
@@ -42,6 +50,16 @@ class ModelParallelConfig:
         own = self.expert_tensor_parallel_size
         return self.tensor_model_parallel_size if own is None else own
 
+    def cp_comm_type_of(self, layer_number: int) -> Literal["p2p", "all_gather", "a2a"]:
+        """Return how attention of a layer reaches the other ranks of a sequence."""
+        kinds = self.cp_comm_type
+        return kinds[0] if len(kinds) == 1 else kinds[layer_number]
+
+    def data_ranks(self, world_size: int) -> int:
+        """Return how many ranks read different samples; 1 where the sizes do not fit the world."""
+        sizes = self.tensor_model_parallel_size, self.context_parallel_size
+        return max(1, world_size // max(1, math.prod(sizes) * self.pipeline_model_parallel_size))
+
     def layout(self, world_size: int) -> ParallelLayout:
         """Return the rank layout of these sizes over ``world_size`` ranks."""
         return ParallelLayout(
@@ -56,16 +74,14 @@ class ModelParallelConfig:
 
     def parallel_problems(self) -> Iterator[str]:
         """Yield one sentence for each size that is not offered, in the user's flags."""
+        if self.pipeline_model_parallel_size != 1:
+            yield (
+                f"--pipeline-model-parallel-size {self.pipeline_model_parallel_size} is not "
+                "offered yet, only 1; spread the model with --expert-model-parallel-size and data "
+                "parallelism instead"
+            )
         for flag, size in {
-            "--pipeline-model-parallel-size": self.pipeline_model_parallel_size,
             "--context-parallel-size": self.context_parallel_size,
-        }.items():
-            if size != 1:
-                yield (
-                    f"{flag} {size} is not offered yet, only 1; spread the model with "
-                    "--expert-model-parallel-size and data parallelism instead"
-                )
-        for flag, size in {
             "--tensor-model-parallel-size": self.tensor_model_parallel_size,
             "--expert-model-parallel-size": self.expert_model_parallel_size,
             "--expert-tensor-parallel-size": self.expert_tensor_size,

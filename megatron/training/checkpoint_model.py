@@ -61,6 +61,7 @@ def load_trained_model(
     config.model.expert_model_parallel_size = config.model.expert_tensor_parallel_size = 1
     config.model.moe_grouped_mm_backend = "auto"  # its package need not be here
     config.model.tensor_model_parallel_size, config.model.sequence_parallel = 1, False
+    config.model.context_parallel_size = 1
     tokenizer = saved_tokenizer(opened)
     model = _model(opened, config).to(device)
     read_tensors(opened.path, model_tensors(model), None, prefixes=(MODEL,))

@@ -22,13 +22,14 @@ def evaluate(run: Run, data_iterator: Iterator[Batch], num_batches: int) -> floa
 
     Args:
         run: Model and groups; the model is left in training mode.
-        data_iterator: Microbatches of this rank, from the first held-out sample.
+        data_iterator: Microbatches of this rank, whole sequences, from the first held-out sample.
         num_batches: Global batches to read.
     """
     run.model.eval()
+    cp = run.world.pg_collection.cp
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
     for _ in range(num_batches * run.num_microbatches):
-        batch = next(data_iterator).to(run.world.device)
+        batch = next(data_iterator).of_positions(cp.rank(), cp.size()).to(run.world.device)
         context = ForwardContext(padding_mask=batch.padding_mask, same_num_tokens=True)
         model = partial(run.model, context=context)
         output, loss_func = run.forward_step(iter((batch,)), model)

@@ -78,6 +78,8 @@ _FREE = {
     "recompute_num_layers",
     "recompute_modules",
     "tensor_model_parallel_size",
+    "context_parallel_size",
+    "cp_comm_type",
     "sequence_parallel",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",

@@ -56,10 +56,12 @@ def train_step(
     Args:
         run: Model, optimizer and groups.
         state: Iterations and samples before this step.
-        data_iterator: Microbatches of this rank.
+        data_iterator: Microbatches of this rank, of whole sequences.
         notes: This rank's reasons to stop, to be agreed on with the losses.
     """
-    cpu_batches = list(islice(data_iterator, run.num_microbatches))
+    cp = run.world.pg_collection.cp
+    whole = islice(data_iterator, run.num_microbatches)
+    cpu_batches = [batch.of_positions(cp.rank(), cp.size()) for batch in whole]
     counts = count_tokens(cpu_batches, run.world)  # over the global batch
     batches = [batch.to(run.world.device) for batch in cpu_batches]
     run.scheduler.step(run.optimizer, state.consumed_samples)

@@ -1,5 +1,6 @@
 """The table of mistakes: command lines and what the message about them must say."""
 
+from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_moe_input import MOE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
 
@@ -79,6 +80,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --overlap-param-gather --use-distributed-optimizer",
         ["--overlap-param-gather needs --overlap-grad-reduce"],
     ),
+    **CONTEXT_CASES,
     "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
     "ep of experts": (
         4,

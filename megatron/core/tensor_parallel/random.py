@@ -13,25 +13,44 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.sequence_slices import take_own
 
 _LEVELS = 1 << 16  # one 16-bit number decides about one element
 
 
 class SequenceShare(NamedTuple):
-    """An equal share of a sequence, dim 0 of activations."""
+    """Some positions of a sequence, dim 0 of activations.
+
+    Those of one of ``cp_ranks`` (see ``sequence_slices``), and of these, in the order in which it
+    holds them, an equal share.
+    """
 
     rank: int
-    """Which share."""
+    """Which equal share."""
     ranks: int
-    """Shares of the sequence."""
+    """Equal shares of what a context-parallel rank holds."""
+    cp_rank: int = 0
+    """Context-parallel rank."""
+    cp_ranks: int = 1
+    """Context-parallel ranks."""
+
+    def whole(self, own: torch.Size) -> torch.Size:
+        """Return the shape of the whole sequence, when that of the share is ``own``."""
+        return torch.Size((own[0] * self.ranks * self.cp_ranks, *own[1:]))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Take the share of ``whole`` [length, ...]."""
+        return take_own(whole, self.cp_rank, self.cp_ranks, dim=0).chunk(self.ranks)[self.rank]
 
 
 def sequence_share(
     pg_collection: ProcessGroupCollection, sequence_parallel: bool
 ) -> SequenceShare | None:
     """Return this rank's share; None where every rank has the whole sequence."""
-    tp = pg_collection.tp
-    return SequenceShare(tp.rank(), tp.size()) if sequence_parallel and tp.size() > 1 else None
+    tp, cp = pg_collection.tp, pg_collection.cp
+    rank, ranks = (tp.rank(), tp.size()) if sequence_parallel else (0, 1)
+    share = SequenceShare(rank, ranks, cp.rank(), cp.size())
+    return share if share.ranks * share.cp_ranks > 1 else None
 
 
 class SampleRng:
@@ -65,13 +84,11 @@ class SampleRng:
             layer: Global index of the layer; -1 for the embedding.
             site: Names the place within the layer.
             batch_dim: Dimension of ``x`` that counts samples.
-            share: Which share of dim 0 this is; the mask is drawn for all of it.
+            share: Which positions dim 0 has; the mask is drawn for the whole sequence.
         """
         if p == 0.0:
             return x
-        shape = x.shape
-        if share is not None:
-            shape = torch.Size((x.shape[0] * share.ranks, *x.shape[1:]))
+        shape = x.shape if share is None else share.whole(x.shape)
         kept = self.kept(shape, p, layer=layer, site=site, batch_dim=batch_dim, device=x.device)
         out: Tensor = _Dropout.apply(x, _own(kept, share), keep_scale(p))
         return out
@@ -161,13 +178,11 @@ class SampleRng:
 
 def _whole_like(x: Tensor, share: SequenceShare | None) -> Tensor:
     """Return room for what ``x`` is a share of along dim 0, or for ``x`` when None."""
-    if share is None:
-        return torch.empty_like(x)
-    return x.new_empty(x.shape[0] * share.ranks, *x.shape[1:])
+    return torch.empty_like(x) if share is None else x.new_empty(share.whole(x.shape))
 
 
 def _own(whole: Tensor, share: SequenceShare | None) -> Tensor:
-    return whole if share is None else whole.chunk(share.ranks)[share.rank]
+    return whole if share is None else share.of(whole)
 
 
 def as_factor(kept: Tensor, dtype: torch.dtype) -> Tensor:

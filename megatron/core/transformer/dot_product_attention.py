@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.blocked_attention import WeightDropout, blocked_causal_attention
+from megatron.core.transformer.context_parallel.attention import context_parallel_attention
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -27,7 +28,8 @@ class DotProductAttention(nn.Module):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__()
-        tp = pg_collection.tp
+        tp, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.cp_comm_type = config.cp_comm_type_of(layer_number)
         self.first_head = tp.rank() * (config.num_attention_heads // tp.size())
         self.layer_number = layer_number
         self.dropout = config.attention_dropout
@@ -43,7 +45,8 @@ class DotProductAttention(nn.Module):
         """Attend.
 
         Args:
-            query: [b, heads, s, d], the positions that follow those in ``context.kv_cache``.
+            query: [b, heads, s, d], the positions that follow those in ``context.kv_cache``, or
+                those of this context-parallel rank.
             key: [b, groups, s, d]; heads of a group follow each other.
             value: Like ``key``.
             attention_mask: bool [b, 1, s, positions], True where a query may *not* look, on top
@@ -59,20 +62,47 @@ class DotProductAttention(nn.Module):
         dropout = None
         if self.dropout > 0.0 and context.rng is not None:
             dropout = WeightDropout(context.rng, self.dropout, self.layer_number, self.first_head)
-        if dropout is not None or _blocked_is_faster(query, key):
-            out = blocked_causal_attention(query, key, value, attention_mask, dropout)
+        if self.cp_group.size() > 1:
+            out = context_parallel_attention(
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout,
+                group=self.cp_group,
+                comm_type=self.cp_comm_type,
+                core=causal_attention,
+            )
         else:
-            out = _sdpa(query, key, value, attention_mask)
+            offset = key.shape[2] - query.shape[2]
+            out = causal_attention(query, key, value, attention_mask, dropout, offset=offset)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def _blocked_is_faster(query: Tensor, key: Tensor) -> bool:
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: WeightDropout | None,
+    *,
+    offset: int = 0,
+) -> Tensor:
+    """Attend with the kernel that suits; see ``blocked_causal_attention``."""
+    if dropout is not None or _blocked_is_faster(key):
+        return blocked_causal_attention(query, key, value, attention_mask, dropout, offset=offset)
+    end = offset + query.shape[2]
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., :end]
+    return _sdpa(query, key[:, :, :end], value[:, :, :end], attention_mask)
+
+
+def _blocked_is_faster(key: Tensor) -> bool:
     """Return whether to prefer our own blocks: in training on short sequences on a CPU.
 
     There the backward of SDPA's kernel takes about twice as long. Forward alone, it wins.
     """
-    s = query.shape[2]
-    return not query.is_cuda and torch.is_grad_enabled() and s == key.shape[2] <= _SHORT
+    return not key.is_cuda and torch.is_grad_enabled() and key.shape[2] <= _SHORT
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:

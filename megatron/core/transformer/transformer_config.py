@@ -71,6 +71,7 @@ class TransformerConfig(
         yield from self.layer_problems()
         yield from self.expert_slice_problems()
         yield from self.tensor_slice_problems()
+        yield from self.context_slice_problems()
 
     def tensor_slice_problems(self) -> Iterator[str]:
         """Yield a sentence for each width that tensor-parallel ranks cannot share evenly."""
@@ -94,6 +95,52 @@ class TransformerConfig(
             if size > 0 and width and width % size:
                 fits = [str(count) for count in range(1, 2 * size) if width % count == 0]
                 yield f"{shown} must divide {what} {width}; sizes that fit: {', '.join(fits[-3:])}"
+
+    def context_slice_problems(self) -> Iterator[str]:
+        """Yield a sentence for each thing that the ranks of a sequence cannot do together."""
+        size, kinds = self.context_parallel_size, self.cp_comm_type
+        if len(kinds) not in (1, self.num_layers):
+            yield (
+                f"--cp-comm-type has {len(kinds)} entries; give one for all layers, or one for "
+                f"each of --num-layers {self.num_layers}"
+            )
+        if size <= 1:
+            return
+        shown, tp = f"--context-parallel-size {size}", max(self.tensor_model_parallel_size, 1)
+        split = f" / --tensor-model-parallel-size {tp}" if tp > 1 else ""
+        heads, groups = self.num_attention_heads // tp, self.query_groups // tp
+        if "a2a" in kinds and heads % size:
+            yield (
+                f"--cp-comm-type a2a spreads --num-attention-heads {self.num_attention_heads}"
+                f"{split} = {heads} heads over {shown}, which must divide them; use p2p or "
+                "all_gather"
+            )
+        elif "a2a" in kinds and groups and groups % size and size % groups:
+            yield (
+                f"--cp-comm-type a2a spreads --num-query-groups {self.query_groups}{split} = "
+                f"{groups} groups over {shown}; one of these two must divide the other; use p2p or "
+                "all_gather"
+            )
+        if self.num_moe_experts is not None:
+            yield from self._shared_sequence_problems(shown)
+
+    def _shared_sequence_problems(self, shown: str) -> Iterator[str]:
+        """What a router decides over the tokens of a rank would depend on the slices."""
+        losses = sorted(self.aux_loss_coeffs.keys() & {"aux_loss", "seq_aux_loss"})
+        if losses:
+            yield (
+                f"{shown} with --moe-router-load-balancing-type {' '.join(losses)} is not offered "
+                "yet; use global_aux_loss, none, or --moe-aux-loss-coeff 0"
+            )
+        if self.moe_expert_capacity_factor is not None:
+            yield f"{shown} with --moe-expert-capacity-factor is not offered yet; leave one out"
+        if self.moe_router_type == "expert_choice":
+            yield f"{shown} with --moe-router-type expert_choice is not offered yet; use topk"
+        if self.moe_router_choice in ("sinkhorn", "quantile_balancing"):
+            yield (
+                f"{shown} with --moe-router-load-balancing-type {self.moe_router_choice} is not "
+                "offered yet; use global_aux_loss or none"
+            )
 
     def expert_slice_problems(self) -> Iterator[str]:
         """Yield a sentence if the ranks that share an expert cannot have equal slices of it."""

@@ -144,7 +144,8 @@ def _sequence(run: Derivation) -> None:
 
 
 def _batches(run: Derivation) -> None:
-    micro, whole, world = run.get("micro_batch_size"), run.get("global_batch_size"), run.world_size
+    micro, whole = run.get("micro_batch_size"), run.get("global_batch_size")
+    world = run.config.model.data_ranks(run.world_size)
     if micro is None:
         micro, why = MICRO_BATCH_SIZE, "the default"
         if whole is not None and whole % world == 0:

@@ -109,7 +109,6 @@ SUBSTITUTES: dict[str, str] = {
     "--batch-size": "use --micro-batch-size",
     "--checkpoint-activations": _RECOMPUTE
     + "full --recompute-method uniform --recompute-num-layers 1",
-    "--cp-comm-type": "only --context-parallel-size 1 is offered so far",
     "--data-args-path": "put the words of the file after --data-path",
     "--data-parallel-random-init": "initial weights depend on --seed alone, never on a rank",
     "--dataloader-inter-document-masking": "use --reset-attention-mask",
@@ -169,6 +168,7 @@ SUBSTITUTES: dict[str, str] = {
 }
 
 CHOICES: dict[tuple[str, str], str] = {
+    ("cp_comm_type", "a2a+p2p"): "one way a layer: give p2p, or a2a where heads are enough",
     ("moe_token_dispatcher_type", "flex"): _FLEX,
     ("recompute_modules", "layernorm"): "give mlp, moe or core_attn, or recompute whole layers",
 }
@@ -207,8 +207,8 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--account-for-", _PIPELINE),
     ("--overlap-p2p", _PIPELINE),
     ("--no-overlap-p2p", _PIPELINE),
-    ("--hierarchical-context", "only --context-parallel-size 1 is offered so far"),
-    ("--hybrid-context", "only --context-parallel-size 1 is offered so far"),
+    ("--hierarchical-context", "use --cp-comm-type p2p, all_gather or a2a"),
+    ("--hybrid-context", "use --context-parallel-size, the same for all batches"),
     ("--moe-flex", _FLEX),
     ("--moe-deepep", _FLEX),
     ("--moe-hybridep", _FLEX),

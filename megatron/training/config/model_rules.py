@@ -8,7 +8,7 @@ from megatron.training.config.checks import Check, Rule, divisors, nearest
 
 
 def parallel_sizes(check: Check) -> Iterator[str]:
-    """Only data and expert parallelism exist; experts and their slices must fill the ranks."""
+    """Ranks fill the dense grid and the expert grid, and what they share divides evenly."""
     model, world = check.config.model, check.world_size
     yield from model.parallel_problems()
     yield from _dense_grid(check)
@@ -55,6 +55,7 @@ def _dense_grid(check: Check) -> Iterator[str]:
             f"TP*CP*PP = {tp}*{cp}*{pp} = {tp * cp * pp} does not divide the world size {world} "
             f"(ranks of torchrun); valid --tensor-model-parallel-size here: {', '.join(legal)}"
         )
+    yield from _context(check)
     length = check.config.data.seq_length
     if (model.sequence_parallel or model.num_moe_experts) and tp > 0 and length % tp:
         who = "--sequence-parallel shares" if model.sequence_parallel else "MoE layers share"
@@ -67,6 +68,35 @@ def _dense_grid(check: Check) -> Iterator[str]:
         yield (
             f"{check.show('tensor_model_parallel_size')} must divide the padded vocabulary "
             f"{vocab}; leave out --padded-vocab-size, which is then chosen to fit"
+        )
+
+
+def _context(check: Check) -> Iterator[str]:
+    """Each rank of a sequence takes two equal chunks, and tensor-parallel ranks share those."""
+    model, length = check.config.model, check.config.data.seq_length
+    yield from model.context_slice_problems()
+    size = model.context_parallel_size
+    if size == 1:
+        yield from check.useless(
+            "cp_comm_type", "with --context-parallel-size 1: no sequence is shared"
+        )
+        return
+    tp = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    unit = size * math.lcm(2, tp)
+    if length % unit:
+        shared = f" with --sequence-parallel over {tp} ranks" if tp > 1 else ""
+        near = [
+            multiple for multiple in (length // unit * unit, -(-length // unit) * unit) if multiple
+        ]
+        yield (
+            f"{check.show('context_parallel_size')}{shared} cuts a sequence into chunks: "
+            f"{check.show('seq_length')} must be a multiple of {unit}, such as "
+            f"{' or '.join(map(str, near))}"
+        )
+    if check.config.logging.moe_routing_trace_path is not None:
+        yield (
+            f"{check.show('context_parallel_size')} with --moe-routing-trace-path is not offered "
+            "yet: a trace holds whole samples; leave one out"
         )
 
 

@@ -19,7 +19,7 @@ def batches(check: Check) -> Iterator[str]:
         lambda: NumMicroBatches(
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
-            data_parallel_size=check.world_size,
+            data_parallel_size=check.config.model.data_ranks(check.world_size),
         )
     )
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from megatron.core.sequence_slices import take_own
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one microbatch of one data-parallel rank."""
+    """Samples of one microbatch of one data-parallel rank: whole, or a slice of each sequence."""
 
     tokens: Tensor
     """[b, s] int64."""
@@ -43,6 +45,17 @@ class Batch:
         """Return the batch on ``device``; from pinned memory the copy does not wait."""
         tensors = {name: t.to(device, non_blocking=True) for name, t in self._tensors().items()}
         return replace(self, **tensors)  # type: ignore[arg-type]
+
+    def of_positions(self, rank: int, ranks: int) -> "Batch":
+        """Return what one of ``ranks`` that share these sequences reads; see ``sequence_slices``.
+
+        Its positions [b, s / ranks], and what those may look at, [b, 1, s / ranks, s].
+        """
+        slices = {
+            name: take_own(tensor, rank, ranks, dim=2 if name == "attention_mask" else 1)
+            for name, tensor in self._tensors().items()
+        }
+        return replace(self, **slices)  # type: ignore[arg-type]
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; the DataLoader calls this."""

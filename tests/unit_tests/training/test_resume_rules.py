@@ -23,6 +23,7 @@ MAY_DIFFER = {
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
+    "cp_comm_type",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "sequence_parallel",

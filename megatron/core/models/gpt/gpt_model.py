@@ -11,6 +11,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import (
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.output_layer import OutputLayer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.sequence_slices import own_ranges
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -55,6 +56,7 @@ class GPTModel(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.max_sequence_length = max_sequence_length
+        self.cp_group = pg_collection.cp
         self.embedding = LanguageModelEmbedding(
             config, vocab_size, max_sequence_length, pg_collection=pg_collection
         )
@@ -80,12 +82,14 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """Predict the next token at each position.
 
+        With context parallelism all that is [b, s] holds this rank's positions (``take_own``).
+
         Args:
             input_ids: [b, s], int64.
             position_ids: [b, s], int64; read by learned positions. Rotary positions count on from
                 the cache, for only their differences matter.
             attention_mask: bool [b, 1, s, positions], True where a query may *not* look, on top
-                of causality; None forbids nothing more.
+                of causality; None forbids nothing more. ``positions`` are of the whole sequence.
             labels: [b, s], int64.
             context: Random numbers, metrics, cache; the default is evaluation without a cache.
             padding_mask: [b, s] bool, True where a token is padding: MoE layers count it nowhere.
@@ -103,12 +107,17 @@ class GPTModel(nn.Module):
             context = replace(context, padding_mask=padding_mask)
         offset = 0 if context.kv_cache is None else context.kv_cache.length
         length = input_ids.shape[1]
-        self._check_length(offset + length)
+        ranks = self.cp_group.size()
+        assert ranks == 1 or context.kv_cache is None, "a cache holds whole sequences, on one rank"
+        self._check_length(offset + length * ranks)
         context = replace(context, token_ids=input_ids)
         hidden_states = self.embedding(input_ids, position_ids, context)  # [s, b, h]
         rotary = None
         if self.rotary_pos_emb is not None:
-            rotary = self.rotary_pos_emb(length, offset, hidden_states)
+            positions = own_ranges(length * ranks, self.cp_group.rank(), ranks)
+            if offset:
+                positions = (range(offset, offset + length),)
+            rotary = self.rotary_pos_emb(positions, hidden_states)
         hidden_states = self.decoder(hidden_states, attention_mask, rotary, context)
         if context.kv_cache is not None:
             context.kv_cache.advance(length)

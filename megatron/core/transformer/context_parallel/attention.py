@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.sequence_slices import own_ranges
 from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all
 from megatron.core.transformer.blocked_attention import WeightDropout
 from megatron.core.transformer.context_parallel.ring import ring_attention
@@ -18,7 +19,6 @@ from megatron.core.transformer.context_parallel.slices import (
     by_owner,
     gather_sequence,
     in_order,
-    own_ranges,
 )
 
 CommType = Literal["p2p", "all_gather", "a2a"]

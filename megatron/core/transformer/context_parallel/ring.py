@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron.core.sequence_slices import own_ranges
 from megatron.core.tensor_parallel.random import as_factor, keep_scale
 from megatron.core.transformer.blocked_attention import WeightDropout, blocks
-from megatron.core.transformer.context_parallel.slices import own_ranges
 from megatron.core.transformer.precision import compute_dtype
 
 

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import Embedding, VocabParallelEmbedding
+from megatron.core.tensor_parallel.random import sequence_share
 from megatron.core.tensor_parallel.regions import share_sequence
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init
@@ -30,11 +31,12 @@ class LanguageModelEmbedding(nn.Module):
             config: Width, kind of positions, dropout, initialisation.
             vocab_size: Rows of the token table, padding included.
             max_sequence_length: Rows of the position table.
-            pg_collection: Its ``tp`` splits the token table.
+            pg_collection: Its ``tp`` splits the token table, its ``cp`` shares the sequence.
         """
         super().__init__()
         self.hidden_dropout = config.hidden_dropout
         self.tp_group, self.sequence_parallel = pg_collection.tp, config.sequence_parallel
+        self.share = sequence_share(pg_collection, sequence_parallel=False)  # not yet shared out
         init, dtype = input_init(config), params_dtype(config)
         self.word_embeddings = VocabParallelEmbedding(
             vocab_size, config.hidden_size, init=init, dtype=dtype, pg_collection=pg_collection
@@ -56,7 +58,12 @@ class LanguageModelEmbedding(nn.Module):
             hidden_states = hidden_states + self.position_embeddings(position_ids.T)
         if context.rng is not None:
             hidden_states = context.rng.dropout(
-                hidden_states, self.hidden_dropout, layer=-1, site="embedding", batch_dim=1
+                hidden_states,
+                self.hidden_dropout,
+                layer=-1,
+                site="embedding",
+                batch_dim=1,
+                share=self.share,
             )
         return share_sequence(
             self.tp_group, hidden_states, sequence_parallel=self.sequence_parallel

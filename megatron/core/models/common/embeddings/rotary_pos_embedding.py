@@ -1,5 +1,7 @@
 """Cosines and sines of rotary positions; attention applies them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -26,19 +28,20 @@ class RotaryEmbedding(nn.Module):
         self.rotary_base = rotary_base
         self._tables: dict[tuple[torch.device, torch.dtype], RotaryTables] = {}
 
-    def forward(self, length: int, offset: int, like: Tensor) -> RotaryTables:
-        """Return the tables of positions ``offset`` to ``offset + length - 1``.
+    def forward(self, positions: Sequence[range], like: Tensor) -> RotaryTables:
+        """Return the tables of ``positions``, in their order.
 
         Args:
-            length: Positions of this forward.
-            offset: Positions before it.
+            positions: Of this forward.
             like: Gives device and dtype.
         """
-        key, end = (like.device, like.dtype), offset + length
+        key, end = (like.device, like.dtype), max(part.stop for part in positions)
         tables = self._tables.get(key)
         if tables is None or len(tables.cos) < end:
             tables = self._tables[key] = self._compute(end, like)
-        return RotaryTables(tables.cos[offset:end], tables.sin[offset:end], self.num_pairs)
+        return RotaryTables(
+            _rows(tables.cos, positions), _rows(tables.sin, positions), self.num_pairs
+        )
 
     def _compute(self, length: int, like: Tensor) -> RotaryTables:
         """Compute in fp64 and round once."""
@@ -49,3 +52,8 @@ class RotaryEmbedding(nn.Module):
         cos = torch.cat([angles.cos(), angles.cos(), rest + 1.0], dim=1)
         sin = torch.cat([-angles.sin(), angles.sin(), rest], dim=1)
         return RotaryTables(cos.to(like.dtype), sin.to(like.dtype), self.num_pairs)
+
+
+def _rows(table: Tensor, positions: Sequence[range]) -> Tensor:
+    parts = [table[part.start : part.stop] for part in positions]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -209,5 +209,5 @@ def test_every_place_that_drops_draws_a_mask_of_its_own(monkeypatch: pytest.Monk
     model = tiny_gpt(tiny_config(hidden_dropout=0.2, attention_dropout=0.3))
     ids, positions, _ = tiny_batch()
     model(ids, positions, context=ForwardContext(rng=SampleRng(5, (0, 1))))
-    assert len(places) == 1 + 2 * 3  # embedding; in each layer weights, attention, MLP
+    assert len(places) == 1 + 2 * (4 + 2)  # embedding; in each layer 4 heads, attention, MLP
     assert len(set(places)) == len(places)

@@ -7,16 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.sequence_slices import chunks_of, own_ranges, take_own
 from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer import blocked_attention
 from megatron.core.transformer.blocked_attention import WeightDropout, blocked_causal_attention
 from megatron.core.transformer.context_parallel.attention import context_parallel_attention
 from megatron.core.transformer.context_parallel.slices import (
     by_owner,
-    chunks_of,
     in_order,
-    own_ranges,
-    take_own,
 )
 from tests.helpers.ranks import run_ranks
 from tests.unit_tests.core.transformer.moe.layers import relative_error
