@@ -54,31 +54,15 @@ CONTEXT_CASES: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --cp-comm-type a2a",
         ["--cp-comm-type a2a has no effect with --context-parallel-size 1"],
     ),
-    "balance of slices": (
-        2,
-        f"{MOE} --context-parallel-size 2",
-        ["--moe-router-load-balancing-type aux_loss is not offered yet", "global_aux_loss"],
-    ),
-    "choices of slices": (
-        2,
-        f"{MOE} --context-parallel-size 2 --moe-router-type expert_choice",
-        ["--context-parallel-size 2 with --moe-router-type expert_choice is not offered yet"],
-    ),
-    "sinkhorn of slices": (
-        2,
-        f"{MOE} --context-parallel-size 2 --moe-router-load-balancing-type sinkhorn",
-        ["--moe-router-load-balancing-type sinkhorn is not offered yet"],
-    ),
-    "capacity of slices": (
-        2,
-        f"{MOE} --context-parallel-size 2 --moe-router-load-balancing-type none "
-        "--moe-expert-capacity-factor 1.5",
-        ["--context-parallel-size 2 with --moe-expert-capacity-factor is not offered yet"],
-    ),
     "trace of slices": (
         2,
         f"{MOE} --context-parallel-size 2 --moe-router-load-balancing-type none "
         "--moe-routing-trace-path trace",
         ["--moe-routing-trace-path is not offered yet"],
+    ),
+    "replay of a share": (
+        2,
+        f"{MOE} --context-parallel-size 2 --moe-enable-routing-replay",
+        ["--moe-enable-routing-replay with --context-parallel-size 2 is not offered"],
     ),
 }

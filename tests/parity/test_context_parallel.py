@@ -138,7 +138,19 @@ MOE_CASES = {
         "moe_aux_loss_coeff": [0.02],
     },
     "hash": {"moe_router_type": "hash"},
+    "balance": {
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.02, 0.01],
+    },
+    "capacity": {"moe_expert_capacity_factor": 0.8},
+    "first_kept": {"moe_expert_capacity_factor": 0.8, "moe_token_drop_policy": "position"},
+    "expert_choice": {"moe_router_type": "expert_choice"},
+    "sinkhorn": {"moe_router_load_balancing_type": ["sinkhorn"]},
+    "quantiles": {"moe_router_load_balancing_type": ["quantile_balancing"]},
 }
+
+
+QUICK = ("expert_bias", "balance", "first_kept")
 
 
 @functools.cache
@@ -147,15 +159,24 @@ def moe_of_whole_sequences(case: str, ranks: int) -> LayoutResult:
     return run_layout(ranks, batch_of=make_batch, **(DENSE | MOE | MOE_CASES[case]))
 
 
-def check_moe(case: str, ranks: int, ep: int) -> None:
+def check_moe(case: str, ranks: int, ep: int, tp: int = 1, *, shared: bool = False) -> None:
     options = DENSE | MOE | MOE_CASES[case] | {"cp_comm_type": ["p2p", "a2a"]}
-    layout = {"context_parallel_size": 2, "expert_model_parallel_size": ep}
+    layout = {
+        "context_parallel_size": 2,
+        "expert_model_parallel_size": ep,
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": shared,
+    }
     got = run_layout(ranks, batch_of=make_batch, **layout, **options)
-    compare(got, moe_of_whole_sequences(case, ranks // 2), weights=True)
+    compare(got, moe_of_whole_sequences(case, ranks // 2 // tp), weights=True)
 
 
 @pytest.mark.parametrize(
-    "case", ["expert_bias", *[pytest.param(c, marks=SLOW) for c in MOE_CASES if c != "expert_bias"]]
+    "case",
+    [
+        *QUICK,
+        *[pytest.param(case, marks=SLOW) for case in MOE_CASES if case not in QUICK],
+    ],
 )
 def test_experts_over_two_ranks_of_a_sequence_equal_one_process(case):
     check_moe(case, 2, 2)
@@ -166,6 +187,13 @@ def test_experts_over_two_ranks_of_a_sequence_equal_one_process(case):
 @pytest.mark.parametrize("case", MOE_CASES)
 def test_experts_over_ranks_of_two_sequences_equal_two_processes(case, ep):
     check_moe(case, 4, ep)
+
+
+@SLOW
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "sequence parallel"])
+@pytest.mark.parametrize("case", MOE_CASES)
+def test_experts_over_tensor_and_context_ranks_equal_one_process(case, shared):
+    check_moe(case, 4, 2, 2, shared=shared)
 
 
 def _rotary_positions_from_0(patch: pytest.MonkeyPatch) -> None:

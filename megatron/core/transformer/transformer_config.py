@@ -121,25 +121,10 @@ class TransformerConfig(
                 f"{groups} groups over {shown}; one of these two must divide the other; use p2p or "
                 "all_gather"
             )
-        if self.num_moe_experts is not None:
-            yield from self._shared_sequence_problems(shown)
-
-    def _shared_sequence_problems(self, shown: str) -> Iterator[str]:
-        """What a router decides over the tokens of a rank would depend on the slices."""
-        losses = sorted(self.aux_loss_coeffs.keys() & {"aux_loss", "seq_aux_loss"})
-        if losses:
+        if self.moe_enable_routing_replay:
             yield (
-                f"{shown} with --moe-router-load-balancing-type {' '.join(losses)} is not offered "
-                "yet; use global_aux_loss, none, or --moe-aux-loss-coeff 0"
-            )
-        if self.moe_expert_capacity_factor is not None:
-            yield f"{shown} with --moe-expert-capacity-factor is not offered yet; leave one out"
-        if self.moe_router_type == "expert_choice":
-            yield f"{shown} with --moe-router-type expert_choice is not offered yet; use topk"
-        if self.moe_router_choice in ("sinkhorn", "quantile_balancing"):
-            yield (
-                f"{shown} with --moe-router-load-balancing-type {self.moe_router_choice} is not "
-                "offered yet; use global_aux_loss or none"
+                f"--moe-enable-routing-replay with {shown} is not offered: a router sees a share "
+                "of the tokens; replay with --context-parallel-size 1"
             )
 
     def expert_slice_problems(self) -> Iterator[str]:

@@ -81,10 +81,11 @@ def _context(check: Check) -> Iterator[str]:
             "cp_comm_type", "with --context-parallel-size 1: no sequence is shared"
         )
         return
-    tp = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    is_shared = model.sequence_parallel or model.num_moe_experts is not None
+    tp = model.tensor_model_parallel_size if is_shared else 1
     unit = size * math.lcm(2, tp)
     if length % unit:
-        shared = f" with --sequence-parallel over {tp} ranks" if tp > 1 else ""
+        shared = f" with --tensor-model-parallel-size {tp}" if tp > 1 else ""
         near = [
             multiple for multiple in (length // unit * unit, -(-length // unit) * unit) if multiple
         ]

@@ -12,13 +12,16 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import all_gather_single
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
+from megatron.core.transformer.context_parallel.slices import by_owner, in_order
 
 
 class MicrobatchShare(NamedTuple):
     """An equal share of the tokens of one microbatch."""
 
     group: ProcessGroup
-    """The ranks that together have the microbatch: ``tp_cp``."""
+    """The ranks that together have the microbatch: ``tp_cp``, context-parallel ranks slowest."""
+    cp_ranks: int = 1
+    """Context-parallel ranks among them; each has two chunks of a sequence (see ``slices``)."""
 
     @property
     def ranks(self) -> int:
@@ -41,18 +44,14 @@ class MicrobatchShare(NamedTuple):
         return self.total((~padding).sum()).clamp(min=1).to(rows.dtype)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Return the rows of all shares in the order of the ranks; no gradient.
-
-        For tensor parallelism that is the order of one process, since shares follow each other in
-        the sequence and rows are position by position.
-        """
+        """Return the rows of all shares in the order of one process, by position; no gradient."""
         rows = rows.detach()
         if self.ranks == 1:
             return rows
         sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
         out = sent.new_empty(self.ranks * len(rows), *rows.shape[1:])
         all_gather_single(out, sent.contiguous(), group=self.group)
-        return out.to(rows.dtype)
+        return in_order(out.to(rows.dtype).unflatten(0, (self.cp_ranks, -1)))
 
     def gather_padding(self, padding: Tensor | None) -> Tensor | None:
         """Return ``gather(padding)``, or None for none."""
@@ -60,4 +59,7 @@ class MicrobatchShare(NamedTuple):
 
     def own(self, rows: Tensor) -> Tensor:
         """Return the rows of this share of what ``gather`` gave."""
-        return rows if self.ranks == 1 else rows.chunk(self.ranks)[self.group.rank()].contiguous()
+        if self.ranks == 1:
+            return rows
+        shares = by_owner(rows, self.cp_ranks).flatten(0, 1)
+        return shares.chunk(self.ranks)[self.group.rank()].contiguous()

@@ -90,7 +90,7 @@ class MoELayer(nn.Module):
         self.config = config
         self.layer_number = layer_number
         self.expert_group, self.tp_group = pg_collection.tp_ep, pg_collection.tp
-        self.share = MicrobatchShare(pg_collection.tp_cp)
+        self.share = MicrobatchShare(pg_collection.tp_cp, pg_collection.cp.size())
         self.is_recomputed = "moe" in config.recomputed_modules
         self.router = build_module(
             submodules.router, config, layer_number=layer_number, pg_collection=pg_collection

@@ -99,7 +99,7 @@ class TopKRouter(nn.Module):
         """
         super().__init__()
         self.data_group = pg_collection.tp_dp_cp
-        self.share = MicrobatchShare(pg_collection.tp_cp)
+        self.share = MicrobatchShare(pg_collection.tp_cp, pg_collection.cp.size())
         self.positions = sequence_share(pg_collection, sequence_parallel=True)
         config = config.for_layer(layer_number)
         assert config.num_moe_experts is not None, "a router needs num_moe_experts"

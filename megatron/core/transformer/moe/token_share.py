@@ -16,7 +16,7 @@ class TokenShare(Protocol):
         """Return the sum of ``x`` over the shares; no gradient."""
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Return the rows of all shares in the order of the ranks; no gradient."""
+        """Return the rows of all shares in the order of one process; no gradient."""
 
     def own(self, rows: Tensor) -> Tensor:
         """Return the rows of this share of what ``gather`` gave."""
