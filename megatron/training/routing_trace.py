@@ -60,7 +60,7 @@ def open_tracer(run: Run, iteration: int) -> RouterTracer | None:
     most = config.moe_routing_trace_max_training_iters
     limits = TraceLimits(
         max_steps=None if most is None else max(most - plan.steps, 0),
-        max_bytes=config.moe_routing_trace_max_mb * 1_000_000 - plan.size,
+        max_bytes=int(config.moe_routing_trace_max_mb * 1e6) - plan.size,
     )
     try:
         return RouterTracer(

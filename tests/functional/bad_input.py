@@ -212,7 +212,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "trace of 0 MB": (
         1,
         f"{MOE} --moe-routing-trace-path x --moe-routing-trace-max-mb 0",
-        ["--moe-routing-trace-max-mb 0 must be at least 1"],
+        ["--moe-routing-trace-max-mb 0 must be above 0"],
     ),
     "trace of 0 steps": (
         1,

@@ -33,7 +33,7 @@ class LoggingConfig:
     moe_routing_trace_max_training_iters: int | None = None
     """Training iterations that are traced, resumed ones included; all when not set."""
 
-    moe_routing_trace_max_mb: int = 1000
+    moe_routing_trace_max_mb: float = 1000.0
     """Megabytes (10^6 bytes) of trace that one rank writes at most; the trace then ends."""
 
     log_dir: str | None = None

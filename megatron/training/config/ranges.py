@@ -43,7 +43,7 @@ _NAMES_BY_RANGE = {
         vocab_size make_vocab_size_divisible_by padded_vocab_size save_interval keep_last
         ckpt_step eval_interval log_interval tensorboard_log_interval tensorboard_queue_size
         distributed_timeout_minutes bucket_size moe_dispatcher_node_size
-        check_replica_hash moe_routing_trace_max_training_iters moe_routing_trace_max_mb
+        check_replica_hash moe_routing_trace_max_training_iters
         moe_expert_chunk_tokens recompute_num_layers
     """,
     Range(0): """
@@ -54,7 +54,7 @@ _NAMES_BY_RANGE = {
     """,
     Range(0, 1e6, open_low=True): "moe_expert_capacity_factor",
     Range(0, open_low=True): "init_method_std layernorm_epsilon adam_eps rotary_base "
-    "moe_router_topk_scaling_factor",
+    "moe_router_topk_scaling_factor moe_routing_trace_max_mb",
     Range(-1e3, 1e3): "moe_router_force_biased",
     Range(0, 1, open_high=True): """
         moe_router_quantile_balancing_ema
