@@ -52,6 +52,7 @@ def test_a_run_that_shared_experts_goes_on_with_experts_spread_over_ranks(
         assert tensor.shape == unbroken.tensors[key].shape, key
 
 
+@pytest.mark.slow
 def test_the_log_counts_every_parameter_once(runs: dict[str, Steps], folder: Path) -> None:
     experts = 4 * 2 * (2 * 32 * 128 + 128 + 32)  # of 2 layers: two matrices, two biases
     total = sum(t.numel() for key, t in runs["unbroken"].tensors.items() if _is_weight(key))

@@ -30,7 +30,14 @@ from tests.unit_tests.core.transformer.moe.layers import (
 )
 
 SIZES = [(13, 6, 21, 9), (0, 5, 0, 12), (0, 0, 0, 0)]
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (4, 2, 1), (4, 4, 1), (2, 1, 2), (4, 2, 2)]
+LAYOUTS = [
+    (1, 1, 1),
+    (2, 2, 1),
+    (4, 2, 1),
+    pytest.param(4, 4, 1, marks=pytest.mark.slow),
+    (2, 1, 2),
+    pytest.param(4, 2, 2, marks=pytest.mark.slow),
+]
 """Ranks, expert-parallel ranks, ranks that share an expert."""
 SHAPES: list[dict[str, Any]] = [
     {"add_bias_linear": True, "moe_shared_expert_intermediate_size": 10},

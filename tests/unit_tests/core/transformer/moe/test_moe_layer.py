@@ -26,8 +26,20 @@ from tests.unit_tests.core.transformer.moe.layers import (
 )
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3e-2}
-LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
-SHARED = [(2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 1, 2)]  # (ranks, ep, etp)
+SLOW = pytest.mark.slow
+LAYOUTS = [
+    (1, 1),
+    pytest.param(2, 1, marks=SLOW),
+    (2, 2),
+    (4, 2),
+    pytest.param(4, 4, marks=SLOW),
+]
+SHARED = [  # (ranks, ep, etp)
+    (2, 1, 2),
+    (4, 2, 2),
+    pytest.param(4, 1, 4, marks=SLOW),
+    pytest.param(4, 1, 2, marks=SLOW),
+]
 DISPATCHERS = tuple(TOKEN_DISPATCHERS)
 ROUTERS: list[dict[str, Any]] = [
     {"moe_router_topk": 1, "moe_router_pre_softmax": True},
