@@ -267,7 +267,7 @@ GROUPS: dict[str, str] = {
     "learning rate and weight decay": "see --help for the schedule's options; leave it out",
     "checkpointing": "see --help for the checkpoint options; leave it out",
     "mixed precision": _BF16,
-    "distributed init": "only data and expert parallelism are offered so far; leave it out",
+    "distributed init": "groups are made from the parallel sizes alone; leave it out",
     "validation": "use --eval-interval and --eval-iters",
     "data and dataloader": "see --help for the data options; leave it out",
     "tokenizer": "the tokenizer's own file says it; leave it out",

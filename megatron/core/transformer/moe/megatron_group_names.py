@@ -30,13 +30,13 @@ def get_updated_expert_bias(
         tokens_per_expert: [..., num_experts], integers or whole floats, of this rank.
         expert_bias: Of the same shape, fp32; it is not changed.
         expert_bias_update_rate: Of one step.
-        tp_dp_cp_group: Ranks to sum the counts over. None: the data ranks of ``parallel_state``,
+        tp_dp_cp_group: Ranks to sum the counts over. None: ``tp_dp_cp`` of ``parallel_state``,
             or this rank alone where it has no groups.
 
     Source: Wang et al. 2024 (arXiv:2408.15664), algorithm 1.
     """
     if tp_dp_cp_group is None and parallel_state.model_parallel_is_initialized():
-        tp_dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        tp_dp_cp_group = parallel_state.get_process_groups().tp_dp_cp
     return megatron_loss_names.get_updated_expert_bias(
         tokens_per_expert, expert_bias, expert_bias_update_rate, tp_dp_cp_group
     )

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     RowSplits,
     all_gather_rows,
@@ -45,18 +44,6 @@ class AllGatherState:
 
 class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
     """Gather tokens over tp_ep -> pick those of local experts, and sum the ranks' parts back."""
-
-    def __init__(
-        self,
-        num_experts: int,
-        *,
-        pg_collection: ProcessGroupCollection,
-        topk: int | None = None,
-        exact: bool = True,
-    ) -> None:
-        """See ``MoETokenDispatcher``."""
-        super().__init__(num_experts, pg_collection=pg_collection, topk=topk, exact=exact)
-        self.tp_ep_group = pg_collection.tp_ep
 
     def token_permutation(
         self,

@@ -71,6 +71,7 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
         self.num_local_experts = local_expert_count(num_experts, pg_collection.ep.size())
         self.ep_group = pg_collection.ep
         self.expt_tp_group = pg_collection.expt_tp
+        self.tp_ep_group = pg_collection.tp_ep
         self.topk = topk
         self.exact = exact
 
