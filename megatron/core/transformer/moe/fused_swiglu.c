@@ -7,7 +7,14 @@
 #include <stdint.h>
 #include <string.h>
 
+/* As many numbers as a register holds: more are taken apart, which costs five times the time. */
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
 #define WITHIN static inline __attribute__((always_inline))
 
 typedef float wide __attribute__((vector_size(4 * LANES)));
