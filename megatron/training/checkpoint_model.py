@@ -60,6 +60,7 @@ def load_trained_model(
     config = config_from_data(opened.common["config"])
     config.model.expert_model_parallel_size = config.model.expert_tensor_parallel_size = 1
     config.model.moe_grouped_mm_backend = "auto"  # its package need not be here
+    config.model.moe_fused_activation = "off"  # nor a compiler
     tokenizer = saved_tokenizer(opened)
     model = _model(opened, config).to(device)
     read_tensors(opened.path, model_tensors(model), None, prefixes=(MODEL,))
