@@ -32,7 +32,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["megatron", "megatron.*"]),
-    package_data={"megatron.training.config": ["*.tsv"]},
+    package_data={
+        "megatron.training.config": ["*.tsv"],
+        "megatron.core.transformer.moe": ["*.c"],
+    },
     install_requires=["torch>=2.9", "numpy>=1.26", "sentencepiece>=0.2", "pyyaml>=6.0"],
     extras_require={
         **EXTRAS,

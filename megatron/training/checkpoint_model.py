@@ -60,6 +60,7 @@ def load_trained_model(
     config = config_from_data(opened.common["config"])
     config.model.expert_model_parallel_size = config.model.expert_tensor_parallel_size = 1
     config.model.moe_grouped_mm_backend = "auto"  # its package need not be here
+    config.model.moe_fused_activation = "off"  # nor a compiler
     config.model.tensor_model_parallel_size, config.model.sequence_parallel = 1, False
     config.model.context_parallel_size = 1
     tokenizer = saved_tokenizer(opened)

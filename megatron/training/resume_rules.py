@@ -71,6 +71,7 @@ _FREE = {
     "moe_experts_type",
     "moe_enable_routing_replay",
     "moe_grouped_mm_backend",
+    "moe_fused_activation",
     "moe_expert_chunk_tokens",
     "moe_shared_expert_overlap",
     "recompute_granularity",

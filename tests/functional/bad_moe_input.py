@@ -43,6 +43,33 @@ MOE_CASES: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --moe-grouped-mm-backend torch_native --moe-experts-type sequential",
         ["no effect with --moe-experts-type sequential"],
     ),
+    "fused GELU": (
+        1,
+        f"{MOE} --moe-fused-activation compiled",
+        ["--moe-fused-activation compiled computes SwiGLU only", "add --swiglu"],
+    ),
+    "fused fp64": (
+        1,
+        f"{MOE} --swiglu --disable-bias-linear --fp64 --moe-fused-activation compiled",
+        ["computes bf16 and fp32 only"],
+    ),
+    "fused sequential": (
+        1,
+        f"{MOE} --swiglu --disable-bias-linear --moe-fused-activation compiled "
+        "--moe-experts-type sequential",
+        ["no effect with --moe-experts-type sequential"],
+    ),
+    "fused elsewhere": (
+        1,
+        f"{MOE} --swiglu --disable-bias-linear --moe-fused-activation compiled "
+        "--moe-grouped-mm-backend torch_native",
+        ["no effect with --moe-grouped-mm-backend torch_native"],
+    ),
+    "fused unknown": (
+        1,
+        f"{MOE} --moe-fused-activation jit",
+        ["off", "auto", "compiled"],
+    ),
     "full without method": (
         1,
         f"{MOE} --recompute-granularity full",

@@ -229,6 +229,9 @@ CASES: dict[str, Case] = {
     "--moe-grouped-mm-backend": Case(
         expert_functions, MOE, "--moe-grouped-mm-backend torch_native"
     ),
+    "--moe-fused-activation": Case(
+        trained, f"{MOE} --swiglu --disable-bias-linear", "--moe-fused-activation compiled"
+    ),
     "--moe-expert-chunk-tokens": Case(expert_rows, MOE, "--moe-expert-chunk-tokens 5"),
     "--moe-shared-expert-overlap": Case(
         order,

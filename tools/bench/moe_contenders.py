@@ -109,7 +109,10 @@ class Contenders:
         self.stacks = (self.ours.router.weight, experts.weight1, experts.weight2)
         others: dict[str, nn.Module] = {"sequential": self._sequential(args, dtype, groups)}
         others["textbook loop"] = TextbookLoop(*self.stacks, args.moe_router_topk)
-        self.forwards: dict[str, Forward] = {"grouped": lambda x: self.ours(x, context)[0]}
+        self.forwards: dict[str, Forward] = {
+            name: lambda x, fused=fused: self._ours(fused, x, context)
+            for name, fused in (("grouped", "off"), ("fused", "auto"))
+        }
         self.forwards["sequential"] = lambda x: others["sequential"](x, context)[0]
         self.forwards["textbook loop"] = others["textbook loop"]
         for kind in () if peers is None else ("grouped_mm", "eager"):
@@ -120,6 +123,10 @@ class Contenders:
             )
         self.others = others
         self._gather()
+
+    def _ours(self, fused: str, tokens: Tensor, context: ForwardContext) -> Tensor:
+        self.ours.experts.fused = fused
+        return self.ours(tokens, context)[0]
 
     def forget_gradients(self) -> None:
         """Drop fresh gradients; sums stay and grow."""

@@ -1,5 +1,7 @@
 """Forward and backward of one MoE layer: ours, others', and the limit of its matrix products.
 
+Ours is "grouped", and "fused" is the same layer under ``--moe-fused-activation auto``.
+
 Every call sees new tokens, so new numbers of rows for each expert; all contenders see the same
 ones, over the same weights, in turn. A few rounds go by untimed: kernels are compiled in them. The
 limit is the time of exactly the products of one such call, whose shapes never change
@@ -98,13 +100,13 @@ def bench(
         "mode": mode,
     }
     rows = [case | _row(name, timings[name], timings["limit"], work) for name in calls]
-    if parts:
-        ours = timings["grouped"].busy
-        spent = {name: timings[name].busy for name in parts}
-        spent["parts in all"] = sum(spent.values())
+    busy = {name: timing.busy for name, timing in timings.items()}
+    for layer, left_out in (("grouped", "fused activation"), ("fused", "activation")):
+        spent = {name: busy[name] for name in parts if name != left_out and layer in calls}
+        spent |= {"parts in all": sum(spent.values())} if spent else {}
         rows += [
-            case | {"what": f"- {name}", "ms": 1e3 * busy, "of_layer": busy / ours}
-            for name, busy in spent.items()
+            case | {"what": f"- {layer}: {name}", "ms": 1e3 * cost, "of_layer": cost / busy[layer]}
+            for name, cost in spent.items()
         ]
     return rows
 

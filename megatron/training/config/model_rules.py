@@ -313,6 +313,22 @@ def grouped_products(check: Check) -> Iterator[str]:
             yield f"{shown} multiplies bf16 only: add --bf16, or use torch_native"
 
 
+def fused_activation(check: Check) -> Iterator[str]:
+    """Compiled code that is asked for must have something to compute."""
+    model, shown = check.config.model, check.show("moe_fused_activation")
+    if model.num_moe_experts is None or model.moe_fused_activation != "compiled":
+        return
+    if not model.swiglu:
+        yield f"{shown} computes SwiGLU only: add --swiglu, or leave it out"
+    if model.params_dtype_name == "float64":
+        yield f"{shown} computes bf16 and fp32 only: leave --fp64 or it out"
+    for name, needed in (("moe_experts_type", "grouped"), ("moe_grouped_mm_backend", "auto")):
+        if getattr(model, name) != needed:
+            yield f"{shown} has no effect with {check.show(name)}; leave one out"
+    if check.config.distributed.device == "cuda":
+        yield f"{shown} is for CPUs: add --device cpu, or leave it out"
+
+
 def nodes(check: Check) -> Iterator[str]:
     """Nodes and expert-parallel groups must not cut each other."""
     model = check.config.model
@@ -350,4 +366,5 @@ MODEL_RULES: tuple[Rule, ...] = (
     nodes,
     recomputation,
     grouped_products,
+    fused_activation,
 )

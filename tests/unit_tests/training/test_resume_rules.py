@@ -46,6 +46,7 @@ MAY_DIFFER = {
     "moe_token_drop_policy",
     "moe_pad_expert_input_to_capacity",
     "moe_grouped_mm_backend",
+    "moe_fused_activation",
     "moe_expert_chunk_tokens",
     "moe_shared_expert_overlap",
     "recompute_granularity",

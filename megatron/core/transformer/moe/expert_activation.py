@@ -5,7 +5,7 @@ in backward from the input alone, block by block: each of its dozen passes finds
 cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +86,16 @@ def differentiate(
         block = ActivationGradient(out.inner[rows], out.probs[rows], out.activated[rows])
         differentiate_block(inner[rows], probs[rows], grad[rows], block, scratch)
     return out
+
+
+class Activation(NamedTuple):
+    """A way to compute the weighted activation; both functions are called with ``out``."""
+
+    activate: Callable[..., Tensor]
+    differentiate: Callable[..., ActivationGradient]
+
+
+IN_TORCH = Activation(activate, differentiate)
 
 
 def _differentiate_gated(

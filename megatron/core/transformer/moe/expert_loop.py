@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from megatron.core.grad_sink import GradSink, grad_sink_of
 from megatron.core.transformer.moe.expert_activation import (
+    IN_TORCH,
+    Activation,
     ActivationGradient,
-    activate,
-    differentiate,
 )
 
 ROW_MULTIPLE = 16
@@ -41,6 +41,7 @@ def looped_experts(
     *,
     gated: bool,
     adds_bias2: bool = True,
+    activation: Activation = IN_TORCH,
 ) -> Tensor:
     """Return ``prob * expert(row)`` for each row.
 
@@ -52,12 +53,13 @@ def looped_experts(
             a ``grad_sink_of`` gets it there, which saves a pass over memory as large as it.
         gated: SwiGLU instead of GELU.
         adds_bias2: False when another rank adds ``bias2``; it gets its gradient all the same.
+        activation: What computes SwiGLU or GELU.
 
     Returns:
         [num_rows, h].
     """
     sizes = tokens_per_expert.tolist()
-    out: Tensor = _LoopedExperts.apply(rows, probs, sizes, gated, adds_bias2, *weights)
+    out: Tensor = _LoopedExperts.apply(rows, probs, sizes, gated, adds_bias2, activation, *weights)
     return out
 
 
@@ -72,6 +74,7 @@ class _LoopedExperts(torch.autograd.Function):
         sizes: list[int],
         gated: bool,
         adds_bias2: bool,
+        activation: Activation,
         *weights: Tensor,
     ) -> Tensor:
         places = _places(sizes, rows.dtype)
@@ -81,7 +84,8 @@ class _LoopedExperts(torch.autograd.Function):
         for place, (w1, w2, b1, b2) in zip(places, _each(weights), strict=True):
             x, active = place.padded_rows(rows), actives[: place.padded_size]
             inner = x @ w1.t() if b1 is None else torch.addmm(b1, x, w1.t())
-            activate(inner[: place.size], probs[place.own], gated=gated, out=active[: place.size])
+            own = slice(place.size)
+            activation.activate(inner[own], probs[place.own], gated=gated, out=active[own])
             active[place.size :].zero_()
             torch.mm(active, w2.t(), out=out[place.padded])
             if b2 is not None and adds_bias2:
@@ -89,6 +93,7 @@ class _LoopedExperts(torch.autograd.Function):
                 out[place.own].add_(weight * b2)
             inners.append(inner)
         ctx.sizes, ctx.gated, ctx.adds_bias2 = sizes, gated, adds_bias2
+        ctx.activation = activation
         ctx.sinks = [grad_sink_of(weight) for weight in weights]
         ctx.save_for_backward(rows, probs, *weights, *inners)
         return out.resize_(rows.shape)
@@ -114,7 +119,7 @@ class _LoopedExperts(torch.autograd.Function):
             x, g = scratch.padded(place, rows, 0), scratch.padded(place, grad, 1)
             found, grad_active = scratch.of_activation(place, grad_probs)
             torch.mm(g, w2, out=grad_active)
-            differentiate(
+            ctx.activation.differentiate(
                 inner[own],
                 probs[place.own],
                 grad_active[own],
@@ -134,9 +139,7 @@ class _LoopedExperts(torch.autograd.Function):
         return (
             grad_rows.resize_(rows.shape),
             grad_probs,
-            None,
-            None,
-            None,
+            *(None,) * 4,
             *map(_GradientStack.returned, (dw1, dw2, db1, db2)),
         )
 

@@ -21,8 +21,13 @@ from megatron.core.tensor_parallel.layers.linear import Linear
 from megatron.core.tensor_parallel.weight_split import split_over
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.moe.activated_product import activated_product
-from megatron.core.transformer.moe.expert_activation import weighted_activation
+from megatron.core.transformer.moe.expert_activation import (
+    IN_TORCH,
+    Activation,
+    weighted_activation,
+)
 from megatron.core.transformer.moe.expert_loop import ExpertWeights, looped_experts
+from megatron.core.transformer.moe.fused_swiglu import fused_swiglu
 from megatron.core.transformer.moe.output_bias import add_output_bias, adds_output_bias
 from megatron.core.transformer.precision import compute_dtype, params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -63,6 +68,9 @@ class GroupedMLP(nn.Module):
         self.gated = config.swiglu
         self.grouped_mm = resolve("grouped_mm", config.moe_grouped_mm_backend)
         self.loops_on_cpu = config.moe_grouped_mm_backend == "auto"
+        self.fused = config.moe_fused_activation
+        if self.fused == "compiled":
+            self._activation(params_dtype(config))  # fails here, if at all
         ids = local_expert_ids(num_local_experts, pg_collection)
         self.adds_bias2 = adds_output_bias(pg_collection)
         hidden, ffn, dtype = config.moe_hidden_size, config.moe_ffn_size, params_dtype(config)
@@ -122,9 +130,17 @@ class GroupedMLP(nn.Module):
                 weights,
                 gated=self.gated,
                 adds_bias2=self.adds_bias2,
+                activation=self._activation(rows.dtype),
             )
             return output, None
         return self.grouped_experts(rows, tokens_per_expert, probs), None
+
+    def _activation(self, dtype: torch.dtype) -> Activation:
+        """Return what computes the activation where experts are looped over."""
+        asked = self.fused == "compiled"
+        if not asked and (self.fused == "off" or not self.gated or dtype == torch.float64):
+            return IN_TORCH
+        return fused_swiglu(dtype, required=asked)
 
     def grouped_experts(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Tensor:
         """Compute ``forward`` by two grouped matrix products, without waiting for the device.

@@ -1,0 +1,134 @@
+/* SwiGLU times the weight of a row, and its gradient: all of it in one pass over memory.
+
+   Compiled when a run begins (see fused_swiglu.py), once for each format: with BF16 numbers are
+   bfloat16, else float. In between all is float. Rows lie one behind the other, strides are in
+   numbers. A row's result depends on no other row, nor on where it lies. */
+
+#include <stdint.h>
+#include <string.h>
+
+/* As many numbers as a register holds: more are taken apart, which costs five times the time. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define WITHIN static inline __attribute__((always_inline))
+
+typedef float wide __attribute__((vector_size(4 * LANES)));
+typedef int32_t mask __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t half_bits __attribute__((vector_size(2 * LANES)));
+
+#ifdef BF16
+typedef uint16_t number;
+typedef half_bits numbers;
+
+WITHIN wide widen(numbers x) { return (wide)(__builtin_convertvector(x, bits) << 16); }
+
+/* To the nearest, ties to even; a NaN stays one. */
+WITHIN numbers narrow(wide x)
+{
+    bits b = (bits)x, nan = (bits)(x != x);
+    bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), numbers);
+}
+#else
+typedef float number;
+typedef wide numbers;
+
+WITHIN wide widen(numbers x) { return x; }
+WITHIN numbers narrow(wide x) { return x; }
+#endif
+
+WITHIN wide load(const number *from, int count)
+{
+    numbers x = {0};
+    if (count == LANES)
+        memcpy(&x, from, sizeof x);
+    else
+        memcpy(&x, from, count * sizeof *from);
+    return widen(x);
+}
+
+WITHIN void store(number *to, wide x, int count)
+{
+    numbers rounded = narrow(x);
+    if (count == LANES)
+        memcpy(to, &rounded, sizeof rounded);
+    else
+        memcpy(to, &rounded, count * sizeof *to);
+}
+
+WITHIN wide choose(mask where, wide yes, wide no)
+{
+    return (wide)(((bits)where & (bits)yes) | (~(bits)where & (bits)no));
+}
+
+/* exp(x) for -87 <= x <= 0: 2^n times the Taylor polynomial of the rest, at most ln(2) / 2. */
+WITHIN wide exp_of_negative(wide x)
+{
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    wide shifted = x * 1.44269504f + shift;
+    wide n = shifted - shift;
+    wide r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* ln(2) in two parts */
+    wide p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * (r * r) + r + 1.0f;
+    return (wide)((bits)p + ((bits)shifted << 23)); /* the integer, added to the exponent */
+}
+
+/* By the exponential of a negative number, so that nothing overflows. */
+WITHIN wide sigmoid(wide x)
+{
+    wide negative = (wide)((bits)x | 0x80000000u);
+    wide lowest = (wide){0} - 87.0f;
+    wide e = exp_of_negative(choose(negative < lowest, lowest, negative));
+    return choose(x < 0.0f, e, (wide){0} + 1.0f) / (1.0f + e);
+}
+
+void activate(const number *inner, int64_t inner_stride, const float *probs, number *out,
+              int64_t out_stride, int64_t num_rows, int64_t width)
+{
+    for (int64_t row = 0; row < num_rows; row++) {
+        const number *gate = inner + row * inner_stride, *up = gate + width;
+        number *to = out + row * out_stride;
+        for (int64_t i = 0; i < width; i += LANES) {
+            int count = width - i < LANES ? (int)(width - i) : LANES;
+            wide g = load(gate + i, count);
+            store(to + i, g * sigmoid(g) * load(up + i, count) * probs[row], count);
+        }
+    }
+}
+
+void differentiate(const number *inner, int64_t inner_stride, const float *probs,
+                   const number *grad, int64_t grad_stride, number *grad_inner,
+                   int64_t grad_inner_stride, float *grad_probs, number *activated,
+                   int64_t activated_stride, int64_t num_rows, int64_t width)
+{
+    for (int64_t row = 0; row < num_rows; row++) {
+        const number *gate = inner + row * inner_stride, *up = gate + width;
+        const number *from = grad + row * grad_stride;
+        number *grad_gate = grad_inner + row * grad_inner_stride, *grad_up = grad_gate + width;
+        number *active = activated + row * activated_stride;
+        wide products = {0};
+        for (int64_t i = 0; i < width; i += LANES) {
+            int count = width - i < LANES ? (int)(width - i) : LANES;
+            wide g = load(gate + i, count), u = load(up + i, count), d = load(from + i, count);
+            wide s = sigmoid(g), silu = g * s, weighted = d * probs[row];
+            products += silu * u * d;
+            store(active + i, silu * u * probs[row], count);
+            store(grad_up + i, weighted * silu, count);
+            store(grad_gate + i, weighted * u * (s + silu * (1.0f - s)), count);
+        }
+        float sum = 0;
+        for (int lane = 0; lane < LANES; lane++)
+            sum += products[lane];
+        grad_probs[row] = sum;
+    }
+}

@@ -1,0 +1,181 @@
+"""The weighted SwiGLU of an expert in one pass over memory, by C compiled when a run begins.
+
+For CPUs, bf16 and fp32. torch needs a dozen passes, so a bf16 layer waits for memory. Compiling
+takes below a second, is done once in a process, and leaves nothing behind. One thread computes.
+"""
+
+import ctypes
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from megatron.core.errors import BackendError
+from megatron.core.transformer.moe.expert_activation import (
+    IN_TORCH,
+    Activation,
+    ActivationGradient,
+)
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".c")
+DTYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
+"""What is computed in, and with which options of the compiler."""
+_SECONDS_TO_COMPILE = 60.0
+
+
+class FusedSwiGLU:
+    """The compiled functions of one dtype; for tensors on a CPU."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        rows = (pointer, number)
+        size = (number, number)
+        self._activate, self._differentiate = library.activate, library.differentiate
+        self._activate.argtypes = [*rows, pointer, *rows, *size]
+        self._differentiate.argtypes = [
+            *(*rows, pointer, *rows, *rows, pointer, *rows),
+            *size,
+        ]
+        self._activate.restype = self._differentiate.restype = None
+
+    def activate(self, inner: Tensor, probs: Tensor, *, gated: bool, out: Tensor) -> Tensor:
+        """See ``expert_activation.activate``."""
+        assert gated, "only SwiGLU is fused"
+        num_rows, width = out.shape
+        probs = probs.contiguous()
+        self._check(num_rows, {width: (out,), 2 * width: (inner,)}, (probs,))
+        self._activate(*_place(inner), probs.data_ptr(), *_place(out), num_rows, width)
+        return out
+
+    def differentiate(
+        self, inner: Tensor, probs: Tensor, grad: Tensor, *, gated: bool, out: ActivationGradient
+    ) -> ActivationGradient:
+        """See ``expert_activation.differentiate``."""
+        assert gated, "only SwiGLU is fused"
+        num_rows, width = out.activated.shape
+        probs = probs.contiguous()
+        matrices = {width: (grad, out.activated), 2 * width: (inner, out.inner)}
+        self._check(num_rows, matrices, (probs, out.probs))
+        self._differentiate(
+            *_place(inner),
+            probs.data_ptr(),
+            *_place(grad),
+            *_place(out.inner),
+            out.probs.data_ptr(),
+            *_place(out.activated),
+            num_rows,
+            width,
+        )
+        return out
+
+    def _check(
+        self, num_rows: int, matrices: Mapping[int, Sequence[Tensor]], vectors: Sequence[Tensor]
+    ) -> None:
+        """Stop before C would read or write what it must not; the keys are widths."""
+        expected: list[tuple[Tensor, tuple[int, ...], torch.dtype]] = [
+            (x, (num_rows, width), self.dtype) for width in matrices for x in matrices[width]
+        ]
+        expected += [(x, (num_rows,), torch.float32) for x in vectors]
+        for tensor, shape, dtype in expected:
+            assert tensor.shape == shape, f"{tensor.shape=} is not {shape}"
+            assert tensor.dtype == dtype, f"{tensor.dtype=} is not {dtype}"
+            assert tensor.device.type == "cpu", f"{tensor.device=}"
+            assert tensor.stride(-1) == 1 or tensor.numel() < 2, f"{tensor.stride()=}"
+
+
+def fused_swiglu(dtype: torch.dtype, *, required: bool = False) -> Activation:
+    """Return the compiled functions for ``dtype``; the first call in a process compiles them.
+
+    Args:
+        dtype: Of rows and weights.
+        required: Fail where they cannot be had, rather than return torch's after one notice.
+
+    Raises:
+        BackendError: There is no compiler, it failed, or what it made computes something else.
+    """
+    found = _compiled(dtype)
+    if isinstance(found, FusedSwiGLU):
+        return Activation(found.activate, found.differentiate)
+    if required:
+        raise BackendError(
+            f"--moe-fused-activation compiled: {found}; install a C compiler that knows "
+            "-march=native (the variable CC says which), or use --moe-fused-activation off"
+        )
+    return IN_TORCH
+
+
+def compiler() -> list[str] | None:
+    """Return the command that compiles C: the variable CC, else cc, gcc or clang; or None."""
+    named = shlex.split(os.environ.get("CC", ""))
+    if named:
+        return named if shutil.which(named[0]) else None
+    return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+
+
+@cache
+def _compiled(dtype: torch.dtype) -> FusedSwiGLU | str:
+    """Return the compiled functions, or why there are none, said once."""
+    began = monotonic()
+    try:
+        found = FusedSwiGLU(_library(dtype), dtype)
+        _try_out(found)
+    except (BackendError, OSError, AttributeError, subprocess.SubprocessError) as error:
+        log.warning("the activation of experts is not fused: %s", error)
+        return str(error)
+    log.info(" > compiled the fused activation of experts in %.1f s", monotonic() - began)
+    return found
+
+
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    if dtype not in DTYPES:
+        raise BackendError(f"there is no fused activation for {dtype}")
+    command = compiler()
+    if command is None:
+        raise BackendError("there is no C compiler (CC, cc, gcc or clang)")
+    with TemporaryDirectory(prefix="fused_swiglu_") as folder:
+        path = Path(folder) / "fused_swiglu.so"
+        options = ["-O3", "-march=native", "-shared", "-fPIC", *DTYPES[dtype]]
+        done = subprocess.run(
+            [*command, *options, "-o", str(path), str(SOURCE)],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS_TO_COMPILE,
+        )
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            raise BackendError(f"{shlex.join(command)} failed and said: {said}")
+        return ctypes.CDLL(str(path))  # which stays when its file goes
+
+
+def _try_out(fused: FusedSwiGLU) -> None:
+    """Compute a few rows and compare with torch: a compiler that errs must not spoil a run."""
+    num_rows, width = 3, 37
+    gate = torch.linspace(-30.0, 30.0, num_rows * width).view(num_rows, width)
+    inner = torch.cat((gate, gate.flip(0) / 8), dim=1).to(fused.dtype)
+    probs, grad = torch.tensor([0.25, 1.0, 0.5]), gate.flip(1).div(16).to(fused.dtype)
+    results = []
+    for way in (IN_TORCH, fused):
+        active = way.activate(inner, probs, gated=True, out=torch.empty_like(grad))
+        made = ActivationGradient(*map(torch.empty_like, (inner, probs, grad)))
+        results.append((active, *way.differentiate(inner, probs, grad, gated=True, out=made)))
+    for want, got in zip(*results, strict=True):
+        close = 8 * torch.finfo(want.dtype).eps
+        if not torch.allclose(got, want, rtol=close, atol=close * float(want.abs().max())):
+            raise BackendError("what the C compiler made computes something else than torch")
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Return address and length of a row."""
+    return tensor.data_ptr(), tensor.stride(0)
