@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron.training.evaluate import evaluate
 from megatron.training.run import Run, TrainState
 from megatron.training.train_step import train_step
 from tests.helpers.ranks import run_ranks
-from tests.unit_tests.training.tiny_run import plain_forward_step, tiny_batches, tiny_run
+from tests.unit_tests.training.tiny_run import skipped_step, tiny_batches, tiny_run
 
 FLAGS = (
     "--micro-batch-size 1 --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
@@ -43,14 +42,7 @@ def test_a_step_moves_the_bias_once_by_the_counts_of_all_ranks_and_microbatches(
 
 
 def _skipped(spoil: float) -> None:
-    def forward_step(data_iterator, model):
-        output, loss_func = plain_forward_step(data_iterator, model)
-        if dist.get_rank() == 0:
-            output.register_hook(lambda grad: grad * spoil)
-        return output, loss_func
-
-    run = tiny_run(FLAGS, forward_step)
-    assert not train_step(run, TrainState(), tiny_batches(run)).updated
+    run = skipped_step(FLAGS, spoil)
     assert not _biases(run).any()
 
 

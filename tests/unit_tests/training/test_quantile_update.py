@@ -11,7 +11,7 @@ from megatron.training.evaluate import evaluate
 from megatron.training.run import Run, TrainState
 from megatron.training.train_step import train_step
 from tests.helpers.ranks import run_ranks
-from tests.unit_tests.training.tiny_run import plain_forward_step, tiny_batches, tiny_run
+from tests.unit_tests.training.tiny_run import skipped_step, tiny_batches, tiny_run
 
 FLAGS = (
     "--micro-batch-size 1 --moe-router-load-balancing-type quantile_balancing "
@@ -63,14 +63,7 @@ def test_a_step_moves_prices_once_by_the_quantiles_of_all_ranks(world_size, ep):
 
 
 def _skipped(spoil: float) -> None:
-    def forward_step(data_iterator, model):
-        output, loss_func = plain_forward_step(data_iterator, model)
-        if dist.get_rank() == 0:
-            output.register_hook(lambda grad: grad * spoil)
-        return output, loss_func
-
-    run = tiny_run(FLAGS, forward_step)
-    assert not train_step(run, TrainState(), tiny_batches(run)).updated
+    run = skipped_step(FLAGS, spoil)
     assert not _prices(run).any()
 
 

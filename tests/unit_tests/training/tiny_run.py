@@ -18,8 +18,9 @@ from megatron.training.batch import get_batch
 from megatron.training.datasets.batch import Batch
 from megatron.training.initialize import World
 from megatron.training.loss import masked_loss
-from megatron.training.run import Run
+from megatron.training.run import Run, TrainState
 from megatron.training.setup_model import setup_run
+from megatron.training.train_step import train_step
 
 VOCAB, SEQ, SAMPLES = 128, 16, 8
 FLAGS = (
@@ -88,6 +89,20 @@ def _batch(text: Tensor, mask: Tensor, numbers: Sequence[int]) -> Batch:
         attention_mask=None,
         sample_ids=tuple(numbers),
     )
+
+
+def skipped_step(extra: str, spoil: float) -> Run:
+    """Return a run after a step that was not made: rank 0 multiplies a gradient by ``spoil``."""
+
+    def forward_step(data_iterator, model):
+        output, loss_func = plain_forward_step(data_iterator, model)
+        if dist.get_rank() == 0:
+            output.register_hook(lambda grad: grad * spoil)
+        return output, loss_func
+
+    run = tiny_run(extra, forward_step)
+    assert not train_step(run, TrainState(), tiny_batches(run)).updated
+    return run
 
 
 def gradients(run: Run) -> dict[str, Tensor]:

@@ -10,48 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron.core.errors import ConfigError
-from megatron.core.transformer.moe.routing import (
-    Routing,
-    ScoreFunction,
-    chosen_probs,
-    log_scores,
-)
 
 Words = TypeVar("Words", int, Tensor)
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: keeps small numbers apart
 _MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
-
-
-def hash_routing(
-    logits: Tensor,
-    token_ids: Tensor,
-    topk: int,
-    layer: int,
-    *,
-    score_function: ScoreFunction = "softmax",
-    pre_softmax: bool = False,
-    scaling_factor: float | None = None,
-) -> Routing:
-    """Send each token to the experts of its id, weighted as ``topk_routing`` would weigh them.
-
-    The weights are the gate's scores at those experts, so the router still learns how much each of
-    them is worth to a token.
-
-    Args:
-        logits: [num_tokens, num_experts]; scored in fp32, or fp64 when they are.
-        token_ids: [num_tokens], int64.
-        topk: Experts per token.
-        layer: Global number of the layer.
-        score_function: See ``topk_routing``.
-        pre_softmax: See ``topk_routing``.
-        scaling_factor: See ``topk_routing``.
-    """
-    scores = log_scores(logits if logits.dtype == torch.float64 else logits.float(), score_function)
-    routing_map = hash_map(token_ids, logits.shape[1], topk, layer)
-    own = topk == 1 and score_function != "softmax"
-    probs = chosen_probs(scores, routing_map, pre_softmax=pre_softmax, own_score=own)
-    return Routing(probs if scaling_factor is None else probs * scaling_factor, routing_map)
 
 
 def ids_of_tokens(token_ids: Tensor | None, num_tokens: int) -> Tensor:

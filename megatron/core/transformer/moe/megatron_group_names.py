@@ -10,7 +10,8 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe import megatron_loss_names
+from megatron.core.tensor_parallel.mappings import all_reduce_sum
+from megatron.core.transformer.moe.load_balancing import updated_expert_bias
 
 
 def get_default_pg_collection() -> ProcessGroupCollection:
@@ -37,9 +38,11 @@ def get_updated_expert_bias(
     """
     if tp_dp_cp_group is None and parallel_state.model_parallel_is_initialized():
         tp_dp_cp_group = parallel_state.get_process_groups().tp_dp_cp
-    return megatron_loss_names.get_updated_expert_bias(
-        tokens_per_expert, expert_bias, expert_bias_update_rate, tp_dp_cp_group
-    )
+    with torch.no_grad():
+        counts = tokens_per_expert.long()  # exact, also over many ranks
+        if tp_dp_cp_group is not None:
+            counts = all_reduce_sum(tp_dp_cp_group, counts)
+        return updated_expert_bias(expert_bias, counts, expert_bias_update_rate)
 
 
 def maybe_move_tensor_to_cpu(

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
-from megatron.core.transformer.moe.load_balancing import router_z_loss, updated_expert_bias
+from megatron.core.transformer.moe.load_balancing import router_z_loss
 from megatron.core.transformer.moe.routing import (
     ScoreFunction,
     log_scores,
@@ -139,29 +139,6 @@ def get_tokens_per_expert_and_token_count(
         return total, own.sum() / topk, total.sum() / topk
     ranks = 1 if reduce_group is None else reduce_group.size()
     return total, routing_map.shape[0], routing_map.shape[0] * ranks
-
-
-def get_updated_expert_bias(
-    tokens_per_expert: Tensor,
-    expert_bias: Tensor,
-    expert_bias_update_rate: float,
-    tp_dp_cp_group: ProcessGroup | None = None,
-) -> Tensor:
-    """Return the bias moved by the rate: up where tokens are fewer than the mean, down where more.
-
-    Args:
-        tokens_per_expert: [..., num_experts], integers or whole floats.
-        expert_bias: Of the same shape, fp32.
-        expert_bias_update_rate: Of one step.
-        tp_dp_cp_group: Ranks to sum the counts over; None when they are sums already.
-
-    Source: Wang et al. 2024 (arXiv:2408.15664), algorithm 1.
-    """
-    with torch.no_grad():
-        counts = tokens_per_expert.long()  # exact, also over many ranks
-        if tp_dp_cp_group is not None:
-            counts = all_reduce_sum(tp_dp_cp_group, counts)
-        return updated_expert_bias(expert_bias, counts, expert_bias_update_rate)
 
 
 class MoEAuxLossAutoScaler(torch.autograd.Function):

@@ -15,11 +15,12 @@ from megatron.core.errors import ConfigError
 from megatron.core.transformer.moe.quantile_balancing import expert_quantiles
 from megatron.core.transformer.moe.routing import (
     ScoreFunction,
+    best_experts,
+    combine_weights,
     group_limited,
     log_scores,
     softmax_over_experts,
     topk_indices,
-    topk_routing,
 )
 
 TopK = Callable[..., tuple[Tensor, Tensor]]
@@ -88,7 +89,7 @@ def topk_routing_with_score_function(  # noqa: PLR0913 (Megatron's signature)
         replay = router_replay.get_replay_topk
         _, indices = replay(ranking, topk, num_groups, group_topk, compute_topk)
     if indices is None:
-        routing_map = topk_routing(
+        routing_map = best_experts(
             wide.detach(),
             topk,
             score_function=score_function,
@@ -96,11 +97,17 @@ def topk_routing_with_score_function(  # noqa: PLR0913 (Megatron's signature)
             num_groups=num_groups,
             group_topk=group_topk,
             expert_bias=expert_bias,
-        ).routing_map
+        )
     else:
         routing_map = torch.zeros_like(wide, dtype=torch.bool).scatter_(1, indices, True)
-    probs = _weights_of(scores, routing_map, topk, score_function, use_pre_softmax)
-    probs = (probs if scaling_factor is None else probs * scaling_factor).to(logits.dtype)
+    probs = combine_weights(
+        wide,
+        routing_map,
+        topk,
+        score_function=score_function,
+        pre_softmax=use_pre_softmax and score_function == "softmax",
+        scaling_factor=scaling_factor,
+    ).to(logits.dtype)
     if not dense_output:
         return probs, routing_map
     if indices is None:
@@ -304,17 +311,6 @@ def _ranking(
         return softmax_over_experts(logits) if pre_softmax else logits
     ranking = scores.detach().exp()
     return ranking if expert_bias is None else ranking + expert_bias
-
-
-def _weights_of(
-    scores: Tensor, routing_map: Tensor, topk: int, score_function: ScoreFunction, pre_softmax: bool
-) -> Tensor:
-    """Return the weights of the experts that ``routing_map`` says; see ``topk_routing``."""
-    if score_function == "softmax" and pre_softmax:
-        return softmax_over_experts(scores).masked_fill(~routing_map, 0.0)
-    if topk == 1 and score_function != "softmax":
-        return scores.exp().masked_fill(~routing_map, 0.0)
-    return softmax_over_experts(scores.masked_fill(~routing_map, float("-inf")))
 
 
 def _best_first(ranking: Tensor, topk: int) -> Tensor:

@@ -147,21 +147,21 @@ class TopKRouter(nn.Module):
         if (self.is_forced or self.forced_std is not None) and self.training:
             logits = self._random(logits, num_samples, context)
         probs, routing_map = self._choose(logits, context)
-        scores = log_scores(logits, self.score_function)
-        losses: dict[str, Tensor] = {}
-        if self.training or context.moe_metrics is not None:
-            losses = self._losses(logits, scores, routing_map, num_samples, context)
+        if not self.training and context.moe_metrics is None:
+            return Routing(probs, routing_map)
+        scores, padding = log_scores(logits, self.score_function), context.padding_rows()
+        num_tokens = self.share.num_tokens(scores, padding)
+        losses = self._losses(logits, scores, routing_map, num_samples, num_tokens, context)
         if self.training:
             for kind, coeff in self.coeffs.items():
                 probs = self._attach(probs, losses[kind] * coeff, context)
         if context.moe_metrics is not None:
-            padding = context.padding_rows()
             context.moe_metrics.record(
                 self.layer_number,
                 context.microbatch,
                 tokens_per_expert=_without_padding(routing_map, padding).sum(dim=0),
                 expert_bias=self.expert_bias,
-                entropy=router_entropy(scores, padding, self.share.num_tokens(scores, padding)),
+                entropy=router_entropy(scores, padding, num_tokens),
                 **{_LOSS_NAMES[kind]: loss for kind, loss in losses.items()},
             )
         return Routing(probs, routing_map)
@@ -295,14 +295,15 @@ class TopKRouter(nn.Module):
         scores: Tensor,
         routing_map: Tensor,
         num_samples: int,
+        num_tokens: int | Tensor,
         context: ForwardContext,
     ) -> dict[str, Tensor]:
         """Return name -> loss, without coefficients, of those in force.
 
-        Each is this rank's part: the parts of all shares of the microbatch add up to the loss.
+        Each is this rank's part: the parts of all shares of the microbatch, of ``num_tokens`` in
+        all, add up to the loss.
         """
         padding, mean_valid = context.padding_rows(), context.mean_valid_tokens
-        num_tokens = self.share.num_tokens(scores, padding)
         mean_num = num_tokens if mean_valid is None else mean_valid.to(scores.dtype)
         losses = {}
         if "z_loss" in self.coeffs:

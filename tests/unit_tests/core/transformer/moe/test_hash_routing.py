@@ -14,11 +14,11 @@ from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.hash_routing import (
     hash32,
     hash_map,
-    hash_routing,
     hashed_experts,
     ids_of_tokens,
 )
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.routing import combine_weights
 from tests.helpers.models import tiny_batch, tiny_config, tiny_gpt, world_of_one
 from tests.helpers.ranks import run_ranks
 from tests.reference.hash_routing import experts_of_token, hash_weights, token_hash
@@ -108,10 +108,11 @@ def test_weights_are_the_gates_scores_and_have_their_gradient(options, topk):
     logits = torch.randn(9, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(50, (9,), generator=generator)
 
-    def probs(x: torch.Tensor) -> torch.Tensor:
-        return hash_routing(x, ids, topk, 2, scaling_factor=1.5, **options).probs
-
     routing_map = hash_map(ids, 8, topk, 2)
+
+    def probs(x: torch.Tensor) -> torch.Tensor:
+        return combine_weights(x, routing_map, topk, scaling_factor=1.5, **options)
+
     scores = logits.sigmoid() if "score_function" in options else logits.softmax(dim=1)
     want = scores * routing_map * 1.5
     if not options:
