@@ -46,6 +46,10 @@ class ForwardContext:
     """Every data-parallel rank has as many tokens as this one, and knows it."""
     router_replay: "Mapping[int, RouterReplay] | None" = None
     """Layer number -> what its router records or replays, in place of what the router owns."""
+    chunk: int = 0
+    """Which of the stages that this rank holds, in the order of the model."""
+    pipeline_input: Tensor | None = None
+    """[s, b, h], what the stage before gave; None at the first stage. The model reads it."""
     token_ids: Tensor | None = None
     """[b, s], ids of the tokens that this forward reads; the model fills them in."""
 

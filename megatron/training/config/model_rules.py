@@ -19,7 +19,7 @@ def parallel_sizes(check: Check) -> Iterator[str]:
         if model.expert_tensor_parallel_size is not None:
             yield f"{check.show('expert_tensor_parallel_size')} needs --num-experts"
         return
-    if (etp := model.expert_tensor_size) > 1:
+    if (etp := model.expert_tensor_size) > 1 or model.pipeline_model_parallel_size > 1:
         yield from _expert_grid(check, math.gcd(*_expert_counts(check)), etp)
         return
     counts = _expert_counts(check)
@@ -50,10 +50,17 @@ def _dense_grid(check: Check) -> Iterator[str]:
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     cp = model.context_parallel_size
     if world % (tp * cp * pp):
-        legal = [str(size) for size in divisors(world) if model.num_attention_heads % size == 0]
+        legal = [
+            str(size)
+            for size in divisors(world)
+            if world % (size * cp * pp) == 0 and model.num_attention_heads % size == 0
+        ]
+        stages = [str(size) for size in divisors(world) if world % (size * cp * tp) == 0]
         yield (
             f"TP*CP*PP = {tp}*{cp}*{pp} = {tp * cp * pp} does not divide the world size {world} "
-            f"(ranks of torchrun); valid --tensor-model-parallel-size here: {', '.join(legal)}"
+            f"(ranks of torchrun); valid --tensor-model-parallel-size here: "
+            f"{', '.join(legal) or 'none'}; valid --pipeline-model-parallel-size: "
+            f"{', '.join(stages) or 'none'}"
         )
     yield from _context(check)
     length = check.config.data.seq_length
