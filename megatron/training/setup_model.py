@@ -13,7 +13,8 @@ from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.core.optimizer.optimizer import get_megatron_optimizer
 from megatron.core.param_role import deferred_init, logical_shards, role_of
 from megatron.core.pipeline_parallel.executor import Message, PipelineExecutor
-from megatron.core.pipeline_parallel.layer_homes import schedule_of, stages_of_rank
+from megatron.core.pipeline_parallel.layer_homes import schedule_of, split_of, stages_of_rank
+from megatron.core.pipeline_parallel.layer_split import layout_of
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
 from megatron.core.tensor_parallel.weight_init import init_weights
@@ -55,6 +56,7 @@ def setup_run(
         num_microbatches=num_microbatches,
         moe_metrics=build_moe_metrics(config, world, num_microbatches),
     )
+    _tell_stages(config, run)
     _tell_parameters(model, world)
     return run
 
@@ -106,6 +108,21 @@ def build_moe_metrics(
         topk=model.moe_topk_by_layer,
         num_microbatches=num_microbatches,
         device=world.device,
+    )
+
+
+def _tell_stages(config: RunConfig, run: Run) -> None:
+    """Say what the stages of a pipeline hold, and in which order ranks go through them."""
+    schedule = run.pipeline.schedule
+    if schedule.pp == 1:
+        return
+    log.info(
+        " > pipeline: schedule %s over %d ranks, %d microbatches a step; stages (E embedding, t "
+        "layer, L output layer): %s",
+        schedule.name,
+        schedule.pp,
+        schedule.num_microbatches,
+        layout_of(split_of(config.model)),
     )
 
 
