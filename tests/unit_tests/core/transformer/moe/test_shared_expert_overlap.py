@@ -107,8 +107,10 @@ def _note_shared(layer: MoELayer, events: list[str]) -> None:
         part.register_forward_hook(noted)
 
 
-FORWARD = ["launch", "fc1", "wait", "launch", "fc2", "wait"]
-BACKWARD = ["launch", "fc2 backward", "wait", "launch", "fc1 backward", "wait"]
+# out go rows and their probs
+FORWARD = ["launch", "launch", "fc1", "wait", "wait", "launch", "fc2", "wait"]
+BACKWARD = ["launch", "fc2 backward", "wait"]
+BACKWARD += ["launch", "launch", "fc1 backward", "wait", "wait"]
 
 
 def _order(dispatcher: str) -> None:
