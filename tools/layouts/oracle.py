@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.collectives import all_gather_single
 from megatron.core.models.gpt import gpt_layer_specs, gpt_model  # noqa: F401  before the fork: slow
-from megatron.core.param_role import role_of
+from megatron.core.param_role import LogicalShard, logical_shards, role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_report import MoEReport
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
 from megatron.training.initialize import World
@@ -26,7 +28,7 @@ from megatron.training.setup_model import setup_run
 from megatron.training.train_step import train_step
 from pretrain_gpt import forward_step, model_provider
 from tools.layouts.ranks import run_ranks
-from tools.layouts.whole_tensors import whole_tensors
+from tools.layouts.whole_tensors import Blocks, whole_of_ranks, whole_tensors
 
 VOCAB, SEQ = 64, 12
 DEFAULTS: dict[str, Any] = {
@@ -73,6 +75,8 @@ class LayoutResult(NamedTuple):
     steps: list[StepRecord]
     tokens_per_expert: Tensor
     """[moe layers, experts], over all steps."""
+    metrics: dict[str, float]
+    """Figures of the MoE layers, ``<layer>/<name>``, over all steps."""
 
 
 def make_config(**options: Any) -> RunConfig:
@@ -101,23 +105,39 @@ def run_layout(
     ``batch_of`` makes a microbatch of sample numbers, ``make_batch`` when not given. Fails when
     ranks that hold the same tensor do not hold the same bits.
     """
+    return run_config(make_config(**options), world_size, steps=steps, batch_of=batch_of)
+
+
+def run_config(
+    config: RunConfig,
+    world_size: int,
+    *,
+    steps: int = 2,
+    batch_of: Callable[[range], Batch] | None = None,
+) -> LayoutResult:
+    """Do as ``run_layout`` with a resolved configuration."""
     with tempfile.TemporaryDirectory() as folder:
-        run_ranks(_train, world_size, Path(folder), steps, batch_of or make_batch, options)
+        run_ranks(_train, world_size, Path(folder), steps, batch_of or make_batch, config)
         ranks = [
-            torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
+            for rank in range(world_size)
         ]
     records = [
         StepRecord(
             _same(rank["losses"][i] for rank in ranks),
             _same(rank["norms"][i] for rank in ranks),
-            _union(rank["gradients"][i] for rank in ranks),
-            _union(rank["weights"][i] for rank in ranks),
+            whole_of_ranks(rank["gradients"][i] for rank in ranks),
+            whole_of_ranks(rank["weights"][i] for rank in ranks),
         )
         for i in range(steps)
     ]
-    counts = ranks[0]["counts"]
+    counts, metrics = ranks[0]["counts"], ranks[0]["metrics"]
     assert all(torch.equal(rank["counts"], counts) for rank in ranks)
-    return LayoutResult(_union(rank["initial"] for rank in ranks), records, counts)
+    assert all(repr(rank["metrics"]) == repr(metrics) for rank in ranks), (
+        "ranks disagree on metrics"
+    )
+    initial = whole_of_ranks(rank["initial"] for rank in ranks)
+    return LayoutResult(initial, records, counts, metrics)
 
 
 def make_run(config: RunConfig) -> Run:
@@ -175,18 +195,38 @@ def global_tensors(run: Run, of: str = "") -> dict[str, Tensor]:
     return found
 
 
-def _biases(run: Run) -> dict[str, Tensor]:
-    found = run.model.module.named_buffers()
-    return {name: bias.clone() for name, bias in found if name.endswith(("expert_bias", "qb_beta"))}
+def _weights(run: Run) -> Blocks:
+    """Return copies of this rank's parameters and expert biases."""
+    named = [(n, p.detach().clone(), role_of(p)) for n, p in run.model.trainable_parameters()]
+    blocks = [block for one in named for block in logical_shards(*one)]
+    buffers = run.model.module.named_buffers()
+    biases = {n: bias.clone() for n, bias in buffers if n.endswith(("expert_bias", "qb_beta"))}
+    return [*blocks, *(LogicalShard(n, b, tuple(b.shape), (0,)) for n, b in biases.items())]
 
 
-def _train(
-    folder: Path, steps: int, batch_of: Callable[[range], Batch], options: dict[str, Any]
-) -> None:
-    config = make_config(**options)
+def _gradients(run: Run) -> Blocks:
+    """Return copies of the summed gradients of this rank's parameters.
+
+    Collective where each rank has the sums of its slices of the buffers only.
+    """
+    params = list(run.model.trainable_parameters())
+    found: dict[int, Blocks] = {}
+    for number, buffer in enumerate(run.model.grad_buffers):
+        flat = buffer.grad_data.clone()
+        for bucket in run.model.bucket_layout.buckets:
+            if buffer.is_sharded and bucket.buffer == number:
+                own = flat[slice(*buffer.own(bucket.start, bucket.end))].clone()
+                all_gather_single(flat[bucket.start : bucket.end], own, group=buffer.group)
+        for span, view in buffer.views(flat):
+            name, param = params[span.param]
+            found[span.param] = list(logical_shards(name, view, role_of(param)))
+    return [block for number in sorted(found) for block in found[number]]
+
+
+def _train(folder: Path, steps: int, batch_of: Callable[[range], Batch], config: RunConfig) -> None:
     run = make_run(config)
     state = TrainState(dropout_seed=config.training.seed)
-    kept: dict[str, Any] = {"initial": global_tensors(run)}
+    kept: dict[str, Any] = {"initial": _weights(run), "counts": torch.zeros(0), "metrics": {}}
     kept |= {"losses": [], "norms": [], "gradients": [], "weights": []}
     for _ in range(steps):
         outcome = train_step(run, state, microbatches(run, state.consumed_samples, batch_of))
@@ -194,24 +234,25 @@ def _train(
         state.consumed_samples += run.global_batch_size
         kept["losses"].append(outcome.lm_loss)
         kept["norms"].append(outcome.grad_norm)
-        whole = not run.model.is_sharded  # else a rank has sums of its slices only
-        kept["gradients"].append(global_tensors(run, "main_grad") if whole else {})
-        kept["weights"].append(global_tensors(run) | _biases(run))
-    kept["counts"] = torch.zeros(0)
+        kept["gradients"].append(_gradients(run))
+        kept["weights"].append(_weights(run))
     if run.moe_metrics is not None:
-        kept["counts"] = run.moe_metrics.report(run.world.pg_collection).tokens_per_expert
+        report = run.moe_metrics.report(run.world.pg_collection)
+        kept["counts"], kept["metrics"] = report.tokens_per_expert, _figures(report)
     torch.save(kept, folder / f"{dist.get_rank()}.pt")
+
+
+def _figures(report: MoEReport) -> dict[str, float]:
+    """Name what the MoE layers say of themselves and no layout may change."""
+    return {
+        f"{layer.layer}/{name}": value
+        for layer in report.layers
+        for name, value in (layer.scalars() | dict(layer.means)).items()
+        if name != "ep_load_ratio"  # of the ranks of this layout
+    }
 
 
 def _same(values: Iterator[float]) -> float:
     found = set(values)
     assert len(found) == 1, f"ranks disagree: {found}"
     return found.pop()
-
-
-def _union(ranks: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    merged: dict[str, Tensor] = {}
-    for tensors in ranks:
-        for key, tensor in tensors.items():
-            assert torch.equal(merged.setdefault(key, tensor), tensor), f"replicas of {key} differ"
-    return merged

@@ -1,5 +1,6 @@
 """Slices of one rank made whole: what is compared is named and shaped as in one process."""
 
+from collections.abc import Iterable
 from itertools import groupby
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from megatron.core.param_role import LogicalShard, ParamRole, logical_shards
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+Blocks = list[LogicalShard]
+"""What one rank holds of logical tensors."""
 
 
 def whole_tensors(
@@ -26,6 +30,18 @@ def whole_tensors(
     dist.all_gather_object(ranks, own, group=getattr(groups, role.split.over))
     every = sorted((shard for rank in ranks for shard in rank), key=lambda shard: shard.name)
     return {key: _join(list(found)) for key, found in groupby(every, lambda shard: shard.name)}
+
+
+def whole_of_ranks(ranks: Iterable[Blocks]) -> dict[str, Tensor]:
+    """Put the blocks of all ranks together, by global name in the order of their first mention.
+
+    Fails when replicas of a block differ in a bit, or when the blocks do not tile the whole.
+    """
+    found: dict[str, dict[tuple[int, ...], LogicalShard]] = {}
+    for block in (block for blocks in ranks for block in blocks):
+        first = found.setdefault(block.name, {}).setdefault(block.offset, block)
+        assert torch.equal(first.tensor, block.tensor), f"replicas of {block.name} differ"
+    return {name: _join(list(blocks.values())) for name, blocks in found.items()}
 
 
 def _join(shards: list[LogicalShard]) -> Tensor:
