@@ -9,6 +9,7 @@ from torch import nn
 
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.errors import ConfigError
+from megatron.core.lanes import Lanes
 from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.core.optimizer.optimizer import get_megatron_optimizer
 from megatron.core.param_role import deferred_init, logical_shards, role_of
@@ -55,6 +56,7 @@ def setup_run(
         pipeline=build_pipeline(config, world, num_microbatches),
         num_microbatches=num_microbatches,
         moe_metrics=build_moe_metrics(config, world, num_microbatches),
+        lanes=Lanes() if config.model.overlap_moe_expert_parallel_comm else None,
     )
     _tell_stages(config, run)
     _tell_parameters(model, world)

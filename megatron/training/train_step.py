@@ -65,7 +65,7 @@ def train_step(
     batches = [batch.to(run.world.device) for batch in cpu_batches]
     run.scheduler.step(run.optimizer, state.consumed_samples)
     run.model.zero_grad_buffer()
-    losses = forward_backward(run, state, batches, counts)
+    losses = run_microbatches(run, state, batches, counts)
     finalize_model_grads(run.model)
     loss, agreed = agree(losses, counts.loss, notes, run.world)
     grad_norm, updated = None, math.isfinite(loss)
@@ -120,7 +120,7 @@ def count_tokens(batches: Sequence[Batch], world: World) -> TokenCounts:
     return TokenCounts(*counts.clamp_(min=1.0))
 
 
-def forward_backward(
+def run_microbatches(
     run: Run, state: TrainState, batches: Sequence[Batch], counts: TokenCounts
 ) -> Tensor:
     """Add the microbatches of a step to the gradients; return their sums of losses.
@@ -144,6 +144,7 @@ def forward_backward(
             aux_loss_scale=1.0 / forwards,
             padding_mask=batch.padding_mask,
             mean_valid_tokens=counts.valid / forwards,
+            lanes=run.lanes,
         )
         output, loss_func = run.forward_step(iter((batch,)), partial(run.model, context=context))
         if not run.pipeline.has_loss(chunk):
@@ -152,7 +153,7 @@ def forward_backward(
         losses[index] = loss_sum.detach()
         return loss_sum / counts.loss
 
-    run.pipeline.forward_backward(forward, no_sync=run.model.no_sync)
+    run.pipeline.forward_backward(forward, no_sync=run.model.no_sync, lanes=run.lanes)
     return losses
 
 

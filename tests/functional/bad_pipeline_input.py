@@ -17,13 +17,13 @@ PIPELINE_CASES: dict[str, tuple[int, str, list[str]]] = {
     "pipeline of world": (
         4,
         f"{GOOD} {PP} 3",
-        ["TP*CP*PP = 1*1*3 = 3 does not divide the world size 4", "-parallel-size: 1, 2, 4"],
+        ["-model-parallel-size 3 does not divide the world size 4", "PP 4 DP 1; PP 2 DP 2"],
     ),
     "pipeline below 1": (1, f"{GOOD} {PP} 0", [f"{PP} 0 must be at least 1"]),
     "experts of a stage": (
         2,
         f"{MOE} {PP} 2 --expert-model-parallel-size 2",
-        ["EP*ETP*PP = 2*1*2 = 4 does not divide the world size 2"],
+        ["x --pipeline-model-parallel-size 2 = 4 does not divide the world size 2", "on 4 ranks"],
     ),
     "virtual stages": (
         2,

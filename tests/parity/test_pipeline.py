@@ -127,8 +127,6 @@ def check(model: str, ranks: int, layout: dict[str, Any]) -> None:
     """Compare everything that a short run leaves behind."""
     options = BASE | MODELS[model]
     got, want = run_layout(ranks, **options, **layout), one_process(model)
-    if layout.get("use_distributed_optimizer"):  # a rank has the sums of its slices only
-        want = want._replace(steps=[step._replace(gradients={}) for step in want.steps])
     # Adam divides by the root of tiny second moments: rounding of a gradient is magnified.
     compare(got, want, weights=options["optimizer"] == "sgd")
 
@@ -219,13 +217,13 @@ def _without_stages(groups: Any) -> Any:
         (_copy_counted_twice, "tied", "grad_norm"),
         (_norm_of_one_stage, "untied", "ranks disagree"),
         (_reduced_at_every_backward, "untied", "after its bucket was reduced"),
-        (_report_of_one_stage, "untied", "assert"),
+        (_report_of_one_stage, "untied", None),
     ],
 )
 def test_a_planted_bug_is_seen(
     plant: Callable[[pytest.MonkeyPatch], None],
     model: str,
-    wrong: str,
+    wrong: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one_process(model)  # before the bug is there

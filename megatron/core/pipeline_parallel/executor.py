@@ -9,6 +9,7 @@ messages of a group, where it makes its communicators eagerly) one after the oth
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
+from megatron.core.lanes import Lanes
 from megatron.core.pipeline_parallel.schedule_step import Product, Schedule, Step, forward_only
 from megatron.core.pipeline_parallel.schedule_transfers import Action, Transfer, with_transfers
 
@@ -61,15 +63,25 @@ class PipelineExecutor:
         return self.schedule.stage(self.group.rank(), chunk) == self.schedule.num_stages - 1
 
     def forward_backward(
-        self, forward: ForwardChunk, *, no_sync: Callable[[], AbstractContextManager[None]]
+        self,
+        forward: ForwardChunk,
+        *,
+        no_sync: Callable[[], AbstractContextManager[None]],
+        lanes: Lanes | None = None,
     ) -> None:
         """Go through all microbatches, forward and backward. All pipeline ranks call this.
 
         Args:
             forward: Called once for each microbatch and chunk.
             no_sync: Context of every backward but the last one of each chunk.
+            lanes: Run each backward and the next forward by turns; of a single stage only.
         """
-        _Walk(self, forward, self._last_backwards, no_sync).go(self._actions)
+        walk = _Walk(self, forward, self._last_backwards, no_sync)
+        if lanes is None:
+            walk.go(self._actions)
+        else:
+            assert self.schedule.num_stages == 1, "lanes of several stages are not planned"
+            walk.go_in_lanes(lanes)
 
     @torch.no_grad()
     def forward_only(self, forward: ForwardChunk) -> None:
@@ -123,6 +135,20 @@ class _Walk:
         self._free_sent(lambda _: True, keep=0)
         left = [*self.there, *self.kept]
         assert not left, f"made or received and not used: {left}"
+
+    def go_in_lanes(self, lanes: Lanes) -> None:
+        """Go F0, (F1 with B0), (F2 with B1), ..., B of the last.
+
+        Gradients are added in the order of microbatches, as without lanes.
+        """
+        last = self.schedule.num_microbatches - 1
+        self._compute(Step("F", 0))
+        for number in range(last):
+            lanes.run_pair(
+                partial(self._compute, Step("F", number + 1)),
+                partial(self._compute, Step("B", number)),
+            )
+        self._compute(Step("B", last))
 
     def _receive(self, transfer: Transfer) -> None:
         shape, dtype, device = self.message

@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron.core.inference.kv_cache import KVCache
+    from megatron.core.lanes import Lanes
     from megatron.core.tensor_parallel.random import SampleRng
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.core.transformer.moe.router_replay import RouterReplay
@@ -50,6 +51,9 @@ class ForwardContext:
     """Which of the stages that this rank holds, in the order of the model."""
     pipeline_input: Tensor | None = None
     """[s, b, h], what the stage before gave; None at the first stage. The model reads it."""
+    lanes: "Lanes | None" = None
+    """Where this forward and its backward let another microbatch compute, while rows travel to
+    experts and back; None waits for the rows."""
     token_ids: Tensor | None = None
     """[b, s], ids of the tokens that this forward reads; the model fills them in."""
 
