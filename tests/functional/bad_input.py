@@ -50,6 +50,23 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         "--group-query-attention --num-query-groups 2",
         ["must divide --num-attention-heads 4; sizes that fit: 1, 2, 4", "--num-query-groups 2"],
     ),
+    "tensor parallel groups": (
+        4,
+        f"{GOOD} --num-attention-heads 12 --kv-channels 8 --group-query-attention "
+        "--num-query-groups 6 --tensor-model-parallel-size 4 --ffn-hidden-size 96",
+        [
+            "must divide --num-query-groups 6 or be a multiple of it; sizes that fit: 2, 3, 6",
+        ],
+    ),
+    "tensor parallel rows of a group": (
+        4,
+        f"{GOOD} --num-attention-heads 4 --kv-channels 5 --group-query-attention "
+        "--num-query-groups 1 --tensor-model-parallel-size 4 --ffn-hidden-size 96",
+        [
+            "--num-query-groups 1 on 4 ranks, which must divide the rows",
+            "(--num-attention-heads 4 / 1 + 2) x 5 = 30; make --kv-channels a multiple of 2",
+        ],
+    ),
     "tensor parallel ffn": (
         2,
         f"{GOOD} --num-attention-heads 4 --ffn-hidden-size 99 --tensor-model-parallel-size 2",
