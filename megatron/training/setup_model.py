@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.lanes import Lanes
 from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.core.optimizer.optimizer import get_megatron_optimizer
 from megatron.core.param_role import deferred_init, logical_shards, role_of
@@ -44,6 +45,7 @@ def setup_run(
         forward_step=forward_step,
         num_microbatches=num_microbatches,
         moe_metrics=build_moe_metrics(config, world, num_microbatches),
+        lanes=Lanes() if config.model.overlap_moe_expert_parallel_comm else None,
     )
     _tell_parameters(model, world)
     return run
