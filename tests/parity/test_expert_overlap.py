@@ -82,6 +82,7 @@ def check_same_bits(case: str, ranks: int, ep: int, num_microbatches: int) -> No
     want = run_layout(ranks, steps=3, **options)
     got = run_layout(ranks, steps=3, **options, **OVERLAP)
     assert torch.equal(got.tokens_per_expert, want.tokens_per_expert)
+    assert got.metrics == want.metrics
     for mine, plain in zip(got.steps, want.steps, strict=True):
         assert (mine.lm_loss, mine.grad_norm) == (plain.lm_loss, plain.grad_norm)
         for kind in ("gradients", "weights"):
