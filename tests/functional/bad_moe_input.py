@@ -222,7 +222,7 @@ MOE_CASES: dict[str, tuple[int, str, list[str]]] = {
     "ep of the smallest layer": (
         4,
         f"{GOOD} --moe-num-experts-per-layer [2,8,8,8] --expert-model-parallel-size 4",
-        ["does not divide --moe-num-experts-per-layer [2,8,8,8]", "here: 1, 2"],
+        ["does not divide --moe-num-experts-per-layer [2,8,8,8]", "EP 2 DP 4; EP 1 DP 4"],
     ),
     "pattern of experts that runs": (
         1,

@@ -87,12 +87,6 @@ def saving(check: Check) -> Iterator[str]:
             "moe_routing_trace_max_training_iters moe_routing_trace_max_mb",
             "without --moe-routing-trace-path",
         )
-    elif check.config.model.tensor_model_parallel_size > 1:
-        yield (
-            "--moe-routing-trace-path is not offered with "
-            f"{check.show('tensor_model_parallel_size')}: a router sees a share of the tokens; "
-            "trace with --tensor-model-parallel-size 1"
-        )
     for name in (
         "save",
         "log_dir",
@@ -208,3 +202,6 @@ RUN_RULES: tuple[Rule, ...] = (
     sharded_optimizer,
     evaluation,
 )
+
+RULES_OF_FOLDERS: tuple[Rule, ...] = (saving, loading)
+"""Those that read disks. What they say is the same for every layout."""
