@@ -99,8 +99,8 @@ def test_schedules_with_split_backwards_have_no_pairs(name):
 
 
 def test_dual_pipe_v_has_pairs_from_as_many_microbatches_as_ranks():
-    for pp in range(1, 13):
-        for count in range(1, 3 * pp):
+    for pp in (1, 2, 3, 4, 7):
+        for count in range(1, 2 * pp + 2):
             schedule = build_schedule("dualpipev", pp=pp, num_microbatches=count)
             assert can_pair(schedule) == (count >= pp)
             if count >= pp:
