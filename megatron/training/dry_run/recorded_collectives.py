@@ -25,7 +25,7 @@ from megatron.training.dry_run.rank_groups import RankGroup
 _HERE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 _ROOT = Path(__file__).parents[3]
-_FRAMES = 4
+_FRAMES = 6
 
 
 class RecordedWork:
@@ -69,8 +69,10 @@ def call_site() -> CallSite:
     frame = sys._getframe(1)
     while frame is not None and len(found) < _FRAMES:
         name = frame.f_code.co_filename
-        if not name.startswith((_HERE, _TORCH)) and not name.startswith("<"):
-            found.append(f"{_short(name)}:{frame.f_lineno} in {frame.f_code.co_name}")
+        function = frame.f_code.co_name
+        ours = not name.startswith((_HERE, _TORCH, "<")) and not function.startswith("<")
+        if ours:
+            found.append(f"{_short(name)}:{frame.f_lineno} in {function}")
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(found)
 
