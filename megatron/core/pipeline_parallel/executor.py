@@ -56,7 +56,7 @@ class PipelineExecutor:
         self.schedule, self.group, self.message = schedule, group, message
         self._actions = with_transfers(schedule)[group.rank()]
         self._forwards = with_transfers(forward_only(schedule))[group.rank()]
-        self._last_backwards = _last_backwards(schedule.steps[group.rank()])
+        self.last_backwards = _last_backwards(schedule.steps[group.rank()])
 
     def has_loss(self, chunk: int) -> bool:
         """Say whether ``chunk`` of this rank is the last stage."""
@@ -76,7 +76,7 @@ class PipelineExecutor:
             no_sync: Context of every backward but the last one of each chunk.
             lanes: Run each backward and the next forward by turns; of a single stage only.
         """
-        walk = _Walk(self, forward, self._last_backwards, no_sync)
+        walk = _Walk(self, forward, self.last_backwards, no_sync)
         if lanes is None:
             walk.go(self._actions)
         else:

@@ -32,23 +32,27 @@ class RecordedWork:
     """What an asynchronous collective returns."""
 
     def __init__(self, log: "EventLog", post: int) -> None:
-        self._log, self._post = log, post
+        self._log, self._post, self._is_out = log, post, False
 
     def wait(self, timeout: Any = None) -> bool:
         """Note that the rank waits."""
         del timeout
-        self._log.wait(self._post)
+        if not self._is_out:
+            self._log.wait(self._post)
         return True
 
     def is_completed(self) -> bool:
-        """Say that it is: nothing was sent."""
-        return True
+        """Say what the library would: only NCCL knows, and then nobody waits any more."""
+        self._is_out = self._log.tells_completion
+        return self._is_out
 
 
 class EventLog:
     """Events of one rank in the order in which they came."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells_completion: bool) -> None:
+        """Begin with nothing; NCCL tells when a message is out, gloo does not."""
+        self.tells_completion = tells_completion
         self.events: list[Event] = []
         self.num_posts = 0
 
