@@ -97,8 +97,10 @@ def _describe(rank: int, model: nn.Module) -> RankModel:
             parts |= {part: None for prefix, part in _PARTS.items() if name.startswith(prefix)}
         shape = tuple(param.shape)
         alike.update(repr((_without_expert(rest, role), shape, str(param.dtype))).encode())
-    if any(m for m in model.modules() if type(m).__name__ == "OutputLayer"):
-        parts |= {"head": None}  # tied to the embedding, it has no parameter of its own
+    stages = getattr(model, "stages", None)
+    if stages is not None:  # it knows, also of a head that is tied to the embedding
+        names = [name for stage in stages for name in stage.parts()]
+        parts = dict.fromkeys(n for n in names if not n.startswith("layer ") and n != "loss")
     return RankModel(
         rank=rank,
         layers=tuple(layers),

@@ -31,7 +31,7 @@ class Closeness(NamedTuple):
 
     def sentence(self) -> str:
         """Say it."""
-        ranks = "every rank" if self.every_rank else "one rank of each kind and place"
+        ranks = "every rank" if self.every_rank else "one rank of each kind and place, and the last"
         if self.every_pass:
             return f"{ranks}, every layer, every microbatch"
         return f"{ranks}, {'every layer' if self.every_layer else 'every kind of layer'} once"
@@ -88,7 +88,8 @@ def rehearse(
     for rank in sorted(set(stands_for)):
         replay = None
         if not closeness.every_pass:
-            key = rank if closeness.every_layer else _places(table, rank)
+            alone = closeness.every_layer or closeness.every_rank or rank == len(stands_for) - 1
+            key = rank if alone else _places(table, rank)
             replay = replays.setdefault(key, Replay(by_kind=not closeness.every_layer))
         steps[rank] = record_step(recipe, table, rank, replay)
         tell(f"recorded rank {rank}")
@@ -110,6 +111,7 @@ def _representatives(census: Census, table: GroupTable, closeness: Closeness) ->
     for model in census.ranks:
         places = (_places(table, model.rank), _stage(table, model.rank))
         found.append(first.setdefault((model.kind, model.parts, *places), model.rank))
+    found[-1] = len(found) - 1  # the rank that is last in all groups is looked at for itself
     return found
 
 

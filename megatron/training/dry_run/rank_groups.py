@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron.core.parallel_layout import ParallelLayout, rank_groups
-from megatron.core.process_groups_config import GROUP_AXES, ProcessGroupCollection
+from megatron.core.parallel_layout import ParallelLayout
+from megatron.core.process_groups_config import ProcessGroupCollection, rank_lists
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,7 @@ class GroupTable:
     @cached_property
     def lists(self) -> dict[str, list[list[int]]]:
         """Field of ``ProcessGroupCollection`` -> the rank lists of all its groups."""
-        grids = {
-            "dense": self.layout.dense_grid(),
-            "expert": self.layout.expert_grid(),
-            "nodes": self.layout.node_grid(),
-        }
-        return {name: rank_groups(grids[grid], axes) for name, (grid, axes) in GROUP_AXES.items()}
+        return rank_lists(self.layout)
 
     @cached_property
     def canonical(self) -> dict[str, str]:

@@ -25,30 +25,34 @@ from megatron.training.dry_run.rank_groups import RankGroup
 _HERE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 _ROOT = Path(__file__).parents[3]
-_FRAMES = 4
+_FRAMES = 6
 
 
 class RecordedWork:
     """What an asynchronous collective returns."""
 
     def __init__(self, log: "EventLog", post: int) -> None:
-        self._log, self._post = log, post
+        self._log, self._post, self._is_out = log, post, False
 
     def wait(self, timeout: Any = None) -> bool:
         """Note that the rank waits."""
         del timeout
-        self._log.wait(self._post)
+        if not self._is_out:
+            self._log.wait(self._post)
         return True
 
     def is_completed(self) -> bool:
-        """Say that it is: nothing was sent."""
-        return True
+        """Say what the library would: only NCCL knows, and then nobody waits any more."""
+        self._is_out = self._log.tells_completion
+        return self._is_out
 
 
 class EventLog:
     """Events of one rank in the order in which they came."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells_completion: bool) -> None:
+        """Begin with nothing; NCCL tells when a message is out, gloo does not."""
+        self.tells_completion = tells_completion
         self.events: list[Event] = []
         self.num_posts = 0
 
@@ -69,8 +73,10 @@ def call_site() -> CallSite:
     frame = sys._getframe(1)
     while frame is not None and len(found) < _FRAMES:
         name = frame.f_code.co_filename
-        if not name.startswith((_HERE, _TORCH)) and not name.startswith("<"):
-            found.append(f"{_short(name)}:{frame.f_lineno} in {frame.f_code.co_name}")
+        function = frame.f_code.co_name
+        ours = not name.startswith((_HERE, _TORCH, "<")) and not function.startswith("<")
+        if ours:
+            found.append(f"{_short(name)}:{frame.f_lineno} in {function}")
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(found)
 

@@ -1,14 +1,16 @@
 """One rank's step, run without data: the real model, forward, backward and optimizer, recorded."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron.core.lanes import Lanes
 from megatron.core.parallel_layout import ParallelLayout
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.training.checkpoint_state import TrainState
@@ -81,10 +83,11 @@ def record_step(
         replay: What is known of layers; None runs every layer of every microbatch.
     """
     world_group = table.collection(rank).world
-    log = EventLog()
+    log = EventLog(tells_completion=recipe.device == "cuda")
     values = KnownValues()
     assert isinstance(world_group, RankGroup), "a dry run has stand-ins for groups"
-    with stand_ins(recipe.device), recorded(log, world_group), FakeTensorMode(), values:
+    modes = (FakeTensorMode(), values)
+    with stand_ins(recipe.device), recorded(log, world_group), _in_every_lane(modes):
         run = _run(recipe, table, rank)
         log.events.clear()
         log.num_posts = 0
@@ -98,15 +101,32 @@ def record_step(
 
 
 @contextmanager
+def _in_every_lane(modes: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter ``modes``, also in the thread of a lane: torch keeps them for each thread."""
+    plain = Lanes.run_pair
+
+    def entered(work: Callable[[], Any]) -> Any:
+        with modes[0], modes[1]:
+            return work()
+
+    def run_pair(lanes: Lanes, forward: Any, backward: Any) -> Any:
+        return plain(lanes, forward, lambda: entered(backward))
+
+    with mock.patch.object(Lanes, "run_pair", run_pair), modes[0], modes[1]:
+        yield
+
+
+@contextmanager
 def _replayed(run: Run, replay: Replay | None, log: EventLog, live: LiveStorages) -> Iterator[None]:
-    if replay is None:
+    if replay is None or run.lanes is not None:  # turns are taken inside a layer
         yield
         return
     ddp = run.config.ddp
     overlaps = ddp.overlap_grad_reduce or ddp.overlap_param_gather
+    last = {(step.microbatch, step.chunk) for step in run.pipeline.last_backwards}
 
     def is_real(context: ForwardContext) -> bool:
-        return overlaps and context.microbatch == run.num_microbatches - 1
+        return overlaps and (context.microbatch, context.chunk) in last
 
     # what is run aside must not count as the last microbatch
     with replay.active(log, live, is_real, run.model.no_sync):
