@@ -90,7 +90,7 @@ def _rows(overlap):
         f"{SHARED}first half backward",
     ]
     in_the_air = [_under_way(events[:n]) for n in halves]
-    assert in_the_air == ([1, 1, 1, 1] if overlap else [0, 0, 0, 0])
+    assert all(in_the_air) if overlap else not any(in_the_air)
 
 
 def _under_way(events):

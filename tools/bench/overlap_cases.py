@@ -6,7 +6,7 @@ its overlap on and off, and tells what it computed, to the bit.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tools.bench.slow_group import LINK
+
+BOTH = (False, True)
 
 
 class Times(NamedTuple):
@@ -125,7 +127,7 @@ class _Trained:
 
 def gradient_reduce(times: Times, layers: int, width: int) -> Case:
     """``--overlap-grad-reduce``: the sum of a bucket under the backward of the layers below."""
-    runs = {on: _Trained(layers, width, times.compute, overlap_grad_reduce=on) for on in _BOTH}
+    runs = {on: _Trained(layers, width, times.compute, overlap_grad_reduce=on) for on in BOTH}
     return Case(
         step=lambda on: runs[on].step(),
         result=lambda on: runs[on].weights(),
@@ -137,16 +139,13 @@ def parameter_gather(times: Times, layers: int, width: int) -> Case:
     """``--overlap-param-gather``: weights of a bucket under the forward of the layers below."""
     zero = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
     runs = {
-        on: _Trained(layers, width, times.compute, overlap_param_gather=on, **zero) for on in _BOTH
+        on: _Trained(layers, width, times.compute, overlap_param_gather=on, **zero) for on in BOTH
     }
     return Case(
         step=lambda on: runs[on].step(),
         result=lambda on: runs[on].weights(),
         seconds_per_byte={"all_gather": times.transfer / (4 * width * width)},
     )
-
-
-_BOTH = (False, True)
 
 
 class _Experts:
@@ -174,7 +173,7 @@ class _Experts:
             param.data.copy_(torch.randn(param.shape, generator=rng) * 0.1)
         shared = self.layer.shared_experts
         for name, part in (("first half", shared.linear_fc1), ("second half", shared.linear_fc2)):
-            part.register_forward_hook(_pausing(f"shared experts, {name}", seconds))
+            part.register_forward_hook(pausing(f"shared experts, {name}", seconds))
         self.tokens, self.width, self._kept = tokens, width, [torch.zeros(())]
 
     def step(self) -> None:
@@ -191,7 +190,9 @@ class _Experts:
         return self._kept
 
 
-def _pausing(what: str, seconds: float) -> Callable[..., Any]:
+def pausing(what: str, seconds: float) -> Callable[..., Any]:
+    """Return a forward hook that makes a module with two outputs take its time."""
+
     def pause(_: nn.Module, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         return Pause.apply(output[0], what, seconds), output[1]
 
@@ -200,17 +201,10 @@ def _pausing(what: str, seconds: float) -> Callable[..., Any]:
 
 def expert_all_to_all(times: Times, tokens: int, width: int) -> Case:
     """``--moe-shared-expert-overlap``: rows on their way under the shared experts."""
-    runs = {on: _Experts(tokens, width, times.compute, overlap=on) for on in _BOTH}
+    runs = {on: _Experts(tokens, width, times.compute, overlap=on) for on in BOTH}
     rows_bytes = 4 * tokens * 2 * width  # top-2, fp32
     return Case(
         step=lambda on: runs[on].step(),
         result=lambda on: runs[on].kept(),
         seconds_per_byte={"all_to_all": times.transfer / rows_bytes},
     )
-
-
-def cases(times: Times) -> Iterator[tuple[str, Case]]:
-    """Yield (what is overlapped, its case)."""
-    yield "gradient reduce", gradient_reduce(times, layers=6, width=64)
-    yield "parameter gather", parameter_gather(times, layers=6, width=64)
-    yield "expert all-to-all, shared experts", expert_all_to_all(times, tokens=64, width=16)
