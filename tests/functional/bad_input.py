@@ -2,6 +2,7 @@
 
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_moe_input import MOE_CASES
+from tests.functional.bad_optimizer_input import OPTIMIZER_CASES
 from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
 
@@ -120,6 +121,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     **CONTEXT_CASES,
     **PIPELINE_CASES,
+    **OPTIMIZER_CASES,
     "ep of experts": (
         4,
         f"{MOE} --expert-model-parallel-size 3",
@@ -376,19 +378,6 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
             "--lr-wsd-decay-iters 8, --global-batch-size 2",
         ],
     ),
-    "falling weight decay": (
-        1,
-        f"{GOOD} --weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1",
-        ["--start-weight-decay 0.2 must lie between 0 and --end-weight-decay 0.1"],
-    ),
-    "constant weight decay": (
-        1,
-        f"{GOOD} --start-weight-decay 0.2 --end-weight-decay 0.1",
-        ["no effect with --weight-decay-incr-style constant"],
-    ),
-    "weight decay": (1, f"{GOOD} --weight-decay-incr-style cosine", ["--start-weight-decay and"]),
-    "adam flags": (1, f"{GOOD} --optimizer sgd --adam-beta1 0.5", ["with --optimizer sgd"]),
-    "sgd flags": (1, f"{GOOD} --sgd-momentum 0.5", ["no effect with --optimizer adam"]),
     "save interval": (1, f"{GOOD} --save-interval 5", ["no effect without --save"]),
     "keep last": (1, f"{GOOD} --save x --keep-last 0", ["--keep-last 0 must be at least 1"]),
     "load": (1, f"{GOOD} --load /no/such/folder", ["is no folder", "--allow-fresh-start"]),
