@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.core.errors import ConfigError
 from megatron.training.user_errors import exit_on_user_error
 from tools.layouts.cases import DEFAULT_WORDS, Base, config_of, read_base
-from tools.layouts.matrix import Row, full_matrix
+from tools.layouts.matrix import Row, chosen, full_matrix
 from tools.layouts.scale_down import scaled_down
 
 COPIES = 12
@@ -43,10 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_ranks=args.max_ranks,
         own_layout=base.own_layout,
     )
-    if args.layouts == "quick":
-        from tools.layouts.matrix import chosen
-
-        rows = chosen(QUICK, verifier.axes, verifier.judge)
+    if args.layouts == "quick" or args.layout:
+        names = [args.layout] if args.layout else QUICK
+        rows = chosen(names, verifier.axes, verifier.judge)
     else:
         rows = full_matrix(verifier.axes, verifier.judge)
     outcomes = []
@@ -70,6 +69,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--scale-down", action="store_true", help="make the model small, with all its features")
     add("--layouts", choices=["quick", "full"], default="full", help="how many (default: full)")
     add("--dtype", choices=["fp64", "fp32", "bf16"], default="fp64", help="default: fp64, exact")
+    add("--layout", metavar="NAMES", help="this layout alone, such as 'tp2 sp zero1'")
     add("--only", metavar="PATTERN", help="layouts whose name holds this, with * and ?")
     add("--markdown", metavar="FILE", help="write the table there")
     add("--steps", type=int, default=2, metavar="N", help="optimizer steps (default: 2)")
