@@ -209,7 +209,7 @@ LAYOUTS: dict[str, BadLayout] = {
         f"{GOOD} --global-batch-size 4 --micro-batch-size 1",
         (
             "multiple of --micro-batch-size 1 x 3 data-parallel ranks (= 3); nearest: 3 or 6",
-            "no layout on 3 ranks is legal with these model and batch sizes; or as asked on 4",
+            "no sizes on 3 ranks are legal with the other flags; legal: as asked on 4 ranks",
         ),
         None,
     ),
