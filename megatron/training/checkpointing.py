@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron.core.dist_checkpointing.agreement import attempt, rank_in, size_of
+from megatron.core.dist_checkpointing.agreement import attempt, gather, rank_in, size_of
 from megatron.core.dist_checkpointing.mapping import (
     MODEL,
     OPTIMIZER,
@@ -126,7 +126,7 @@ def load_checkpoint(
 ) -> LoadedState:
     """Load a run into model and optimizer, in place; on every rank.
 
-    The number of ranks and --expert-model-parallel-size may differ from those that saved.
+    The number of ranks and all parallel sizes may differ from those that saved.
 
     Args:
         folder: ``--load``; None begins a fresh run.
@@ -263,7 +263,7 @@ def _read(
 ) -> list[str]:
     """Read all tensors that are wanted, in place; returns notices."""
     tensors = model_tensors(unwrap(model))
-    _refuse_vocab(opened, tensors)
+    _refuse_vocab(opened, tensors, group)
     prefixes = [MODEL]
     if optimizer is not None:
         tensors |= optimizer_tensors(optimizer.named_state())
@@ -291,8 +291,11 @@ def _read(
     return []
 
 
-def _refuse_vocab(opened: OpenCheckpoint, tensors: dict[str, Storable]) -> None:
-    then, now = opened.common["padded_vocab_size"], _padded_vocab_size(tensors)
+def _refuse_vocab(
+    opened: OpenCheckpoint, tensors: dict[str, Storable], group: ProcessGroup | None
+) -> None:
+    sizes = gather(_padded_vocab_size(tensors), group)  # the first pipeline rank has an embedding
+    then, now = opened.common["padded_vocab_size"], next(filter(None, sizes), None)
     if then is not None and now is not None and then != now:
         raise CheckpointError(
             f"{opened.path} has a vocabulary padded to {then} and this run pads it to {now}: the "

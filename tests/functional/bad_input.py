@@ -2,6 +2,7 @@
 
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_moe_input import MOE_CASES
+from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
 
 SHAPE = "--num-layers 4 --hidden-size 64"
@@ -98,7 +99,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["--overlap-param-gather needs --overlap-grad-reduce"],
     ),
     **CONTEXT_CASES,
-    "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
+    **PIPELINE_CASES,
     "ep of experts": (
         4,
         f"{MOE} --expert-model-parallel-size 3",

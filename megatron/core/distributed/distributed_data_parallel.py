@@ -38,8 +38,9 @@ class DistributedDataParallel(nn.Module):
     do so after backward (``WeightGradQueue``): a bucket is reduced once the last backward went
     through its parameters and nothing of them is put off.
 
-    One step: ``zero_grad_buffer()``; all microbatches but the last under ``no_sync()``; the last
-    one outside; ``finish_grad_sync()``. Then ``main_grad`` is the same on all replicas.
+    One step: ``zero_grad_buffer()``; all microbatches but the last under ``no_sync()``, of each
+    pipeline stage of this rank; the last one outside; ``finish_grad_sync()``. Then ``main_grad`` is
+    the same on all replicas.
 
     With ``use_distributed_optimizer`` a rank gets the sums of its slice of each bucket only
     (``ParamAndGradBuffer.own``), and weights that it does not own from ``start_param_sync()``.
@@ -51,6 +52,7 @@ class DistributedDataParallel(nn.Module):
         module: nn.Module,
         *,
         pg_collection: ProcessGroupCollection,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Move the parameters of ``module``, which is on its device already, to flat buffers.
 
@@ -58,11 +60,13 @@ class DistributedDataParallel(nn.Module):
             ddp_config: Bucket size, and whether buckets are reduced while backward runs.
             module: The model; each of its parameters has a role (``set_role``).
             pg_collection: ``dp_cp`` and ``expt_dp`` reduce gradients.
+            device: Of this rank, for a pipeline rank without parameters.
         """
         super().__init__()
         self.module = module
         self.pg_collection = pg_collection
         self._names, self._params = _trainable(module)
+        self.device = self._params[0].device if self._params else torch.device(device)
         self.is_sharded = ddp_config.use_distributed_optimizer
         self.bucket_layout = plan_buckets(
             [_spec(param) for param in self._params],
@@ -137,7 +141,7 @@ class DistributedDataParallel(nn.Module):
     def nonfinite_gradients(self) -> list[str]:
         """Name the parameters whose gradient holds an inf or a NaN; slow, for messages only.
 
-        Collective over all ranks where gradients are sharded: replicas name the same.
+        Collective over all ranks: replicas name the same, and so do the stages of a pipeline.
         """
         bad = torch.zeros(len(self._params), dtype=torch.int32)
         for number, buffer in enumerate(self.grad_buffers):
@@ -146,11 +150,12 @@ class DistributedDataParallel(nn.Module):
                 for param, low, high in buffer.layout.spans:
                     part = buffer.grad_data[max(low, start) : max(start, min(high, end))]
                     bad[param] += int(not torch.isfinite(part).all())
-        bad = bad.to(self.grad_buffers[0].grad_data.device)
+        bad = bad.to(self.device)
         if self.is_sharded:
             for buffer in self.grad_buffers:  # a parameter is in one buffer
                 torch.distributed.all_reduce(bad, group=buffer.group)
-        return [name for name, count in zip(self._names, bad.tolist(), strict=True) if count]
+        mine = [name for name, count in zip(self._names, bad.tolist(), strict=True) if count]
+        return _of_all_stages(mine, self.pg_collection.pp)
 
     def _expect_settled(self, call: str) -> None:
         names = [self._names[param] for param in self._reducer.unsettled()]
@@ -163,6 +168,8 @@ class DistributedDataParallel(nn.Module):
         groups = self.pg_collection
         if key.is_expert:
             return groups.expt_dp
+        if key.tied_ends == "apart":
+            return groups.dp_cp_ends
         return groups.tp_dp_cp if key.sums_over_tp else groups.dp_cp
 
     def _start_reduce(self, bucket: Bucket) -> Pending | None:
@@ -173,6 +180,7 @@ class DistributedDataParallel(nn.Module):
 
     def _watch(self, number: int, param: nn.Parameter) -> Node:
         """Gather what backward makes of ``param``; the result lives as long as its hooks."""
+        is_shared = role_of(param).tied_ends != "no"
 
         def sum_in_time() -> Tensor:
             assert not self._is_synced, (
@@ -191,7 +199,8 @@ class DistributedDataParallel(nn.Module):
                 param.grad = None
 
         def note_filled(*_: object) -> None:
-            if self._overlap and self._is_last_microbatch:
+            # backward reaches what two stages share more than once
+            if self._overlap and self._is_last_microbatch and not is_shared:
                 self._reducer.mark_filled(number)
 
         offer_grad_sink(param, _Sink(self._reducer, number, sum_in_time))
@@ -235,6 +244,15 @@ def _trainable(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
     return [name for name, _ in named], [param for _, param in named]
 
 
+def _of_all_stages(names: list[str], group: torch.distributed.ProcessGroup) -> list[str]:
+    """Return the names of all ranks of ``group``, in rank order, each once."""
+    if group.size() == 1:
+        return names
+    every: list[list[str]] = [[] for _ in range(group.size())]
+    torch.distributed.all_gather_object(every, names, group=group)
+    return list(dict.fromkeys(name for found in every for name in found))
+
+
 def _spec(param: nn.Parameter) -> ParamSpec:
     role = role_of(param)
     return ParamSpec(
@@ -244,6 +262,7 @@ def _spec(param: nn.Parameter) -> ParamSpec:
         dtype=str(param.dtype),
         split_over=role.split_over,
         sums_over_tp=role.sums_over_tp,
+        tied_ends=role.tied_ends,
     )
 
 
