@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sliced_experts": {"expert_tensor_parallel_size": 2},
 }
 STAGES = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+V = {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev"}
 QUICK = [("alltoall", 2, 2, 3), ("dedup", 4, 4, 2), ("balance_of_the_step", 2, 2, 4)]
 WIDE = [
     (case, ranks, ep, microbatches)
@@ -103,15 +104,17 @@ def test_overlap_changes_no_bit(case, ranks, ep, num_microbatches):
 
 
 @pytest.mark.parametrize("num_microbatches", [3, pytest.param(8, marks=pytest.mark.slow)])
-def test_pairs_of_a_pipeline_change_no_bit(num_microbatches):
-    check_same_bits("balance_of_the_step", 4, 2, num_microbatches, num_layers=4, **STAGES)
+@pytest.mark.parametrize("stages", [STAGES, V], ids=["interleaved", "dualpipev"])
+def test_pairs_of_a_pipeline_change_no_bit(stages, num_microbatches):
+    check_same_bits("balance_of_the_step", 4, 2, num_microbatches, num_layers=4, **stages)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stages", [STAGES, V], ids=["interleaved", "dualpipev"])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "alltoall"])
-def test_pairs_of_a_pipeline_change_no_bit_in_any_case(case):
+def test_pairs_of_a_pipeline_change_no_bit_in_any_case(case, stages):
     slices = CASES[case].get("expert_tensor_parallel_size", 1)
-    check_same_bits(case, 4 * slices, 2, 4, num_layers=4, **STAGES)
+    check_same_bits(case, 4 * slices, 2, 4, num_layers=4, **stages)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from megatron.core.pipeline_parallel.schedule_transfers import (
     with_paired_transfers,
     with_transfers,
 )
+from megatron.core.weight_grad_queue import WeightGradQueue
 
 ForwardChunk = Callable[[int, int, Tensor | None], Tensor]
 """``forward(microbatch, chunk, pipeline_input) -> output``: hidden states of ``Message``'s shape,
@@ -134,6 +135,8 @@ class _Walk:
         self.there: dict[Product, Tensor] = {}
         """Received, or under way to here, or made and not yet sent or used."""
         self.kept: dict[tuple[int, int], _Kept] = {}
+        self.put_off: dict[tuple[int, int], WeightGradQueue] = {}
+        """By microbatch and chunk, between ``I`` and ``W``."""
         self.sent: list[_Sent] = []
 
     def go(self, actions: Sequence[PairedAction]) -> None:
@@ -148,7 +151,7 @@ class _Walk:
             else:
                 self._receive(action)
         self._free_sent(lambda _: True, keep=0)
-        left = [*self.there, *self.kept]
+        left = [*self.there, *self.kept, *self.put_off]
         assert not left, f"made or received and not used: {left}"
 
     def _receive(self, transfer: Transfer) -> None:
@@ -186,6 +189,8 @@ class _Walk:
     def _compute(self, step: Step) -> None:
         if step.kind == "F":
             self._run_forward(step)
+        elif step.kind == "W":
+            self.put_off.pop((step.microbatch, step.chunk)).run()
         else:
             with nullcontext() if step in self.last_backwards else self.no_sync():
                 self._run_backward(step)
@@ -211,13 +216,19 @@ class _Walk:
             # that gradient was made of it: the stage after has it
             sent_forward = Product("activation", step.microbatch, stage)
             self._free_sent(lambda sent: sent.product == sent_forward, keep=_MOST_UNDER_WAY)
-        torch.autograd.backward(kept.end, gradient)
+        with self._weights_put_off(step) if step.kind == "I" else nullcontext():
+            torch.autograd.backward(kept.end, gradient)
         if kept.entry is not None:
             assert kept.entry.grad is not None, f"{step}: the output does not depend on the input"
             self.there[self.schedule.makes(self.rank, step)] = kept.entry.grad
 
+    def _weights_put_off(self, step: Step) -> AbstractContextManager[None]:
+        """Let a backward leave the gradients of weights to the ``W`` of the same microbatch."""
+        queue = self.put_off[step.microbatch, step.chunk] = WeightGradQueue()
+        return queue.collecting()
+
 
 def _last_backwards(steps: Sequence[Step]) -> frozenset[Step]:
-    """Return the last step of each chunk that adds to gradients of its weights."""
-    last = {step.chunk: step for step in steps if step.kind != "F"}
+    """Return the last backward of each chunk; gradients put off in it are known to be under way."""
+    last = {step.chunk: step for step in steps if step.kind in ("B", "I")}
     return frozenset(last.values())

@@ -53,7 +53,7 @@ def _pairs(check: Check, num_microbatches: int) -> Iterator[str]:
         yield (
             f"{_FLAG} with {size} needs several virtual stages a rank: with one, a rank and the "
             "next would wait for each other's halves of a pair; add "
-            "--num-virtual-stages-per-pipeline-rank 2, or leave it out"
+            "--num-virtual-stages-per-pipeline-rank 2, or use --pipeline-schedule dualpipev"
         )
     elif model.pipeline_schedule == "dualpipev":
         yield (
@@ -63,7 +63,7 @@ def _pairs(check: Check, num_microbatches: int) -> Iterator[str]:
     else:
         yield (
             f"{_FLAG} runs whole backwards beside forwards, and {check.show('pipeline_schedule')} "
-            "splits them; use --pipeline-schedule 1f1b with several virtual stages a rank"
+            "splits them; use dualpipev, or 1f1b with several virtual stages a rank"
         )
 
 
