@@ -14,6 +14,8 @@ def expert_overlap(check: Check) -> Iterator[str]:
     """An all-to-all hides behind another microbatch: both must be there."""
     model, training = check.config.model, check.config.training
     if not model.overlap_moe_expert_parallel_comm:
+        if model.delay_wgrad_compute:
+            yield f"--delay-wgrad-compute needs {_FLAG}: add it, or leave the other out"
         return
     if model.num_moe_experts is None:
         yield f"{_FLAG} needs a MoE layer: add --num-experts, or leave it out"
