@@ -58,7 +58,14 @@ class WeightGradQueue:
     A weight without a sink (``grad_sink_of``) gets its gradient in I.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, while_waiting: bool = False) -> None:
+        """Begin empty.
+
+        Args:
+            while_waiting: Make what was put off so far wherever the backward itself waits for the
+                network, see ``make_while_waiting``.
+        """
+        self.while_waiting = while_waiting
         self._put_off: deque[_PutOff] = deque()
         self._state = _State.EMPTY
 
@@ -113,6 +120,13 @@ class WeightGradQueue:
             for sink in sinks:
                 sink.settle()
 
+    def run_so_far(self) -> None:
+        """Do ``run`` of what the backward, which goes on, has put off until here."""
+        self._expect(_State.COLLECTING, "run early")
+        self._state = _State.FULL
+        self.run()
+        self._state = _State.COLLECTING
+
     def _expect(self, state: _State, act: str) -> None:
         assert self._state is state, f"a WeightGradQueue cannot {act}: {self._state.value}"
 
@@ -128,6 +142,15 @@ def collecting_queue() -> WeightGradQueue | None:
 def is_put_off(sink: GradSink | None) -> bool:
     """Return whether ``weight_gradient`` puts off a gradient for ``sink`` now."""
     return _collecting is not None and sink is not None
+
+
+def make_while_waiting() -> None:
+    """Make the weight gradients of the backward under way so far, if its queue was made for that.
+
+    To be called in a backward between the launch of a collective and the wait for it.
+    """
+    if _collecting is not None and _collecting.while_waiting:
+        _collecting.run_so_far()
 
 
 def weight_gradient(
