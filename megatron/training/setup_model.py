@@ -56,6 +56,7 @@ def setup_run(
         pipeline=build_pipeline(config, world, num_microbatches),
         num_microbatches=num_microbatches,
         moe_metrics=build_moe_metrics(config, world, num_microbatches),
+        lanes=Lanes() if config.model.overlap_moe_expert_parallel_comm else None,
     )
     _tell_stages(config, run)
     _tell_parameters(model, world)
@@ -80,9 +81,7 @@ def build_pipeline(config: RunConfig, world: World, num_microbatches: int) -> Pi
         length //= groups.tp.size()
     shape = (length, config.training.micro_batch_size, model.hidden_size)
     message = Message(shape, params_dtype(model), world.device)
-    lanes = Lanes() if model.overlap_moe_expert_parallel_comm else None
-    schedule = schedule_of(model, num_microbatches)
-    return PipelineExecutor(schedule, groups.pp, message, lanes=lanes)
+    return PipelineExecutor(schedule_of(model, num_microbatches), groups.pp, message)
 
 
 def _refuse_other_stages(

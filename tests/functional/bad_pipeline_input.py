@@ -107,18 +107,6 @@ PIPELINE_CASES: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} {PP} 2 --moe-enable-routing-replay",
         ["--moe-enable-routing-replay with --pipeline-model-parallel-size 2 is not offered"],
     ),
-    "overlap of the wrong schedule": (
-        4,
-        f"{MOE} {PP} 2 --expert-model-parallel-size 2 --overlap-moe-expert-parallel-comm "
-        "--global-batch-size 32",
-        ["--overlap-moe-expert-parallel-comm with", "needs --pipeline-schedule dualpipev"],
-    ),
-    "overlap without a middle": (
-        4,
-        f"{MOE} {PP} 2 --expert-model-parallel-size 2 --overlap-moe-expert-parallel-comm "
-        "--pipeline-schedule dualpipev --micro-batch-size 2 --global-batch-size 12",
-        ["needs 2 x 2 = 4 microbatches a step", "-batch-size 12 must be at least 16"],
-    ),
     "library of stages": (
         2,
         f"{GOOD} {PP} 2 --pipeline-model-parallel-comm-backend ucc",

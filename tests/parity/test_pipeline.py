@@ -12,14 +12,10 @@ import pytest
 import torch
 
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
-from megatron.core.lanes import Lanes
 from megatron.core.optimizer import optimizer
 from megatron.core.pipeline_parallel import executor
 from megatron.core.transformer.moe import moe_logging
-from megatron.training.run import TrainState
-from megatron.training.train_step import train_step
-from tests.helpers.layouts import LayoutResult, make_config, make_run, microbatches, run_layout
-from tests.helpers.ranks import run_ranks
+from tests.helpers.layouts import LayoutResult, run_layout
 from tests.parity.test_layouts import compare
 
 SLOW = pytest.mark.slow
@@ -79,8 +75,6 @@ EP = {"expert_model_parallel_size": 2}
 CP = {"context_parallel_size": 2}
 ENDS = {"decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 2}
 
-LANES = pipe(2, pipeline_schedule="dualpipev", overlap_moe_expert_parallel_comm=True, **EP)
-
 # (model, ranks, layout)
 QUICK: dict[str, tuple[str, int, dict[str, Any]]] = {
     "two stages": ("tied", 2, pipe(2)),
@@ -131,7 +125,6 @@ WIDE: list[tuple[str, int, dict[str, Any]]] = [
         for schedule in ("zb-h1", "dualpipev")
         for more in (SP, CP, TP | FULL, EP | SHARDED)
     ],
-    *[("many microbatches", 4, LANES | more) for more in ({}, OVERLAP, SHARDED, FULL)],
     ("dense first", 4, pipe(4, "E||t||t|t|t|L", pipeline_schedule="dualpipev")),
     ("many microbatches", 2, pipe(2, "Et||t|ttL", pipeline_schedule="dualpipev")),
     ("tied", 8, pipe(2, **SP, **EP, expert_tensor_parallel_size=1)),
@@ -170,25 +163,6 @@ def test_a_pipeline_equals_one_process(name: str) -> None:
 @pytest.mark.parametrize(("model", "ranks", "layout"), WIDE, ids=name_of)
 def test_every_pipeline_equals_one_process(model: str, ranks: int, layout: dict[str, Any]) -> None:
     check(model, ranks, layout)
-
-
-def _runs_pairs() -> None:
-    run = make_run(make_config(**(BASE | {"global_batch_size": 16} | LANES)))
-    pairs = []
-    right = Lanes.run_pair
-
-    def run_pair(lanes: Lanes, forward: Callable[[], Any], backward: Callable[[], Any]) -> Any:
-        pairs.append((forward, backward))
-        return right(lanes, forward, backward)
-
-    Lanes.run_pair = run_pair  # this process ends with the test
-    assert train_step(run, TrainState(), microbatches(run, 0)).updated
-    rank = run.world.pg_collection.pp.rank()
-    assert len(pairs) == 3 + rank, pairs  # what stands side by side of 4 microbatches
-
-
-def test_forwards_and_backwards_of_dualpipev_run_by_turns() -> None:
-    run_ranks(_runs_pairs, 4)
 
 
 @SLOW

@@ -20,13 +20,7 @@ from torch.distributed import ProcessGroup, Work
 
 from megatron.core.lanes import Lanes
 from megatron.core.pipeline_parallel.schedule_step import Product, Schedule, Step, forward_only
-from megatron.core.pipeline_parallel.schedule_transfers import (
-    Action,
-    Pair,
-    Transfer,
-    with_pairs,
-    with_transfers,
-)
+from megatron.core.pipeline_parallel.schedule_transfers import Action, Transfer, with_transfers
 from megatron.core.weight_grad_queue import WeightGradQueue
 
 ForwardChunk = Callable[[int, int, Tensor | None], Tensor]
@@ -51,29 +45,17 @@ class Message(NamedTuple):
 class PipelineExecutor:
     """The schedule of one pipeline rank, ready to be walked, once for each optimizer step."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        group: ProcessGroup,
-        message: Message,
-        *,
-        lanes: Lanes | None = None,
-    ) -> None:
+    def __init__(self, schedule: Schedule, group: ProcessGroup, message: Message) -> None:
         """Derive the lists of this rank.
 
         Args:
             schedule: Of all ranks of ``group``.
             group: The pipeline ranks.
             message: The same for all microbatches and stages.
-            lanes: Where a forward and the backward beside it are run by turns; None runs one after
-                the other.
         """
         assert group.size() == schedule.pp, f"{group.size()=} for a schedule of {schedule.pp=}"
         self.schedule, self.group, self.message = schedule, group, message
-        self.lanes = lanes
-        self._actions: Sequence[Action | Pair] = with_transfers(schedule)[group.rank()]
-        if lanes is not None:
-            self._actions = _in_lanes(schedule, group.rank())
+        self._actions = with_transfers(schedule)[group.rank()]
         self._forwards = with_transfers(forward_only(schedule))[group.rank()]
         self._last_backwards = _last_backwards(schedule.steps[group.rank()])
 
@@ -82,15 +64,25 @@ class PipelineExecutor:
         return self.schedule.stage(self.group.rank(), chunk) == self.schedule.num_stages - 1
 
     def forward_backward(
-        self, forward: ForwardChunk, *, no_sync: Callable[[], AbstractContextManager[None]]
+        self,
+        forward: ForwardChunk,
+        *,
+        no_sync: Callable[[], AbstractContextManager[None]],
+        lanes: Lanes | None = None,
     ) -> None:
         """Go through all microbatches, forward and backward. All pipeline ranks call this.
 
         Args:
             forward: Called once for each microbatch and chunk.
             no_sync: Context of every backward but the last one of each chunk.
+            lanes: Run each backward and the next forward by turns; of a single stage only.
         """
-        _Walk(self, forward, self._last_backwards, no_sync, self.lanes).go(self._actions)
+        walk = _Walk(self, forward, self._last_backwards, no_sync)
+        if lanes is None:
+            walk.go(self._actions)
+        else:
+            assert self.schedule.num_stages == 1, "lanes of several stages are not planned"
+            walk.go_in_lanes(lanes)
 
     @torch.no_grad()
     def forward_only(self, forward: ForwardChunk) -> None:
@@ -123,9 +115,7 @@ class _Walk:
         forward: ForwardChunk,
         last_backwards: frozenset[Step],
         no_sync: Callable[[], AbstractContextManager[None]],
-        lanes: Lanes | None = None,
     ) -> None:
-        self.lanes = lanes
         self.schedule, self.group = executor.schedule, executor.group
         self.rank, self.message = executor.group.rank(), executor.message
         self.forward, self.last_backwards, self.no_sync = forward, last_backwards, no_sync
@@ -137,12 +127,10 @@ class _Walk:
         """By microbatch and chunk, between ``I`` and ``W``."""
         self.sent: list[_Sent] = []
 
-    def go(self, actions: Sequence[Action | Pair]) -> None:
+    def go(self, actions: Sequence[Action]) -> None:
         for action in actions:
             if isinstance(action, Step):
                 self._compute(action)
-            elif isinstance(action, Pair):
-                self._compute_both(action)
             elif action.direction == "send":
                 self._send(action)
             else:
@@ -150,6 +138,20 @@ class _Walk:
         self._free_sent(lambda _: True, keep=0)
         left = [*self.there, *self.kept, *self.put_off]
         assert not left, f"made or received and not used: {left}"
+
+    def go_in_lanes(self, lanes: Lanes) -> None:
+        """Go F0, (F1 with B0), (F2 with B1), ..., B of the last.
+
+        Gradients are added in the order of microbatches, as without lanes.
+        """
+        last = self.schedule.num_microbatches - 1
+        self._compute(Step("F", 0))
+        for number in range(last):
+            lanes.run_pair(
+                partial(self._compute, Step("F", number + 1)),
+                partial(self._compute, Step("B", number)),
+            )
+        self._compute(Step("B", last))
 
     def _receive(self, transfer: Transfer) -> None:
         shape, dtype, device = self.message
@@ -192,16 +194,6 @@ class _Walk:
             with nullcontext() if step in self.last_backwards else self.no_sync():
                 self._run_backward(step)
 
-    def _compute_both(self, pair: Pair) -> None:
-        assert self.lanes is not None, "pairs are run in lanes"
-        for step in pair:  # before either has the baton: what both wait for is under way
-            for product in self.schedule.needs(self.rank, step):
-                if product in self.started:
-                    self.started.pop(product).wait()
-        self.lanes.run_pair(
-            partial(self._compute, pair.forward), partial(self._compute, pair.backward)
-        )
-
     def _run_forward(self, step: Step) -> None:
         stage = self.schedule.stage(self.rank, step.chunk)
         entry = None
@@ -233,19 +225,6 @@ class _Walk:
         """Let a backward leave the gradients of weights to the ``W`` of the same microbatch."""
         queue = self.put_off[step.microbatch, step.chunk] = WeightGradQueue()
         return queue.collecting()
-
-
-def _in_lanes(schedule: Schedule, rank: int) -> Sequence[Action | Pair]:
-    """Return the list of ``rank`` with pairs.
-
-    Of a single stage F0, (F1 with B0), (F2 with B1), ..., B of the last: gradients are added in the
-    order of microbatches, as without lanes.
-    """
-    if schedule.num_stages > 1:
-        return with_pairs(schedule)[rank]
-    numbers = range(schedule.num_microbatches - 1)
-    pairs = [Pair(Step("F", number + 1), Step("B", number)) for number in numbers]
-    return [Step("F", 0), *pairs, Step("B", schedule.num_microbatches - 1)]
 
 
 def _last_backwards(steps: Sequence[Step]) -> frozenset[Step]:

@@ -6,7 +6,6 @@ first in the global order and not yet done can then always be done, even if send
 block, and any two ranks see their common transfers in the same order, as NCCL asks.
 """
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from megatron.core.pipeline_parallel.schedule_step import Product, Schedule, Step, StepKind
@@ -35,20 +34,6 @@ Action = Step | Transfer
 """One entry of the list that a rank walks."""
 
 
-class Pair(NamedTuple):
-    """A forward and a backward of another microbatch that a rank runs by turns, as one step.
-
-    Both start when both can, and what both make is there when both are through.
-    """
-
-    forward: Step
-    backward: Step
-
-
-_Block = tuple[Step, ...]
-"""Steps that start and end together: one, or two that are run by turns."""
-
-
 def with_transfers(schedule: Schedule) -> tuple[tuple[Action, ...], ...]:
     """Return for each rank its steps in their order, with sends and receives between them.
 
@@ -59,93 +44,51 @@ def with_transfers(schedule: Schedule) -> tuple[tuple[Action, ...], ...]:
     Raises:
         AssertionError: The steps cannot be ordered: a step needs what is only made after it.
     """
-    lists = _ordered(schedule, [[(step,) for step in steps] for steps in schedule.steps])
-    return tuple(
-        tuple(action if isinstance(action, Transfer) else action[0] for action in own)
-        for own in lists
-    )
-
-
-def with_pairs(schedule: Schedule) -> tuple[tuple[Action | Pair, ...], ...]:
-    """Do as ``with_transfers`` with forwards and backwards that stand side by side as pairs.
-
-    Raises:
-        AssertionError: The pairs cannot be ordered, as with few microbatches, or schedules that
-            leave no time between what two ranks send each other.
-    """
-    lists = _ordered(schedule, [_paired(steps) for steps in schedule.steps])
-    return tuple(tuple(map(_as_action, own)) for own in lists)
-
-
-def _paired(steps: tuple[Step, ...]) -> list[_Block]:
-    """Join every forward with the backward behind it, if that is of another passage."""
-    blocks: list[_Block] = []
-    for step in steps:
-        before = blocks[-1] if blocks else ()
-        is_pair = len(before) == 1 and before[0].kind == "F" and step.kind in ("B", "I")
-        if is_pair and before[0][1:] != step[1:]:
-            blocks[-1] = (before[0], step)
-        else:
-            blocks.append((step,))
-    return blocks
-
-
-def _as_action(entry: _Block | Transfer) -> Action | Pair:
-    if isinstance(entry, Transfer):
-        return entry
-    return entry[0] if len(entry) == 1 else Pair(*entry)
-
-
-def _ordered(
-    schedule: Schedule, blocks: Sequence[Sequence[_Block]]
-) -> list[list[_Block | Transfer]]:
-    """Put transfers between the blocks of each rank, by the clock of all."""
-    actions: list[list[_Block | Transfer]] = [[] for _ in range(schedule.pp)]
+    actions: list[list[Action]] = [[] for _ in range(schedule.pp)]
     # (time, transfers before steps, rank) and, to break no tie by the clock, place in the list
     events: list[tuple[int, int, int, int]] = []
-    for rank, times in enumerate(_start_times(schedule, blocks)):
+    starts = _start_times(schedule)
+    for rank, times in enumerate(starts):
         for place, start in enumerate(times):
             events.append((start, 1, rank, place))
-            events.append((start + _duration(blocks[rank][place]), 0, rank, place))
-    for _, is_start, rank, place in sorted(events):
-        if is_start:
-            actions[rank].append(blocks[rank][place])
+            if schedule.receiver(schedule.makes(rank, schedule.steps[rank][place])) is not None:
+                end = start + _TIME[schedule.steps[rank][place].kind]
+                events.append((end, 0, rank, place))
+    for _, is_step, rank, place in sorted(events):
+        step = schedule.steps[rank][place]
+        if is_step:
+            actions[rank].append(step)
             continue
-        for product in (schedule.makes(rank, step) for step in blocks[rank][place]):
-            receiver = schedule.receiver(product)
-            if receiver is not None:
-                actions[rank].append(Transfer("send", receiver, product))
-                actions[receiver].append(Transfer("recv", rank, product))
-    return actions
+        product = schedule.makes(rank, step)
+        receiver = schedule.receiver(product)
+        assert receiver is not None, f"{product} stays on rank {rank}"
+        actions[rank].append(Transfer("send", receiver, product))
+        actions[receiver].append(Transfer("recv", rank, product))
+    return tuple(tuple(own) for own in actions)
 
 
-def _duration(block: _Block) -> int:
-    return sum(_TIME[step.kind] for step in block)
-
-
-def _start_times(schedule: Schedule, blocks: Sequence[Sequence[_Block]]) -> list[list[int]]:
-    """Return when each block starts if steps take their ``_TIME``, and messages take none."""
+def _start_times(schedule: Schedule) -> list[list[int]]:
+    """Return when each step starts if it takes its ``_TIME``, and messages take none."""
     starts: list[list[int]] = [[] for _ in range(schedule.pp)]
     free = [0] * schedule.pp
     made: dict[Product, int] = {}
     moved = True
     while moved:
         moved = False
-        for rank, own in enumerate(blocks):
-            while len(starts[rank]) < len(own):
-                block = own[len(starts[rank])]
-                needs = [product for step in block for product in schedule.needs(rank, step)]
+        for rank, steps in enumerate(schedule.steps):
+            while len(starts[rank]) < len(steps):
+                step = steps[len(starts[rank])]
+                needs = schedule.needs(rank, step)
                 if not all(product in made for product in needs):
                     break
                 start = max([free[rank], *(made[product] for product in needs)])
                 starts[rank].append(start)
-                free[rank] = start + _duration(block)
-                made |= {schedule.makes(rank, step): free[rank] for step in block}
+                free[rank] = made[schedule.makes(rank, step)] = start + _TIME[step.kind]
                 moved = True
     stuck = {
-        rank: " ".join(map(str, own[len(starts[rank])]))
-        for rank, own in enumerate(blocks)
-        if len(starts[rank]) < len(own)
+        rank: str(steps[len(starts[rank])])
+        for rank, steps in enumerate(schedule.steps)
+        if len(starts[rank]) < len(steps)
     }
     assert not stuck, f"schedule {schedule.name} cannot run: ranks stand at {stuck}"
     return starts

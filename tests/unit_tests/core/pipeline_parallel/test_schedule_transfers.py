@@ -5,17 +5,11 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from megatron.core.pipeline_parallel.schedule_plan import build_schedule, one_f_one_b
 from megatron.core.pipeline_parallel.schedule_simulator import simulate
 from megatron.core.pipeline_parallel.schedule_step import Product, Step, forward_only
-from megatron.core.pipeline_parallel.schedule_transfers import (
-    Pair,
-    Transfer,
-    with_pairs,
-    with_transfers,
-)
+from megatron.core.pipeline_parallel.schedule_transfers import Transfer, with_transfers
 from tests.unit_tests.core.pipeline_parallel.test_schedule_plan import LARGEST, plans
 
 
@@ -119,59 +113,3 @@ def test_actions_are_written_for_people():
         "recv gradient of microbatch 3, stage 1, from rank 2"
     )
     assert str(Step("W", 3, 1)) == "W3.1"
-
-
-def walk_blocking(schedule, lists):
-    """Walk all lists; a message is one event of both ranks. Return what is left of each list."""
-    todo = [list(reversed(own)) for own in lists]
-    here = [set() for _ in lists]
-    moved = True
-    while moved:
-        moved = False
-        for rank, own in enumerate(todo):
-            while own:
-                action = own[-1]
-                if isinstance(action, Transfer):
-                    sends = action.direction == "send"
-                    other = "recv" if sends else "send"
-                    if not todo[action.peer] or todo[action.peer][-1] != Transfer(
-                        other, rank, action.product
-                    ):
-                        break
-                    todo[action.peer].pop()
-                    here[action.peer if sends else rank].add(action.product)
-                else:
-                    steps = action if isinstance(action, Pair) else (action,)
-                    needs = {p for step in steps for p in schedule.needs(rank, step)}
-                    if not needs <= here[rank]:
-                        break
-                    here[rank] |= {schedule.makes(rank, step) for step in steps}
-                own.pop()
-                moved = True
-    return todo
-
-
-@given(pp=st.integers(1, 16), more=st.integers(0, 32))
-@example(pp=16, more=32)
-@settings(deadline=None, max_examples=20)
-def test_pairs_of_dualpipev_run_to_the_end_with_blocking_sends(pp, more):
-    schedule = build_schedule("dualpipev", pp=pp, num_microbatches=2 * pp + more)
-    lists = with_pairs(schedule)
-    assert not any(walk_blocking(schedule, lists))
-    sent, received = channels(lists)
-    assert sent == received
-    for own, actions in zip(schedule.steps, lists, strict=True):
-        blocks = [
-            a if isinstance(a, Pair) else (a,) for a in actions if not isinstance(a, Transfer)
-        ]
-        assert own == tuple(step for block in blocks for step in block)
-        pairs = [action for action in actions if isinstance(action, Pair)]
-        assert len(pairs) >= 2 * (more + 1)
-        for forward, backward in pairs:
-            assert (forward.kind, backward.kind in ("B", "I")) == ("F", True)
-            assert forward[1:] != backward[1:]
-
-
-def test_pairs_that_wait_for_each_other_are_refused():
-    with pytest.raises(AssertionError, match="cannot run"):
-        with_pairs(build_schedule("1f1b", pp=4, num_microbatches=2))
