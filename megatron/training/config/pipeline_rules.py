@@ -76,11 +76,6 @@ def companions(check: Check) -> Iterator[str]:
             f"{shown} with --moe-routing-trace-path is not offered yet: a trace holds the layers "
             "of one rank; leave one out"
         )
-    if model.overlap_moe_expert_parallel_comm:
-        yield (
-            f"--overlap-moe-expert-parallel-comm with {shown} is not offered yet: a stage waits "
-            "for its neighbours between two microbatches; leave one out"
-        )
     if model.moe_enable_routing_replay:
         yield (
             f"--moe-enable-routing-replay with {shown} is not offered: several microbatches are "
