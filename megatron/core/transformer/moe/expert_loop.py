@@ -109,7 +109,7 @@ class _LoopedExperts(torch.autograd.Function):
         scratch = _BackwardScratch(places, rows, weights[1].shape[2], inners[0].shape[1])
         later = _queue_of(*ctx.sinks[:2])
         dw1, dw2 = (
-            None if later else _GradientStack(weight, sink)
+            None if later is not None else _GradientStack(weight, sink)
             for weight, sink in zip(weights[:2], ctx.sinks[:2], strict=True)
         )
         db1, db2 = (
