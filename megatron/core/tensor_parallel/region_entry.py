@@ -65,8 +65,8 @@ class GatheredAgain(LateOperand):
         if self._whole is None:
             rows = self._group.size() * self.share.shape[0]
             self._whole = self.share.new_empty(rows, *self.share.shape[1:])
-            own = self.share.contiguous()
-            self._work = start_all_gather(self._whole, own, group=self._group)
+            self.share = self.share.contiguous()  # lives until it was sent
+            self._work = start_all_gather(self._whole, self.share, group=self._group)
 
     def land(self) -> Tensor:
         """Return the input of all ranks, launched here at the latest."""
