@@ -20,8 +20,8 @@ HIDDEN, VOCAB, LAYERS, DENSE = 7168, 129_280, 61, 3
 QUERIES, FFN, EXPERT_FFN, EXPERTS = 128 * 128, 18432, 2048, 256
 TP, PP = 2, 8
 LAYERS_OF_STAGE = (7, 8, 8, 8, 8, 8, 8, 6)
-MODEL = (
-    f"--mock-data --vocab-size {VOCAB} --num-layers {LAYERS} --hidden-size {HIDDEN} "
+MODEL = (  # the end of a document is one more word
+    f"--mock-data --vocab-size {VOCAB - 1} --num-layers {LAYERS} --hidden-size {HIDDEN} "
     f"--ffn-hidden-size {FFN} --num-attention-heads 128 --kv-channels 128 --swiglu "
     "--disable-bias-linear --normalization RMSNorm --position-embedding-type rope "
     "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 "

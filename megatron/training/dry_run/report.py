@@ -211,11 +211,8 @@ def largest(census: Census, rehearsal: Rehearsal, kept: float) -> Iterator[str]:
     more = f" and {', '.join(model.parts)}" if model.parts else ""
     count = len(model.layers)
     held = f"{count} layer{'s' if count != 1 else ''}{more}"
-    yield (
-        f"  largest: rank {rank} with {use.total / GIB:.3f} GiB, of which {most}: {share:.0f} %; it "
-        f"keeps {kept:g} microbatch{'es' if kept != 1 else ''},"
-    )
-    yield f"  and holds {held}"
+    yield (f"  largest: rank {rank} with {use.total / GIB:.3f} GiB, of which {most}: {share:.0f} %")
+    yield f"  it holds {held}, and keeps {kept:g} microbatch{'es' if kept != 1 else ''}"
 
 
 def largest_rank(rehearsal: Rehearsal) -> int:
