@@ -118,7 +118,7 @@ def _in_every_lane(modes: Sequence[AbstractContextManager[Any]]) -> Iterator[Non
 
 @contextmanager
 def _replayed(run: Run, replay: Replay | None, log: EventLog, live: LiveStorages) -> Iterator[None]:
-    if replay is None or run.lanes is not None:  # turns are taken inside a layer
+    if replay is None or run.pipeline.lanes is not None:  # turns are taken inside a layer
         yield
         return
     ddp = run.config.ddp
