@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from megatron.core import collectives
 from megatron.core.errors import MegatronError
@@ -67,6 +67,11 @@ class CollectiveChecks:
         self._store = PrefixStore("collective", store)
         self._rank, self._timeout = rank, timeout
         self._counts: dict[tuple[int, ...], int] = {}
+
+    @classmethod
+    def of_world(cls, timeout: timedelta) -> "CollectiveChecks":
+        """Compare over the store through which the ranks of the default group found each other."""
+        return cls(_get_default_store(), dist.get_rank(), timeout)
 
     def compare(self, group: ProcessGroup | None, call: Call) -> None:
         """Wait until every rank of ``group`` says what it calls next, and compare.

@@ -5,7 +5,6 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron.core.collectives import all_gather_single, start_reduce_scatter
 from megatron.core.distributed.collective_log import (
@@ -21,7 +20,7 @@ from tests.helpers.ranks import run_ranks
 
 
 def checks(seconds=30.0):
-    return CollectiveChecks(_get_default_store(), dist.get_rank(), timedelta(seconds=seconds))
+    return CollectiveChecks.of_world(timedelta(seconds=seconds))
 
 
 def reduce_of(size):
