@@ -268,11 +268,6 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["--moe-routing-trace-capture-logits", "experts and weights of each token"],
     ),
     "losses of no layer": (1, f"{GOOD} --moe-per-layer-logging", ["needs a MoE layer"]),
-    "replicas of one rank": (
-        1,
-        f"{GOOD} --check-replica-hash 10",
-        ["--check-replica-hash 10 has no effect on one rank"],
-    ),
     "replicas every 0 steps": (
         2,
         f"{GOOD} --check-weight-hash-across-dp-replicas-interval 0",

@@ -150,8 +150,6 @@ def machine(check: Check) -> Iterator[str]:
     where = check.config.distributed
     if where.device == "cpu" and where.distributed_backend == "nccl":
         yield "--distributed-backend nccl needs --device cuda; on cpu leave it out or say gloo"
-    if check.world_size == 1:
-        yield from check.useless("check_replica_hash", "on one rank, which has no replicas")
     if check.config.logging.tensorboard_dir is None:
         yield from check.useless(
             "tensorboard_log_interval tensorboard_queue_size", "without --tensorboard-dir"
