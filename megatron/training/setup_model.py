@@ -4,9 +4,14 @@ import logging
 import math
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
+from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.torch_fully_sharded_data_parallel import (
+    TorchFullyShardedDataParallel,
+)
 from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.core.optimizer.optimizer import get_megatron_optimizer
 from megatron.core.param_role import deferred_init, logical_shards, role_of
@@ -32,7 +37,7 @@ def setup_run(
     with deferred_init():
         model = model_provider(config, groups)
     init_weights(model, config.training.seed)
-    model = DistributedDataParallel(config.ddp, model.to(world.device), pg_collection=groups)
+    model = share_out(config, world, model)
     model.train()
     num_microbatches = microbatches(config, world).count
     run = Run(
@@ -47,6 +52,16 @@ def setup_run(
     )
     _tell_parameters(model, world)
     return run
+
+
+def share_out(config: RunConfig, world: World, model: nn.Module) -> DataParallelBase:
+    """Bring ``model`` to the device, with gradients that are summed over data ranks."""
+    groups = world.pg_collection
+    if config.ddp.use_torch_fsdp2:
+        return TorchFullyShardedDataParallel(
+            config.ddp, model, pg_collection=groups, device=world.device
+        )
+    return DistributedDataParallel(config.ddp, model.to(world.device), pg_collection=groups)
 
 
 def microbatches(config: RunConfig, world: World) -> NumMicroBatches:
@@ -75,13 +90,14 @@ def build_moe_metrics(
     )
 
 
-def _tell_parameters(model: DistributedDataParallel, world: World) -> None:
+def _tell_parameters(model: DataParallelBase, world: World) -> None:
     """Say how many parameters this rank and the whole model have."""
     here = sum(param.numel() for _, param in model.trainable_parameters())
     whole = {False: 0, True: 0}  # in experts or not; of this rank's experts, slices made whole
     for name, param in model.trainable_parameters():
         role = role_of(param)
-        shapes = {shard.name: shard.shape for shard in logical_shards(name, param, role)}
+        outline = torch.empty(param.shape, device="meta")  # a shard cannot be cut into experts
+        shapes = {shard.name: shard.shape for shard in logical_shards(name, outline, role)}
         whole[role.is_expert] += sum(math.prod(shape) for shape in shapes.values())
     ep_size, etp_size = world.pg_collection.ep.size(), world.pg_collection.expt_tp.size()
     log.info(

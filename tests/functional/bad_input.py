@@ -80,6 +80,26 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --overlap-param-gather --use-distributed-optimizer",
         ["--overlap-param-gather needs --overlap-grad-reduce"],
     ),
+    "fully sharded twice": (
+        2,
+        f"{GOOD} --use-torch-fsdp2 --use-distributed-optimizer --overlap-grad-reduce",
+        ["exclude each other", "--overlap-grad-reduce has no effect with --use-torch-fsdp2"],
+    ),
+    "fully sharded tensor parallel": (
+        2,
+        f"{GOOD} --num-attention-heads 4 --tensor-model-parallel-size 2 --use-torch-fsdp2",
+        ["--use-torch-fsdp2 with --tensor-model-parallel-size 2 is not offered"],
+    ),
+    "fully sharded slices of experts": (
+        2,
+        f"{MOE} --expert-tensor-parallel-size 2 --use-torch-fsdp2",
+        ["--use-torch-fsdp2 with --expert-tensor-parallel-size 2 is not offered"],
+    ),
+    "layers kept whole without shards": (
+        2,
+        f"{GOOD} --torch-fsdp2-no-reshard-after-forward",
+        ["--torch-fsdp2-no-reshard-after-forward has no effect without --use-torch-fsdp2"],
+    ),
     **CONTEXT_CASES,
     "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
     "ep of experts": (

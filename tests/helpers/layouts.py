@@ -26,7 +26,7 @@ from megatron.training.setup_model import setup_run
 from megatron.training.train_step import train_step
 from pretrain_gpt import forward_step, model_provider
 from tests.helpers.ranks import run_ranks
-from tests.helpers.whole_tensors import whole_tensors
+from tests.helpers.whole_tensors import unsharded, whole_tensors
 
 VOCAB, SEQ = 64, 12
 DEFAULTS: dict[str, Any] = {
@@ -170,7 +170,7 @@ def global_tensors(run: Run, of: str = "") -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for name, param in run.model.trainable_parameters():
-        tensor = getattr(param, of) if of else param.detach()
+        tensor = unsharded(getattr(param, of) if of else param.detach())
         found |= whole_tensors(name, tensor, role_of(param), run.world.pg_collection)
     return found
 
@@ -194,7 +194,7 @@ def _train(
         state.consumed_samples += run.global_batch_size
         kept["losses"].append(outcome.lm_loss)
         kept["norms"].append(outcome.grad_norm)
-        whole = not run.model.is_sharded  # else a rank has sums of its slices only
+        whole = not config.ddp.use_distributed_optimizer  # else a rank has sums of its slices only
         kept["gradients"].append(global_tensors(run, "main_grad") if whole else {})
         kept["weights"].append(global_tensors(run) | _biases(run))
     kept["counts"] = torch.zeros(0)

@@ -5,6 +5,7 @@ from itertools import groupby
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from megatron.core.param_role import LogicalShard, ParamRole, logical_shards
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -26,6 +27,11 @@ def whole_tensors(
     dist.all_gather_object(ranks, own, group=getattr(groups, role.split.over))
     every = sorted((shard for rank in ranks for shard in rank), key=lambda shard: shard.name)
     return {key: _join(list(found)) for key, found in groupby(every, lambda shard: shard.name)}
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that data ranks share out (ZeRO-3), or the tensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _join(shards: list[LogicalShard]) -> Tensor:

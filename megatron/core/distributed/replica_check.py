@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import all_gather_single
-from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.errors import MegatronError
 from megatron.core.param_role import logical_tensors, role_of
 
@@ -25,7 +25,7 @@ class ReplicaError(MegatronError):
     """Ranks that hold copies of a tensor do not hold the same bits."""
 
 
-def check_replicas(ddp: DistributedDataParallel, *, iteration: int | None = None) -> None:
+def check_replicas(ddp: DataParallelBase, *, iteration: int | None = None) -> None:
     """Compare every weight and every buffer that is saved, such as an expert bias.
 
     Collective over all ranks; sends 8 bytes a tensor.
@@ -48,7 +48,7 @@ def check_replicas(ddp: DistributedDataParallel, *, iteration: int | None = None
         for tensors, group in ((dict(_replicated(ddp, is_expert)), copies), (whole, slices)):
             for name, ranks in _differing(tensors, group).items():
                 bad[name] = sorted({*bad.get(name, ()), *ranks})
-    count = torch.tensor(len(bad), device=_device(ddp))
+    count = torch.tensor(len(bad), device=ddp.device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=groups.world)
     if not count:
         return
@@ -76,13 +76,13 @@ def tensor_hash(tensor: Tensor) -> Tensor:
 
 
 def _replicated(
-    ddp: DistributedDataParallel, is_expert: bool, *, whole: bool = False
+    ddp: DataParallelBase, is_expert: bool, *, whole: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (global name, tensor) of what is replicated alike: experts, or all the rest.
 
     With ``whole`` only what tensor-parallel ranks hold alike, too.
     """
-    for name, param in ddp.trainable_parameters():
+    for name, param in ddp.replicated_parameters():
         role = role_of(param)
         if role.is_expert == is_expert and not (whole and role.split_over):
             yield from logical_tensors(name, param, role)
@@ -134,8 +134,8 @@ def _message(bad: dict[str, list[int]], iteration: int | None) -> str:
     )
 
 
-def _check_layouts(ddp: DistributedDataParallel) -> None:
-    mine = ddp.bucket_layout.fingerprint()
+def _check_layouts(ddp: DataParallelBase) -> None:
+    mine = ddp.layout_fingerprint()
     world = ddp.pg_collection.world
     every: list[str | None] = [None] * world.size()
     dist.all_gather_object(every, mine, group=world)
@@ -145,7 +145,3 @@ def _check_layouts(ddp: DistributedDataParallel) -> None:
             f"ranks 0 and {other} have models of different shapes (parameters, dtypes or "
             "bucket sizes); all ranks must run with the same options"
         )
-
-
-def _device(ddp: DistributedDataParallel) -> torch.device:
-    return ddp.grad_buffers[0].param_data.device

@@ -37,25 +37,27 @@ class OutputLayer(nn.Module):
             weight = nn.Parameter(torch.empty(here, dtype=params_dtype(config)))
             self.weight = set_role(weight, ParamRole(init=input_init(config), split=split))
 
-    def forward(self, hidden_states: Tensor, embedding_weight: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, embedding_weight: Tensor | None) -> Tensor:
         """Return the logits [s, b, v] of ``hidden_states`` [s, b, h].
 
         With tensor parallelism they have no gradient: ``loss`` has.
 
         Args:
             hidden_states: Output of the last norm.
-            embedding_weight: [v / tp, h], used when the weights are tied.
+            embedding_weight: [v / tp, h], used when the weights are tied, else None.
         """
         rows = self._enter(hidden_states)
         here = nn.functional.linear(rows, self._weight(embedding_weight))
         return gather_from_region(self.tp_group, here)
 
-    def loss(self, hidden_states: Tensor, embedding_weight: Tensor, labels: Tensor) -> Tensor:
+    def loss(
+        self, hidden_states: Tensor, embedding_weight: Tensor | None, labels: Tensor
+    ) -> Tensor:
         """Return the cross entropy of each token, [b, s]; logits of all are never held twice.
 
         Args:
             hidden_states: [s, b, h].
-            embedding_weight: [v / tp, h], used when the weights are tied.
+            embedding_weight: [v / tp, h], used when the weights are tied, else None.
             labels: [b, s], int64.
         """
         weight = self._weight(embedding_weight)
@@ -66,5 +68,7 @@ class OutputLayer(nn.Module):
         share = self.sequence_parallel
         return enter_region(self.tp_group, hidden_states, sequence_parallel=share)
 
-    def _weight(self, embedding_weight: Tensor) -> Tensor:
-        return embedding_weight if self.weight is None else self.weight
+    def _weight(self, embedding_weight: Tensor | None) -> Tensor:
+        weight = embedding_weight if self.weight is None else self.weight
+        assert weight is not None, "tied weights need the embedding's"
+        return weight

@@ -121,7 +121,9 @@ class GPTModel(nn.Module):
         hidden_states = self.decoder(hidden_states, attention_mask, rotary, context)
         if context.kv_cache is not None:
             context.kv_cache.advance(length)
-        tied = self.embedding.word_embeddings.weight
+        tied = None  # a weight that is not read must not be asked for: it may be a shard here
+        if not self.config.untie_embeddings_and_output_weights:
+            tied = self.embedding.word_embeddings.weight
         if labels is not None:
             return self.output_layer.loss(hidden_states, tied, labels)
         logits: Tensor = self.output_layer(hidden_states, tied)
