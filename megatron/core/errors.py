@@ -14,11 +14,17 @@ class ConfigError(MegatronError, ValueError):
     """One sentence each, where ``raise_if_any`` made the error."""
 
     @classmethod
-    def raise_if_any(cls, problems: Iterable[str]) -> None:
-        """Raise one error that lists every problem, so that a user fixes them in one go."""
+    def raise_if_any(cls, problems: Iterable[str], advice: str | None = None) -> None:
+        """Raise one error that lists every problem, so that a user fixes them in one go.
+
+        Args:
+            problems: One sentence each.
+            advice: A line under the list, such as what would be legal.
+        """
         found = list(problems)
         if found:
-            error = cls("\n".join(["invalid configuration:"] + [f"  - {p}" for p in found]))
+            lines = ["invalid configuration:", *(f"  - {p}" for p in found)]
+            error = cls("\n".join(lines if advice is None else [*lines, advice]))
             error.problems = tuple(found)
             raise error
 

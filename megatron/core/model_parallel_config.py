@@ -44,6 +44,11 @@ class ModelParallelConfig:
     """Ranks of one node for --moe-token-dispatcher-type alltoall_hierarchical; torchrun's
     LOCAL_WORLD_SIZE when not set."""
 
+    overlap_moe_expert_parallel_comm: bool = False
+    """Run the forward of each microbatch by turns with the backward of the one before: while rows
+    of one travel to their experts or back, the other computes. Results are the same, bit for bit;
+    the activations of two microbatches are kept."""
+
     @property
     def expert_tensor_size(self) -> int:
         """Ranks that share each expert's matrices; follows tensor parallelism unless set."""

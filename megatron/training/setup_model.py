@@ -12,6 +12,7 @@ from megatron.core.distributed.distributed_data_parallel import DistributedDataP
 from megatron.core.distributed.torch_fully_sharded_data_parallel import (
     TorchFullyShardedDataParallel,
 )
+from megatron.core.lanes import Lanes
 from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.core.optimizer.optimizer import get_megatron_optimizer
 from megatron.core.param_role import deferred_init, logical_shards, role_of
@@ -49,6 +50,7 @@ def setup_run(
         forward_step=forward_step,
         num_microbatches=num_microbatches,
         moe_metrics=build_moe_metrics(config, world, num_microbatches),
+        lanes=Lanes() if config.model.overlap_moe_expert_parallel_comm else None,
     )
     _tell_parameters(model, world)
     return run

@@ -7,7 +7,7 @@ done by all ranks or by none.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -66,11 +66,7 @@ def train_step(
     batches = [batch.to(run.world.device) for batch in cpu_batches]
     run.scheduler.step(run.optimizer, state.consumed_samples)
     run.model.zero_grad_buffer()
-    losses = []
-    for index, batch in enumerate(batches):
-        is_last = index == len(batches) - 1
-        with nullcontext() if is_last else run.model.no_sync():
-            losses.append(forward_backward(run, state, batch, index, counts))
+    losses = run_microbatches(run, state, batches, counts)
     finalize_model_grads(run.model)
     loss, agreed = agree(torch.stack(losses), counts.loss, notes, run.world)
     grad_norm, updated = None, math.isfinite(loss)
@@ -125,10 +121,42 @@ def count_tokens(batches: Sequence[Batch], world: World) -> TokenCounts:
     return TokenCounts(*counts.clamp_(min=1.0))
 
 
-def forward_backward(
+def run_microbatches(
+    run: Run, state: TrainState, batches: Sequence[Batch], counts: TokenCounts
+) -> list[Tensor]:
+    """Add all microbatches to the gradients; return the sum of losses of each, [] fp64.
+
+    With lanes the order is F0, (F1 with B0), (F2 with B1), ..., B of the last: gradients are added
+    in the order of microbatches, as without.
+    """
+    losses: list[Tensor] = []
+    waiting: Callable[[], None] | None = None  # the backward that the next forward runs with
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
+        forward = partial(forward_microbatch, run, state, batch, index, counts)
+        if run.lanes is None or waiting is None:
+            loss_sum = forward()
+        else:
+            loss_sum, _ = run.lanes.run_pair(forward, waiting)
+        losses.append(loss_sum.detach().double())
+        backward = partial(backward_microbatch, run, loss_sum / counts.loss, is_last=is_last)
+        waiting = None if run.lanes is None or is_last else backward
+        if waiting is None:
+            backward()
+        del loss_sum, backward
+    return losses
+
+
+def backward_microbatch(run: Run, loss: Tensor, *, is_last: bool) -> None:
+    """Add the gradient of ``loss`` to the sums; the last of a step may be reduced as it comes."""
+    with nullcontext() if is_last else run.model.no_sync():
+        loss.backward()
+
+
+def forward_microbatch(
     run: Run, state: TrainState, batch: Batch, index: int, counts: TokenCounts
 ) -> Tensor:
-    """Add one microbatch to the gradients; return its sum of losses, [] fp64, without gradient."""
+    """Return the sum of losses of one microbatch, []."""
     forwards = run.num_microbatches * run.world.pg_collection.dp.size()  # of all their shares
     context = ForwardContext(
         rng=SampleRng(state.dropout_seed, batch.sample_ids),
@@ -140,11 +168,10 @@ def forward_backward(
         aux_loss_scale=1.0 / forwards,
         padding_mask=batch.padding_mask,
         mean_valid_tokens=counts.valid / forwards,
+        lanes=run.lanes,
     )
     output, loss_func = run.forward_step(iter((batch,)), partial(run.model, context=context))
-    loss_sum = checked_loss(loss_func(output)).loss_sum
-    (loss_sum / counts.loss).backward()
-    return loss_sum.detach().double()
+    return checked_loss(loss_func(output)).loss_sum
 
 
 def checked_loss(result: Any) -> MaskedLoss:

@@ -57,7 +57,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "tensor parallel world": (
         6,
         f"{GOOD} --tensor-model-parallel-size 4 --num-attention-heads 4",
-        ["TP*CP*PP = 4*1*1 = 4 does not divide the world size 6", "here: 1, 2"],
+        ["--tensor-model-parallel-size 4 does not divide the world size 6", "legal layouts on 6 r"],
     ),
     "tensor parallel vocabulary": (
         2,
@@ -90,6 +90,12 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --num-attention-heads 4 --tensor-model-parallel-size 2 --use-torch-fsdp2",
         ["--use-torch-fsdp2 with --tensor-model-parallel-size 2 is not offered"],
     ),
+    "fully sharded in two lanes": (
+        2,
+        f"{MOE} --expert-model-parallel-size 2 --overlap-moe-expert-parallel-comm "
+        "--use-torch-fsdp2",
+        ["--use-torch-fsdp2 with --overlap-moe-expert-parallel-comm is not offered"],
+    ),
     "fully sharded slices of experts": (
         2,
         f"{MOE} --expert-tensor-parallel-size 2 --use-torch-fsdp2",
@@ -105,22 +111,25 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "ep of experts": (
         4,
         f"{MOE} --expert-model-parallel-size 3",
-        ["does not divide --num-experts 8", "world size 4", "here: 1, 2, 4"],
+        ["does not divide --num-experts 8", "world size 4", "EP 4 DP 4; EP 2 DP 4; EP 1 DP 4"],
     ),
     "ep of world": (
         2,
         f"{MOE} --expert-model-parallel-size 4",
-        ["does not divide the world size 2", "here: 1, 2"],
+        ["does not divide the world size 2", "EP 2 DP 2; EP 1 DP 2"],
     ),
     "slices of world": (
         4,
         f"{MOE} --expert-model-parallel-size 2 --expert-tensor-parallel-size 4",
-        ["EP*ETP*PP = 2*4*1 = 8 does not divide the world size 4", "here: 1 and 1; 2 and 1; 4 and"],
+        [
+            "size 2 x --expert-tensor-parallel-size 4 = 8 does not divide the world size 4",
+            "4 ranks: EP 1 ETP 4 DP 4; EP 2 ETP 2 DP 4; EP 2 ETP 1 DP 4; or as asked on 8 ranks",
+        ],
     ),
     "slices of experts": (
         6,
         f"{MOE} --expert-model-parallel-size 3 --expert-tensor-parallel-size 2",
-        ["size 3 does not divide --num-experts 8", "here: 1"],
+        ["size 3 does not divide --num-experts 8", "EP 1 ETP 2 DP 6"],
     ),
     "slices of ffn": (
         3,

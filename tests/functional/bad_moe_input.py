@@ -33,6 +33,31 @@ MOE_CASES: dict[str, tuple[int, str, list[str]]] = {
         "--moe-expert-chunk-tokens 8",
         ["contradicts --moe-expert-chunk-tokens 8"],
     ),
+    "hidden dispatch without experts": (
+        2,
+        f"{GOOD} --overlap-moe-expert-parallel-comm",
+        ["--overlap-moe-expert-parallel-comm needs a MoE layer: add --num-experts"],
+    ),
+    "hidden dispatch on one rank": (
+        2,
+        f"{MOE} --overlap-moe-expert-parallel-comm --global-batch-size 8",
+        ["comm has no effect with --expert-model-parallel-size 1"],
+    ),
+    "hidden dispatch of one microbatch": (
+        2,
+        f"{MOE} --overlap-moe-expert-parallel-comm --expert-model-parallel-size 2 "
+        "--micro-batch-size 3 --global-batch-size 6",
+        [
+            "a step has only one: --global-batch-size 6 = --micro-batch-size 3 x 2 data-parallel",
+            "use a --global-batch-size of 12 or more",
+        ],
+    ),
+    "hidden dispatch without all-to-all": (
+        2,
+        f"{MOE} --overlap-moe-expert-parallel-comm --expert-model-parallel-size 2 "
+        "--global-batch-size 8 --moe-token-dispatcher-type allgather",
+        ["needs an all-to-all to hide: use --moe-token-dispatcher-type alltoall"],
+    ),
     "grouped_gemm": (
         1,
         f"{MOE} --bf16 --moe-grouped-mm-backend grouped_gemm",
@@ -197,7 +222,7 @@ MOE_CASES: dict[str, tuple[int, str, list[str]]] = {
     "ep of the smallest layer": (
         4,
         f"{GOOD} --moe-num-experts-per-layer [2,8,8,8] --expert-model-parallel-size 4",
-        ["does not divide --moe-num-experts-per-layer [2,8,8,8]", "here: 1, 2"],
+        ["does not divide --moe-num-experts-per-layer [2,8,8,8]", "EP 2 DP 4; EP 1 DP 4"],
     ),
     "pattern of experts that runs": (
         1,

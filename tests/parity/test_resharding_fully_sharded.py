@@ -16,8 +16,10 @@ from megatron.training.checkpoint_model import load_trained_model
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.run import Run, TrainState
 from megatron.training.train_step import train_step
-from tests.helpers.layouts import global_tensors, make_config, make_run, microbatches
+from tests.helpers.layouts import make_config, make_run, microbatches
 from tests.helpers.ranks import run_ranks
+from tools.layouts.sharded_blocks import sharded_main_weights
+from tools.layouts.whole_tensors import Blocks, whole_of_ranks
 
 COMMON: dict[str, Any] = {
     "optimizer": "adam",
@@ -112,6 +114,11 @@ def test_a_checkpoint_goes_through_another_layout_unchanged(
         assert torch.equal(got[key], tensor), key
 
 
+def _blocks(run: Run) -> Blocks:
+    assert isinstance(run.model, TorchFullyShardedDataParallel)
+    return sharded_main_weights(run.model)
+
+
 def _goes_on(folder: str, options: dict[str, Any]) -> None:
     run, state = make_run(make_config(**options)), TrainState(dropout_seed=7)
     _train(run, state, 2)
@@ -119,9 +126,9 @@ def _goes_on(folder: str, options: dict[str, Any]) -> None:
     want = _train(run, state, 2)
     other = make_run(run.config)
     assert _train(other, _load(folder, other), 2) == want
-    theirs = global_tensors(other)
-    for key, weight in global_tensors(run).items():
-        assert torch.equal(theirs[key], weight), key
+    for mine, theirs in zip(_blocks(run), _blocks(other), strict=True):
+        assert mine.name == theirs.name
+        assert torch.equal(mine.tensor, theirs.tensor), mine.name
 
 
 @pytest.mark.parametrize("kind", ["bf16", pytest.param("fp64", marks=pytest.mark.slow)])
@@ -132,8 +139,7 @@ def test_a_run_goes_on_to_the_bit(tmp_path: Path, kind: str) -> None:
 def _weights_alone(folder: str, options: dict[str, Any]) -> None:
     run = make_run(make_config(**options, no_load_optim=True))
     _load(folder, run)
-    assert isinstance(run.model, TorchFullyShardedDataParallel)
-    torch.save(global_tensors(run), Path(folder) / f"{dist.get_rank()}.pt")
+    torch.save(_blocks(run), Path(folder) / f"{dist.get_rank()}.pt")
 
 
 @pytest.mark.parametrize("kind", ["bf16", pytest.param("fp64", marks=pytest.mark.slow)])
@@ -142,7 +148,8 @@ def test_weights_without_the_optimizer_become_main_weights(tmp_path: Path, kind:
     run_ranks(_train_and_save, 2, str(tmp_path), options)
     run_ranks(_weights_alone, 2, str(tmp_path), options)
     saved = tensors_in(tmp_path)
-    for key, weight in torch.load(tmp_path / "0.pt").items():
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for key, weight in whole_of_ranks(ranks).items():
         assert torch.equal(weight, saved["model." + key].to(weight.dtype)), key
 
 

@@ -6,7 +6,7 @@ runs what lies between, and waits at the launch. No stream of our own: NCCL has 
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,69 +18,101 @@ if TYPE_CHECKING:
     from megatron.core.tensor_parallel.mappings import RowSplits
 
 
+class Meanwhile(NamedTuple):
+    """What is done while rows are under way."""
+
+    forward: Callable[[], None]
+    """Called once in forward; what it computes is differentiated while gradients are under way."""
+    backward: Callable[[], None] | None = None
+    """Called in each backward, behind that; None for nothing more."""
+
+
 def all_to_all_during(
-    group: ProcessGroup, x: Tensor, splits: "RowSplits", during: Callable[[], None]
-) -> Tensor:
-    """Do ``mappings.all_to_all`` over several ranks and call ``during`` while rows travel."""
+    group: ProcessGroup, tensors: tuple[Tensor, ...], splits: "RowSplits", meanwhile: Meanwhile
+) -> tuple[Tensor, ...]:
+    """Do ``mappings.all_to_all`` of each of ``tensors``, all at once, and more under them.
+
+    Args:
+        group: Of several ranks.
+        tensors: [sum(splits.send), ...] each.
+        splits: Rows to and from each rank.
+        meanwhile: What to do while rows travel.
+    """
     flight = Flight(group)
-    out: Tensor = _Launch.apply(flight, x, splits)
+    air: tuple[Tensor, ...] = _Launch.apply(flight, splits, meanwhile.backward, *tensors)
     try:
-        during()
+        meanwhile.forward()
     finally:  # a recomputation may stop in it; nobody may write to freed memory then
         flight.land()
-    landed: Tensor = _Land.apply(flight, out, splits)
+    landed: tuple[Tensor, ...] = _Land.apply(flight, splits, *air)
     return landed
 
 
 class Flight:
-    """One all-to-all under way, and the tensors that it reads and writes until it lands."""
+    """All-to-alls under way, and the tensors that they read and write until they land."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
-        self._work: Any = None
-        self._tensors: tuple[Tensor, ...] = ()
+        self._works: list[Any] = []
+        self._sent: list[Tensor] = []
+        self._arriving: tuple[Tensor, ...] = ()
 
-    def launch(self, x: Tensor, splits: "RowSplits") -> Tensor:
+    def launch(self, tensors: tuple[Tensor, ...], splits: "RowSplits") -> tuple[Tensor, ...]:
         """Return what the rows will be written to; nothing may read it before ``land``."""
-        assert self._work is None, "one flight at a time"
-        x = x.contiguous()
-        out = x.new_empty(sum(splits.recv), *x.shape[1:])
-        self._work = dist.all_to_all_single(
-            out, x, splits.recv, splits.send, group=self.group, async_op=True
-        )
-        self._tensors = (x, out)
-        return out
+        assert not self._works, "one flight at a time"
+        self._sent = [x.contiguous() for x in tensors]
+        self._arriving = tuple(x.new_empty(sum(splits.recv), *x.shape[1:]) for x in tensors)
+        for out, x in zip(self._arriving, self._sent, strict=True):
+            work = dist.all_to_all_single(
+                out, x, splits.recv, splits.send, group=self.group, async_op=True
+            )
+            self._works.append(work)
+        return self._arriving
 
-    def land(self) -> Tensor:
+    def land(self) -> tuple[Tensor, ...]:
         """Return the rows once they are there (on CUDA the current stream waits, not the host)."""
-        assert self._work is not None, "launch first"
-        self._work.wait()
-        _, out = self._tensors
-        self._work, self._tensors = None, ()
-        return out
+        assert self._works, "launch first"
+        arrived = self._arriving
+        for work in self._works:
+            work.wait()
+        self._works, self._sent, self._arriving = [], [], ()
+        return arrived
 
 
 class _Launch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, flight: Flight, x: Tensor, splits: "RowSplits") -> Tensor:
-        ctx.flight = flight
-        return flight.launch(x, splits)
+    def forward(
+        ctx: Any,
+        flight: Flight,
+        splits: "RowSplits",
+        before_landing: Callable[[], None] | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.flight, ctx.before_landing = flight, before_landing
+        return flight.launch(tensors, splits)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        del grad  # of the rows as they arrived; what was made of it is in the air
-        return None, ctx.flight.land(), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        del grads  # of the rows as they arrived; what was made of them is in the air
+        try:
+            if ctx.before_landing is not None:
+                ctx.before_landing()
+        finally:
+            arrived = ctx.flight.land()
+        return None, None, None, *arrived
 
 
 class _Land(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, flight: Flight, x: Tensor, splits: "RowSplits") -> Tensor:
+    def forward(
+        ctx: Any, flight: Flight, splits: "RowSplits", *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.flight, ctx.splits = flight, splits
-        return x.view_as(x)
+        return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        ctx.flight.launch(grad, ctx.splits.reversed())
-        return None, grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.flight.launch(grads, ctx.splits.reversed())
+        return None, None, *grads

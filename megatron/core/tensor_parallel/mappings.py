@@ -4,7 +4,7 @@ Rows are dim 0; sizes and splits are host integers, one for each rank of the gro
 group must make the same calls in the same order, also with zero rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import all_gather_single
-from megatron.core.tensor_parallel.flight import all_to_all_during
+from megatron.core.tensor_parallel.flight import Meanwhile, all_to_all_during
 
 
 class RowSplits(NamedTuple):
@@ -32,11 +32,7 @@ class RowSplits(NamedTuple):
 
 
 def all_to_all(
-    group: ProcessGroup,
-    x: Tensor,
-    splits: RowSplits,
-    *,
-    during: Callable[[], None] | None = None,
+    group: ProcessGroup, x: Tensor, splits: RowSplits, *, during: Meanwhile | None = None
 ) -> Tensor:
     """Send blocks of rows to the ranks of ``group``; the gradient takes the way back.
 
@@ -44,20 +40,33 @@ def all_to_all(
         group: In a group of one rank ``x`` itself is returned.
         x: [sum(splits.send), ...], the rows for rank 0 first.
         splits: Rows to and from each rank; ignored in a group of one.
-        during: Called once while the rows are under way, and must not change ``x``. What it
+        during: Done once while the rows are under way, and must not change ``x``. What it
             computes is differentiated while the gradient is under way, too.
 
     Returns:
         [sum(splits.recv), ...], the rows of rank 0 first.
     """
+    return all_to_all_together(group, (x,), splits, during=during)[0]
+
+
+def all_to_all_together(
+    group: ProcessGroup,
+    tensors: tuple[Tensor, ...],
+    splits: RowSplits,
+    *,
+    during: Meanwhile | None = None,
+) -> tuple[Tensor, ...]:
+    """Do ``all_to_all`` of each of ``tensors``, whose rows belong together, under one ``during``.
+
+    The gradients of all of them are under way at once, too.
+    """
     if group.size() == 1:
         if during is not None:
-            during()
-        return x
+            during.forward()
+        return tensors
     if during is not None:
-        return all_to_all_during(group, x, splits, during)
-    out: Tensor = _AllToAll.apply(group, x, splits)
-    return out
+        return all_to_all_during(group, tensors, splits, during)
+    return tuple(_AllToAll.apply(group, x, splits) for x in tensors)
 
 
 def all_gather_rows(group: ProcessGroup, x: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron.core.inference.kv_cache import KVCache
+    from megatron.core.lanes import Lanes
     from megatron.core.tensor_parallel.random import SampleRng
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.core.transformer.moe.router_replay import RouterReplay
@@ -46,6 +47,9 @@ class ForwardContext:
     """Every data-parallel rank has as many tokens as this one, and knows it."""
     router_replay: "Mapping[int, RouterReplay] | None" = None
     """Layer number -> what its router records or replays, in place of what the router owns."""
+    lanes: "Lanes | None" = None
+    """Where this forward and its backward let another microbatch compute, while rows travel to
+    experts and back; None waits for the rows."""
     token_ids: Tensor | None = None
     """[b, s], ids of the tokens that this forward reads; the model fills them in."""
 

@@ -1,5 +1,6 @@
 """What a rule sees of a run, and how it names options in the user's flags."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,13 @@ class Check:
     def show(self, *names: str) -> str:
         """Write options with their values, as typed: ``--hidden-size 768, --num-layers 12``."""
         return ", ".join(self.options[name].show(self.value(name)) for name in names)
+
+    def product(self, *names: str) -> str:
+        """Write the product of sizes, those of 1 left out: ``--flag 2 x --other 4 = 8``."""
+        sizes = {name: self.value(name) for name in names}
+        shown = [name for name, size in sizes.items() if size != 1] or list(names[:1])
+        total = f" = {math.prod(sizes.values())}" if len(shown) > 1 else ""
+        return " x ".join(self.show(name) for name in shown) + total
 
     def given(self, *names: str) -> list[str]:
         """Return those of ``names`` that the user set."""

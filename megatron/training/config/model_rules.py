@@ -19,21 +19,33 @@ def parallel_sizes(check: Check) -> Iterator[str]:
         if model.expert_tensor_parallel_size is not None:
             yield f"{check.show('expert_tensor_parallel_size')} needs --num-experts"
         return
-    if (etp := model.expert_tensor_size) > 1:
-        yield from _expert_grid(check, math.gcd(*_expert_counts(check)), etp)
-        return
-    counts = _expert_counts(check)
-    name = "num_moe_experts"
-    if model.moe_num_experts_per_layer is not None:
-        name = "moe_num_experts_per_layer"
-    missed = [check.show(name)] if math.gcd(*counts) % size else []
-    missed += [f"the world size {world} (ranks of torchrun)"] if world % size else []
+    yield from model.expert_slice_problems()
+    several = model.moe_num_experts_per_layer is not None
+    name = "moe_num_experts_per_layer" if several else "num_moe_experts"
+    missed = [check.show(name)] if math.gcd(*_expert_counts(check)) % size else []
+    alone = check.show("expert_model_parallel_size")
+    shown, ranks = _expert_grid(check)
+    if world % ranks and shown == alone:
+        missed.append(_ranks(world))
+    elif world % ranks:
+        yield f"{shown} does not divide {_ranks(world)}"
     if missed:
-        legal = [str(d) for d in divisors(math.gcd(*counts)) if world % d == 0]
-        yield (
-            f"{check.show('expert_model_parallel_size')} does not divide {' nor '.join(missed)}; "
-            f"valid --expert-model-parallel-size here: {', '.join(legal)}"
-        )
+        yield f"{alone} does not divide {' nor '.join(missed)}"
+
+
+def _expert_grid(check: Check) -> tuple[str, int]:
+    """Return the ranks that hold all experts once, in flags and as a number; 1 if that is TP's."""
+    model, own = check.config.model, check.config.model.expert_tensor_parallel_size
+    if model.expert_model_parallel_size == 1 and own is None:
+        return "", 1  # said of the dense grid
+    slices = "tensor_model_parallel_size" if own is None else "expert_tensor_parallel_size"
+    shown = check.product("expert_model_parallel_size", slices, "pipeline_model_parallel_size")
+    size = model.expert_model_parallel_size * model.expert_tensor_size
+    return shown, size * model.pipeline_model_parallel_size
+
+
+def _ranks(world_size: int) -> str:
+    return f"the world size {world_size} (ranks of torchrun)"
 
 
 def _expert_counts(check: Check) -> set[int]:
@@ -50,12 +62,17 @@ def _dense_grid(check: Check) -> Iterator[str]:
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     cp = model.context_parallel_size
     if world % (tp * cp * pp):
-        legal = [str(size) for size in divisors(world) if model.num_attention_heads % size == 0]
-        yield (
-            f"TP*CP*PP = {tp}*{cp}*{pp} = {tp * cp * pp} does not divide the world size {world} "
-            f"(ranks of torchrun); valid --tensor-model-parallel-size here: {', '.join(legal)}"
+        shown = check.product(
+            "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"
         )
+        yield f"{shown} does not divide {_ranks(world)}"
     yield from _context(check)
+    if tp > 1 and check.config.logging.moe_routing_trace_path is not None:
+        yield (
+            "--moe-routing-trace-path is not offered with "
+            f"{check.show('tensor_model_parallel_size')}: a router sees a share of the tokens; "
+            "trace with --tensor-model-parallel-size 1"
+        )
     length = check.config.data.seq_length
     if (model.sequence_parallel or model.num_moe_experts) and tp > 0 and length % tp:
         who = "--sequence-parallel shares" if model.sequence_parallel else "MoE layers share"
@@ -98,32 +115,6 @@ def _context(check: Check) -> Iterator[str]:
         yield (
             f"{check.show('context_parallel_size')} with --moe-routing-trace-path is not offered "
             "yet: a trace holds whole samples; leave one out"
-        )
-
-
-def _expert_grid(check: Check, experts: int, etp: int) -> Iterator[str]:
-    """Experts that are shared out in slices: etp x ep x pp ranks hold all of them once."""
-    model, world = check.config.model, check.world_size
-    ep, pp = model.expert_model_parallel_size, model.pipeline_model_parallel_size
-    yield from model.expert_slice_problems()
-    if experts % ep:
-        legal = [str(size) for size in divisors(experts) if world % (size * etp * pp) == 0]
-        yield (
-            f"{check.show('expert_model_parallel_size')} does not divide "
-            f"{check.show('num_moe_experts')}; valid --expert-model-parallel-size here: "
-            f"{', '.join(legal) or 'none'}"
-        )
-    elif world % (ep * etp * pp):
-        legal = [
-            f"{few} and {slices}"
-            for slices in divisors(world // pp)
-            for few in divisors(world // pp // slices)
-            if experts % few == 0 and model.moe_ffn_size % slices == 0
-        ]
-        yield (
-            f"EP*ETP*PP = {ep}*{etp}*{pp} = {ep * etp * pp} does not divide the world size {world} "
-            f"(ranks of torchrun); legal --expert-model-parallel-size and "
-            f"--expert-tensor-parallel-size here: {'; '.join(legal)}"
         )
 
 

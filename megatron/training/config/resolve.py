@@ -1,13 +1,18 @@
 """From what was given to a complete ``RunConfig``: ranges, defaults, rules, in that order."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.core.errors import ConfigError
 from megatron.training.config.checks import Check
 from megatron.training.config.data_source import look_at_data
-from megatron.training.config.defaults import derive
+from megatron.training.config.defaults import Derivation, derive
 from megatron.training.config.flags import Given
+from megatron.training.config.legal_layouts import (
+    OPTION_OF_AXIS,
+    Layout,
+    advice,
+)
 from megatron.training.config.options import Option
 from megatron.training.config.ranges import range_problems
 from megatron.training.config.rules import find_problems, without_doubtful
@@ -27,6 +32,14 @@ class _Merged:
     notices: list[str] = field(default_factory=list)
     doubtful: set[str] = field(default_factory=set)
     without_effect: set[str] = field(default_factory=set)
+    out_of_range: dict[str, Any] = field(default_factory=dict)
+
+    def replaced(self, sizes: dict[str, Any], options: dict[str, Option]) -> "_Merged":
+        """Return a copy in which the user had asked for ``sizes``; a default is as if not given."""
+        given = {name: size for name, size in sizes.items() if size != options[name].default}
+        values = {name: value for name, value in self.values.items() if name not in sizes} | given
+        origins = {name: self.origins.get(name, "cli") for name in values}
+        return replace(self, values=values, origins=origins)
 
 
 def resolve(
@@ -45,28 +58,65 @@ def resolve(
         node_size: Ranks of this node, where the launcher says it.
 
     Raises:
-        ConfigError: Lists every problem of every source and rule.
+        ConfigError: Lists every problem of every source and rule, and where sizes of parallel axes
+            do not fit, the nearest legal ones.
     """
     if not all(given.readable for given in sources.values()):
         ConfigError.raise_if_any(
             problem for given in sources.values() for problem in given.problems
         )
     merged = _merge(sources, options)
-    config = RunConfig.from_flat(
-        merged.values, {name: merged.origins.get(name, "default") for name in options}
-    )
+    config = _as_given(merged, options)
     source = look_at_data(config.data, config.tokenizer)
     run = derive(config, options, world_size, source, node_size=node_size)
-    check = Check(
-        config=run.config,
-        options=options,
-        world_size=world_size,
-        without_effect=frozenset(merged.without_effect),
-    )
-    found = [*find_problems(check), *source.problems, *run.problems]
-    ConfigError.raise_if_any([*merged.problems, *without_doubtful(found, merged.doubtful)])
+    found = [*_broken_rules(merged, run), *source.problems, *run.problems]
+    problems = [*merged.problems, *without_doubtful(found, merged.doubtful)]
+    if problems:
+        ConfigError.raise_if_any(problems, _advice(merged, run))
     run.config.notices = [*merged.notices, *run.notices]
     return run.config
+
+
+def _as_given(merged: _Merged, options: dict[str, Option]) -> RunConfig:
+    sources = {name: merged.origins.get(name, "default") for name in options}
+    return RunConfig.from_flat(merged.values, sources)
+
+
+def _broken_rules(merged: _Merged, run: Derivation, *, looks_at_folders: bool = True) -> list[str]:
+    check = Check(
+        config=run.config,
+        options=run.options,
+        world_size=run.world_size,
+        without_effect=frozenset(merged.without_effect),
+    )
+    return find_problems(check, looks_at_folders=looks_at_folders)
+
+
+def _advice(merged: _Merged, run: Derivation) -> str | None:
+    """Name the legal layouts nearest to the asked one, where the layout is at fault."""
+    options = run.options
+    sizes = {name for name in merged.out_of_range if name in OPTION_OF_AXIS.values()}
+    if merged.doubtful - {flag for name in sizes for flag in options[name].flags}:
+        return None  # who knows what model is meant
+
+    def judge(layout: Layout) -> list[str]:
+        tried = merged.replaced(layout.options(), options)
+        nodes = run.node_size if layout.world_size == run.world_size else None
+        world = layout.world_size
+        other = derive(_as_given(tried, options), options, world, run.source, node_size=nodes)
+        found = [*_broken_rules(tried, other, looks_at_folders=False), *other.problems]
+        return without_doubtful(found, merged.doubtful)
+
+    wanted = {
+        axis: merged.values.get(name, options[name].default)
+        for axis, name in OPTION_OF_AXIS.items()
+    }
+    problems = judge(Layout(run.world_size, **wanted))
+    wanted |= {
+        axis: merged.out_of_range[name] for axis, name in OPTION_OF_AXIS.items() if name in sizes
+    }
+    has_experts = run.config.model.num_moe_experts is not None
+    return advice(Layout(run.world_size, **wanted), problems, judge, has_experts=has_experts)
 
 
 def _merge(sources: dict[str, Given], options: dict[str, Option]) -> _Merged:
@@ -82,7 +132,8 @@ def _merge(sources: dict[str, Given], options: dict[str, Option]) -> _Merged:
     for name, sentence in list(range_problems(merged.values, options)):
         merged.problems.append(sentence)
         merged.doubtful.update(options[name].flags)
-        del merged.values[name], merged.origins[name]
+        merged.out_of_range[name] = merged.values.pop(name)
+        del merged.origins[name]
     for name, stand_in in _REQUIRED.items():
         if name not in merged.values:
             if options[name].flag not in merged.doubtful:

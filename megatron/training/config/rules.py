@@ -5,14 +5,21 @@ from collections.abc import Iterable
 from megatron.training.config.checks import Check
 from megatron.training.config.data_rules import DATA_RULES
 from megatron.training.config.model_rules import MODEL_RULES
-from megatron.training.config.run_rules import RUN_RULES
+from megatron.training.config.overlap_rules import OVERLAP_RULES
+from megatron.training.config.run_rules import RULES_OF_FOLDERS, RUN_RULES
 
-RULES = (*MODEL_RULES, *DATA_RULES, *RUN_RULES)
+RULES = (*MODEL_RULES, *OVERLAP_RULES, *DATA_RULES, *RUN_RULES)
 
 
-def find_problems(check: Check) -> list[str]:
-    """Return a sentence for each broken rule, in the order of ``RULES``."""
-    return [sentence for rule in RULES for sentence in rule(check)]
+def find_problems(check: Check, *, looks_at_folders: bool = True) -> list[str]:
+    """Return a sentence for each broken rule, in the order of ``RULES``.
+
+    Args:
+        check: The run.
+        looks_at_folders: Apply the rules that read disks; they know no layout.
+    """
+    rules = [rule for rule in RULES if looks_at_folders or rule not in RULES_OF_FOLDERS]
+    return [sentence for rule in rules for sentence in rule(check)]
 
 
 def without_doubtful(problems: Iterable[str], doubtful: Iterable[str]) -> list[str]:

@@ -87,12 +87,6 @@ def saving(check: Check) -> Iterator[str]:
             "moe_routing_trace_max_training_iters moe_routing_trace_max_mb",
             "without --moe-routing-trace-path",
         )
-    elif check.config.model.tensor_model_parallel_size > 1:
-        yield (
-            "--moe-routing-trace-path is not offered with "
-            f"{check.show('tensor_model_parallel_size')}: a router sees a share of the tokens; "
-            "trace with --tensor-model-parallel-size 1"
-        )
     for name in (
         "save",
         "log_dir",
@@ -198,6 +192,11 @@ def fully_sharded(check: Check) -> Iterator[str]:
         "with --use-torch-fsdp2, which gathers and reduces each layer beside its neighbours",
     )
     axes = ("tensor_model", "pipeline_model", "expert_tensor")
+    if model.overlap_moe_expert_parallel_comm:
+        yield (
+            "--use-torch-fsdp2 with --overlap-moe-expert-parallel-comm is not offered: two "
+            "microbatches that compute at once would let go of each other's layers"
+        )
     sizes = [f"{axis}_parallel_size" for axis in axes]
     split = [name for name in sizes if (getattr(model, name) or 1) > 1]
     if split:
@@ -237,3 +236,6 @@ RUN_RULES: tuple[Rule, ...] = (
     fully_sharded,
     evaluation,
 )
+
+RULES_OF_FOLDERS: tuple[Rule, ...] = (saving, loading)
+"""Those that read disks. What they say is the same for every layout."""

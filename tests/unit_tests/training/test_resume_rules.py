@@ -49,6 +49,7 @@ MAY_DIFFER = {
     "moe_fused_activation",
     "moe_expert_chunk_tokens",
     "moe_shared_expert_overlap",
+    "overlap_moe_expert_parallel_comm",
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",

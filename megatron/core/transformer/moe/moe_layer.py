@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core.errors import ConfigError
+from megatron.core.lanes import Lanes
 from megatron.core.param_role import role_of, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.flight import Meanwhile
 from megatron.core.tensor_parallel.mappings import largest_over_ranks
 from megatron.core.tensor_parallel.regions import gather_sequence, share_sequence
 from megatron.core.transformer.forward_context import ForwardContext
@@ -170,21 +172,20 @@ class MoELayer(nn.Module):
                 self.layer_number, context.microbatch, routing.probs, chosen.routing_map
             )
         narrow = _project(self.fc1_latent_proj, tokens)
+        each = self._rows_per_expert(len(tokens), context)
         if self.shared_experts is not None and self.config.moe_shared_expert_overlap:
-            meanwhile = SharedExpertsMeanwhile(self.shared_experts, tokens)
-            combined = self._routed(
-                narrow,
-                *routing,
-                meanwhile=(meanwhile.first_half, meanwhile.second_half),
-                rows_per_expert=self._rows_per_expert(len(tokens), context),
-            )
-            combined = _project(self.fc2_latent_proj, combined) + meanwhile.output
+            halves = SharedExpertsMeanwhile(self.shared_experts, tokens)
+            there = _under(halves.first_half, context.lanes)
+            back = _under(halves.second_half, context.lanes)
+            combined = self._routed(narrow, *routing, (there, back), each)
+            combined = _project(self.fc2_latent_proj, combined) + halves.output
             return combined.view(hidden_states.shape)
+        meanwhile = (_under(None, context.lanes),) * 2
         if self.config.moe_expert_chunk_tokens is not None:
-            combined = self._in_chunks(narrow, routing, self.config.moe_expert_chunk_tokens)
+            size = self.config.moe_expert_chunk_tokens
+            combined = self._in_chunks(narrow, routing, meanwhile, size)
         else:
-            each = self._rows_per_expert(len(tokens), context)
-            combined = self._routed(narrow, *routing, rows_per_expert=each)
+            combined = self._routed(narrow, *routing, meanwhile, each)
         combined = _project(self.fc2_latent_proj, combined)
         if self.shared_experts is not None:
             shared, _ = self.shared_experts(tokens, context)
@@ -196,13 +197,12 @@ class MoELayer(nn.Module):
         tokens: Tensor,
         probs: Tensor,
         routing_map: Tensor,
-        *,
-        meanwhile: tuple[During, During] = (None, None),
+        meanwhile: tuple[During, During],
         rows_per_expert: int | None = None,
     ) -> Tensor:
         """Send ``tokens`` [num_tokens, moe_hidden_size] to their experts and sum what comes back.
 
-        ``meanwhile`` is what to compute on the way out, and on the way back.
+        ``meanwhile`` is what to do on the way out, and on the way back.
         """
         sent = self.token_dispatcher.token_permutation(
             tokens, probs, routing_map, during=meanwhile[0], rows_per_expert=rows_per_expert
@@ -210,7 +210,9 @@ class MoELayer(nn.Module):
         output, _ = self.experts(sent.hidden_states, sent.tokens_per_expert, sent.probs)
         return self.token_dispatcher.token_unpermutation(output, sent, during=meanwhile[1])
 
-    def _in_chunks(self, tokens: Tensor, routing: Routing, size: int) -> Tensor:
+    def _in_chunks(
+        self, tokens: Tensor, routing: Routing, meanwhile: tuple[During, During], size: int
+    ) -> Tensor:
         """Do ``_routed`` for ``size`` tokens at a time, and again in backward.
 
         Every rank that shares the experts makes as many chunks as the one with most tokens, empty
@@ -220,7 +222,9 @@ class MoELayer(nn.Module):
         count = max(1, largest_over_ranks(self.expert_group, wanted, tokens.device))
         sizes = [max(0, min(size, len(tokens) - start * size)) for start in range(count)]
         pieces = zip(*(x.split(sizes) for x in (tokens, *routing)), strict=True)
-        outputs = [recomputed(self._routed, count > 1, x, p, m) for x, p, m in pieces]
+        outputs = [
+            recomputed(self._routed, count > 1, x, p, m, meanwhile, None) for x, p, m in pieces
+        ]
         return torch.cat(outputs)
 
     def _rows_per_expert(self, num_tokens: int, context: ForwardContext) -> int | None:
@@ -265,6 +269,19 @@ class MoELayer(nn.Module):
             return limited
         kept = self.share.own(limited.routing_map)
         return Routing(routing.probs.masked_fill(~(kept & routing.routing_map), 0.0), kept)
+
+
+def _under(compute: Callable[[], None] | None, lanes: Lanes | None) -> During:
+    """Return what is done while rows travel: ``compute``, then what the other lane has to do."""
+    steps = ([compute] if compute else []) + ([lanes.change] if lanes else [])
+    if not steps:
+        return None
+
+    def forward() -> None:
+        for step in steps:
+            step()
+
+    return Meanwhile(forward, lanes.change if lanes else None)
 
 
 def _own_positions(context: ForwardContext, tp: ProcessGroup) -> ForwardContext:

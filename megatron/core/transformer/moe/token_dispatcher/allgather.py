@@ -105,4 +105,4 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
 def _run(during: During) -> None:
     """Compute what was to be computed meanwhile; this dispatcher overlaps nothing."""
     if during is not None:
-        during()
+        during.forward()

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
     RowSplits,
     all_gather_rows,
     all_to_all,
+    all_to_all_together,
     exchange_counts,
     reduce_scatter_rows,
 )
@@ -68,9 +69,9 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
             num_rows=rows_sent(splits.send, hidden_states.shape[0], self.topk, exact=self.exact),
             max_rows_per_token=self.topk,
         )
-        rows = all_to_all(self.ep_group, permute(hidden_states, plan), splits, during=during)
+        sent = permute(hidden_states, plan), permute_probs(probs, plan)
+        rows, weights = all_to_all_together(self.ep_group, sent, splits, during=during)
         rows = all_gather_rows(self.expt_tp_group, rows, sizes)
-        weights = all_to_all(self.ep_group, permute_probs(probs, plan), splits)
         weights = all_gather_rows(self.expt_tp_group, weights, sizes)
         # Rows arrive rank-major, the block of each rank expert-major; experts need expert-major.
         order = rank_major_to_expert_major(received, rows.shape[0])

@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.mappings import (
     RowSplits,
     all_gather_rows,
     all_to_all,
+    all_to_all_together,
     exchange_rows_and_pairs,
     reduce_scatter_rows,
 )
@@ -83,11 +84,12 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
             num_rows=rows_sent(splits.send, num_tokens, alone, exact=self.exact),
             max_rows_per_token=min(most, blocks),
         )
-        tokens = all_to_all(self.ep_group, permute(hidden_states, sent), splits, during=during)
-        tokens = reorder(all_gather_rows(self.expt_tp_group, tokens, sizes), order)
         marked = probs.masked_fill(~routing_map, -1.0).view(-1, self.num_local_experts)
         columns = marked.index_select(0, sent.pair_of_row)  # [rows sent, num_local_experts]
-        columns = all_to_all(self.ep_group, columns, splits)
+        tokens, columns = all_to_all_together(
+            self.ep_group, (permute(hidden_states, sent), columns), splits, during=during
+        )
+        tokens = reorder(all_gather_rows(self.expt_tp_group, tokens, sizes), order)
         columns = reorder(all_gather_rows(self.expt_tp_group, columns, sizes), order)
         routed = ~(columns.detach() < 0.0)  # so written, a NaN stays routed
         copies = plan_rows(

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.mappings import (
     RowSplits,
     all_gather_rows,
     all_to_all,
+    all_to_all_together,
     exchange_counts_in_hops,
     reduce_scatter_rows,
 )
@@ -95,16 +96,18 @@ class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
         by_node = rank_major_to_expert_major(hops.passed, sum(hops.across.send))
         by_expert = rank_major_to_expert_major(hops.received, sum(hops.sizes))
 
-        def send(rows: Tensor, during: During = None) -> Tensor:
-            halfway = all_to_all(self.node_group, reorder(rows, by_place), hops.within)
-            halfway = reorder(halfway, by_node)
-            arrived = all_to_all(self.across_group, halfway, hops.across, during=during)
-            gathered = all_gather_rows(self.expt_tp_group, arrived, hops.sizes)
-            return reorder(gathered, by_expert)
-
+        within, across = self._under(during)
+        sent = permute(hidden_states, plan), permute_probs(probs, plan)
+        placed = tuple(reorder(x, by_place) for x in sent)
+        halfway = all_to_all_together(self.node_group, placed, hops.within, during=within)
+        passed = tuple(reorder(x, by_node) for x in halfway)
+        arrived = all_to_all_together(self.across_group, passed, hops.across, during=across)
+        rows, weights = (
+            reorder(all_gather_rows(self.expt_tp_group, x, hops.sizes), by_expert) for x in arrived
+        )
         return DispatchedTokens(
-            hidden_states=send(permute(hidden_states, plan), during),
-            probs=send(permute_probs(probs, plan)),
+            hidden_states=rows,
+            probs=weights,
             tokens_per_expert=hops.received.sum(dim=(0, 1)),
             state=HierarchicalState(
                 plan=plan,
@@ -126,9 +129,17 @@ class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
     ) -> Tensor:
         """See ``MoETokenDispatcher.token_unpermutation``."""
         state = dispatched.state
+        within, across = self._under(during)
         parts = reorder(expert_output, state.by_expert, back=True)
         arrived = reduce_scatter_rows(self.expt_tp_group, parts, state.sizes)
-        halfway = all_to_all(self.across_group, arrived, state.across.reversed(), during=during)
+        halfway = all_to_all(self.across_group, arrived, state.across.reversed(), during=across)
         passed = reorder(halfway, state.by_node, back=True)
-        rows = all_to_all(self.node_group, passed, state.within.reversed())
+        rows = all_to_all(self.node_group, passed, state.within.reversed(), during=within)
         return unpermute(reorder(rows, state.by_place, back=True), state.plan)
+
+    def _under(self, during: During) -> tuple[During, During]:
+        """Return what is done under the hop within the node, and under the slow one across.
+
+        In a single node nothing crosses.
+        """
+        return (None, during) if self.across_group.size() > 1 else (during, None)

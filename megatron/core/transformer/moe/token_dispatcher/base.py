@@ -9,18 +9,19 @@ output back.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.flight import Meanwhile
 
 StateT = TypeVar("StateT")
 
-During = Callable[[], None] | None
-"""What is to be computed while rows travel; None for nothing."""
+During = Meanwhile | None
+"""What is to be done while rows travel; None for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
             hidden_states: [num_tokens, h]; any number of tokens, 0 included.
             probs: [num_tokens, num_experts], at least 0; differentiable.
             routing_map: [num_tokens, num_experts], bool.
-            during: Called once, while rows are under way where rows are sent at all.
+            during: Done once, while rows are under way where rows are sent at all.
             rows_per_expert: True entries of every column of the routing map on every rank of
                 ``ep``, where all of them know it and have the same number of tokens: then no
                 counts need be exchanged.

@@ -1,7 +1,5 @@
 """--moe-shared-expert-overlap: the same bits, and shared experts under the all-to-all."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from tests.helpers.late_rows import late_rows
 from tests.helpers.ranks import run_ranks
 from tests.unit_tests.core.transformer.moe.layers import (
     H,
@@ -65,36 +64,6 @@ def test_overlap_gives_the_same_bits_in_output_and_every_gradient(world_size, ep
     run_ranks(_same_bits, world_size, ep)
 
 
-class LateWork:
-    """A collective that is done only when it is waited for."""
-
-    def __init__(self, start: Callable[[], Any], events: list[str]) -> None:
-        self._start, self._events = start, events
-
-    def wait(self) -> None:
-        self._start()
-        self._events.append("wait")
-
-
-@contextmanager
-def late_collectives(events: list[str]) -> Iterator[None]:
-    """Do every asynchronous all-to-all of rows only when somebody waits for it."""
-    original = dist.all_to_all_single
-
-    def late(out: Tensor, x: Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
-        if not async_op:
-            return original(out, x, *args, **kwargs)
-        events.append("launch")
-        out.fill_(float("nan"))  # who reads before the wait, reads this
-        return LateWork(lambda: original(out, x, *args, **kwargs), events)
-
-    dist.all_to_all_single = late
-    try:
-        yield
-    finally:
-        dist.all_to_all_single = original
-
-
 def _note_shared(layer: MoELayer, events: list[str]) -> None:
     """Note when each half of the shared experts is computed, and differentiated."""
     for part, name in ((layer.shared_experts.linear_fc1, "fc1"),
@@ -107,8 +76,10 @@ def _note_shared(layer: MoELayer, events: list[str]) -> None:
         part.register_forward_hook(noted)
 
 
-FORWARD = ["launch", "fc1", "wait", "launch", "fc2", "wait"]
-BACKWARD = ["launch", "fc2 backward", "wait", "launch", "fc1 backward", "wait"]
+# out go rows and their probs
+FORWARD = ["launch", "launch", "fc1", "wait", "wait", "launch", "fc2", "wait"]
+BACKWARD = ["launch", "fc2 backward", "wait"]
+BACKWARD += ["launch", "launch", "fc1 backward", "wait", "wait"]
 
 
 def _order(dispatcher: str) -> None:
@@ -116,7 +87,7 @@ def _order(dispatcher: str) -> None:
     want = _results(_layer(2, **options), 7)
     layer, events = _layer(2, moe_shared_expert_overlap=True, **options), []
     _note_shared(layer, events)
-    with late_collectives(events):
+    with late_rows(events.append):
         got = _results(layer, 7)
     assert events == FORWARD + BACKWARD
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -130,7 +101,7 @@ def test_shared_experts_run_between_launch_and_wait_in_forward_and_backward(disp
 def _not_asked() -> None:
     layer, events = _layer(2), []
     _note_shared(layer, events)
-    with late_collectives(events):
+    with late_rows(events.append):
         _results(layer, 7)
     assert events == ["fc1", "fc2", "fc2 backward", "fc1 backward"]
 

@@ -1,0 +1,38 @@
+"""Rules of communication that hides behind computation; each yields sentences."""
+
+from collections.abc import Iterator
+
+from megatron.training.config.checks import Check, Rule
+
+_FLAG = "--overlap-moe-expert-parallel-comm"
+
+
+def expert_overlap(check: Check) -> Iterator[str]:
+    """An all-to-all hides behind another microbatch: both must be there."""
+    model, training = check.config.model, check.config.training
+    if not model.overlap_moe_expert_parallel_comm:
+        return
+    if model.num_moe_experts is None:
+        yield f"{_FLAG} needs a MoE layer: add --num-experts, or leave it out"
+        return
+    if model.expert_model_parallel_size == 1:
+        yield (
+            f"{_FLAG} has no effect with --expert-model-parallel-size 1: nothing travels to "
+            "experts on other ranks"
+        )
+    if model.moe_token_dispatcher_type == "allgather":
+        yield (
+            f"{_FLAG} needs an all-to-all to hide: use --moe-token-dispatcher-type alltoall, "
+            "alltoall_dedup or alltoall_hierarchical"
+        )
+    at_once = training.micro_batch_size * model.data_ranks(check.world_size)
+    if training.global_batch_size == at_once:
+        yield (
+            f"{_FLAG} hides the all-to-all of one microbatch behind another, and a step has only "
+            f"one: {check.show('global_batch_size')} = {check.show('micro_batch_size')} x "
+            f"{at_once // training.micro_batch_size} data-parallel ranks; use a "
+            f"--global-batch-size of {2 * at_once} or more, or leave it out"
+        )
+
+
+OVERLAP_RULES: tuple[Rule, ...] = (expert_overlap,)
