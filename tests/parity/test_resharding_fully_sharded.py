@@ -14,6 +14,7 @@ from megatron.core.distributed.torch_fully_sharded_data_parallel import (
 )
 from megatron.training.checkpoint_model import load_trained_model
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
+from megatron.training.evaluate import evaluate
 from megatron.training.run import Run, TrainState
 from megatron.training.train_step import train_step
 from tests.helpers.layouts import make_config, make_run, microbatches
@@ -67,6 +68,7 @@ def _load(folder: str, run: Run) -> TrainState:
 def _train_and_save(folder: str, options: dict[str, Any]) -> None:
     run, state = make_run(make_config(**options)), TrainState()
     _train(run, state, 2)
+    evaluate(run, microbatches(run, 64), 1)  # leaves what a forward gathers last
     _save(folder, run, state)
 
 
