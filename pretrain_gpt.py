@@ -28,12 +28,14 @@ def model_provider(config: RunConfig, pg_collection: ProcessGroupCollection) -> 
     """Build the model of this rank."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.pipeline_parallel.layer_homes import stages_of_rank
 
     return GPTModel(
         config.model,
         get_gpt_decoder_block_spec(config.model),
         vocab_size=config.tokenizer.padded_vocab_size,
         max_sequence_length=config.model.max_position_embeddings,
+        stages=stages_of_rank(config.model, pg_collection.pp.rank()),
         pg_collection=pg_collection,
     )
 

@@ -22,7 +22,7 @@ class ModelParallelConfig:
     nothing to split."""
 
     pipeline_model_parallel_size: int = 1
-    """Stages that the layers are split into. Only 1 is offered so far."""
+    """Ranks that the layers are split over, one stage of the model behind the other."""
 
     context_parallel_size: int = 1
     """Ranks that share each sequence, each with two of its 2 x N equal chunks; --seq-length is a
@@ -79,15 +79,10 @@ class ModelParallelConfig:
 
     def parallel_problems(self) -> Iterator[str]:
         """Yield one sentence for each size that is not offered, in the user's flags."""
-        if self.pipeline_model_parallel_size != 1:
-            yield (
-                f"--pipeline-model-parallel-size {self.pipeline_model_parallel_size} is not "
-                "offered yet, only 1; spread the model with --expert-model-parallel-size and data "
-                "parallelism instead"
-            )
         for flag, size in {
             "--context-parallel-size": self.context_parallel_size,
             "--tensor-model-parallel-size": self.tensor_model_parallel_size,
+            "--pipeline-model-parallel-size": self.pipeline_model_parallel_size,
             "--expert-model-parallel-size": self.expert_model_parallel_size,
             "--expert-tensor-parallel-size": self.expert_tensor_size,
         }.items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _ATTRIBUTE = "megatron_role"
+TiedEnds = Literal["no", "here", "apart"]
 _deferred: ContextVar[bool] = ContextVar("deferred_init", default=False)
 
 
@@ -82,6 +83,10 @@ class ParamRole:
     sums_over_tp: bool = False
     """Every tensor-parallel rank holds all of it but uses it on other tokens (sequence
     parallelism): gradients are summed over ``tp`` too."""
+    tied_ends: TiedEnds = "no"
+    """Embedding and output layer share it, on two pipeline stages: both of this rank (here), or on
+    the first and the last rank (apart), each of which holds a copy and gets the sum of both
+    gradients, over ``dp_cp_ends``. It is complete only after the last backward of every stage."""
     decays: bool = True
     """Weight decay applies. False for biases, norms and other vectors (see ``set_role``)."""
 

@@ -17,11 +17,13 @@ GROUP_AXES: dict[str, tuple[str, tuple[str, ...]]] = {
     "tp_cp": ("dense", ("tp", "cp")),
     "dp_cp": ("dense", ("dp", "cp")),
     "tp_dp_cp": ("dense", ("tp", "cp", "dp")),
+    "mp": ("dense", ("tp", "pp")),
     "world": ("dense", ("tp", "cp", "dp", "pp")),
     "ep": ("expert", ("ep",)),
     "expt_tp": ("expert", ("etp",)),
     "expt_dp": ("expert", ("edp",)),
     "tp_ep": ("expert", ("etp", "ep")),
+    "tp_ep_pp": ("expert", ("etp", "ep", "pp")),
     "ep_node": ("nodes", ("ep_node",)),
     "ep_across": ("nodes", ("ep_across",)),
 }
@@ -38,13 +40,17 @@ class ProcessGroupCollection:
     tp_cp: ProcessGroup
     dp_cp: ProcessGroup
     tp_dp_cp: ProcessGroup
+    mp: ProcessGroup
     world: ProcessGroup
     ep: ProcessGroup
     expt_tp: ProcessGroup
     expt_dp: ProcessGroup
     tp_ep: ProcessGroup
+    tp_ep_pp: ProcessGroup
     ep_node: ProcessGroup
     ep_across: ProcessGroup
+    dp_cp_ends: ProcessGroup
+    """``dp_cp`` of the first and the last pipeline rank together; on others it is ``dp_cp``."""
 
     @classmethod
     def create(
@@ -64,10 +70,13 @@ class ProcessGroupCollection:
             "expert": layout.expert_grid(),
             "nodes": layout.node_grid(),
         }
+        ranks_of = {
+            name: rank_groups(grids[grid], axes) for name, (grid, axes) in GROUP_AXES.items()
+        }
+        ranks_of["dp_cp_ends"] = layout.end_groups()
         cache: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
         groups = {}
-        for name, (grid, axes) in GROUP_AXES.items():
-            ranks = rank_groups(grids[grid], axes)
+        for name, ranks in ranks_of.items():
             key = tuple(map(tuple, ranks))
             if key not in cache:
                 cache[key] = dist.new_subgroups_by_enumeration(

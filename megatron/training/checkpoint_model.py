@@ -1,6 +1,6 @@
 """A model and its tokenizer from a checkpoint alone: no flags, one process, any layout's save."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megatron.core.param_role import deferred_init
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.base import Tokenizer
 from megatron.core.tokenizers.build_tokenizer import TokenizerSettings, build_tokenizer
+from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.training.config.run_config import RunConfig
 from megatron.training.initialize import Launch, connect
 from megatron.training.resume_rules import config_from_data
@@ -63,6 +64,9 @@ def load_trained_model(
     config.model.moe_fused_activation = "off"  # nor a compiler
     config.model.tensor_model_parallel_size, config.model.sequence_parallel = 1, False
     config.model.context_parallel_size = 1
+    for option in fields(PipelineConfig):
+        setattr(config.model, option.name, option.default)
+    config.model.pipeline_model_parallel_size = 1
     tokenizer = saved_tokenizer(opened)
     model = _model(opened, config).to(device)
     read_tensors(opened.path, model_tensors(model), None, prefixes=(MODEL,))

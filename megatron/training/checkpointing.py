@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron.core.dist_checkpointing.agreement import attempt, rank_in, size_of
+from megatron.core.dist_checkpointing.agreement import attempt, gather, rank_in, size_of
 from megatron.core.dist_checkpointing.mapping import (
     MODEL,
     OPTIMIZER,
@@ -130,7 +130,7 @@ def load_checkpoint(
 ) -> LoadedState:
     """Load a run into model and optimizer, in place; on every rank.
 
-    The number of ranks and --expert-model-parallel-size may differ from those that saved.
+    The number of ranks and all parallel sizes may differ from those that saved.
 
     Args:
         folder: ``--load``; None begins a fresh run.
@@ -276,7 +276,7 @@ def _read(
     """Read all tensors that are wanted, in place; returns notices."""
     weights = _weights(model)
     tensors = model_tensors(unwrap(model), weights)
-    _refuse_vocab(opened, unwrap(model))
+    _refuse_vocab(opened, unwrap(model), group)
     prefixes = [MODEL]
     if optimizer is not None:
         tensors |= optimizer_tensors(optimizer.named_state())
@@ -306,8 +306,9 @@ def _read(
     return []
 
 
-def _refuse_vocab(opened: OpenCheckpoint, model: nn.Module) -> None:
-    then, now = opened.common["padded_vocab_size"], _padded_vocab_size(model)
+def _refuse_vocab(opened: OpenCheckpoint, model: nn.Module, group: ProcessGroup | None) -> None:
+    sizes = gather(_padded_vocab_size(model), group)  # the first pipeline rank has an embedding
+    then, now = opened.common["padded_vocab_size"], next(filter(None, sizes), None)
     if then is not None and now is not None and then != now:
         raise CheckpointError(
             f"{opened.path} has a vocabulary padded to {then} and this run pads it to {now}: the "

@@ -61,6 +61,7 @@ class World:
         """Name this rank and its place in the groups, for messages."""
         groups = self.pg_collection
         slices = f", etp {groups.expt_tp.rank()}" if groups.expt_tp.size() > 1 else ""
+        slices += f", pp {groups.pp.rank()}" if groups.pp.size() > 1 else ""
         slices += f", cp {groups.cp.rank()}" if groups.cp.size() > 1 else ""
         return f"rank {self.rank} (dp {groups.dp.rank()}, ep {groups.ep.rank()}{slices})"
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.lanes import Lanes
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel.executor import PipelineExecutor
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.moe.router_trace import RouterTracer
 from megatron.training.checkpoint_state import TrainState
@@ -36,6 +37,8 @@ class Run:
     """Has ``step()`` and ``param_groups``."""
     scheduler: OptimizerParamScheduler
     forward_step: ForwardStep
+    pipeline: PipelineExecutor
+    """Takes the microbatches of a step through the model, on one pipeline rank as on several."""
     num_microbatches: int
     moe_metrics: MoEMetricsTracker | None
     """None in a model without MoE layers."""

@@ -12,13 +12,19 @@ from megatron.core.distributed.distributed_data_parallel import DistributedDataP
 from megatron.core.distributed.torch_fully_sharded_data_parallel import (
     TorchFullyShardedDataParallel,
 )
+from megatron.core.errors import ConfigError
 from megatron.core.lanes import Lanes
 from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.core.optimizer.optimizer import get_megatron_optimizer
 from megatron.core.param_role import deferred_init, logical_shards, role_of
+from megatron.core.pipeline_parallel.executor import Message, PipelineExecutor
+from megatron.core.pipeline_parallel.layer_homes import schedule_of, split_of, stages_of_rank
+from megatron.core.pipeline_parallel.layer_split import layout_of
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import all_reduce_sum
 from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.core.transformer.precision import params_dtype
 from megatron.training.config.run_config import RunConfig
 from megatron.training.initialize import World
 from megatron.training.run import ForwardStep, Run
@@ -37,6 +43,7 @@ def setup_run(
     groups = world.pg_collection
     with deferred_init():
         model = model_provider(config, groups)
+    _refuse_other_stages(model, config, groups)
     init_weights(model, config.training.seed)
     model = share_out(config, world, model)
     model.train()
@@ -48,10 +55,12 @@ def setup_run(
         optimizer=get_megatron_optimizer(config.optimizer, model, pg_collection=groups),
         scheduler=build_scheduler(config),
         forward_step=forward_step,
+        pipeline=build_pipeline(config, world, num_microbatches),
         num_microbatches=num_microbatches,
         moe_metrics=build_moe_metrics(config, world, num_microbatches),
         lanes=Lanes() if config.model.overlap_moe_expert_parallel_comm else None,
     )
+    _tell_stages(config, run)
     _tell_parameters(model, world)
     return run
 
@@ -76,6 +85,30 @@ def microbatches(config: RunConfig, world: World) -> NumMicroBatches:
     )
 
 
+def build_pipeline(config: RunConfig, world: World, num_microbatches: int) -> PipelineExecutor:
+    """Return what takes the microbatches of a step through the stages."""
+    model, groups = config.model, world.pg_collection
+    length = config.data.seq_length // groups.cp.size()
+    if model.sequence_parallel:
+        length //= groups.tp.size()
+    shape = (length, config.training.micro_batch_size, model.hidden_size)
+    message = Message(shape, params_dtype(model), world.device)
+    return PipelineExecutor(schedule_of(model, num_microbatches), groups.pp, message)
+
+
+def _refuse_other_stages(
+    model: nn.Module, config: RunConfig, groups: ProcessGroupCollection
+) -> None:
+    """A model that ignores the stages would train as several models one behind the other."""
+    wanted = stages_of_rank(config.model, groups.pp.rank())
+    if groups.pp.size() > 1 and getattr(model, "stages", None) != wanted:
+        raise ConfigError(
+            f"model_provider built a {type(model).__name__} that is not made of the stages of this "
+            f"pipeline rank ({wanted}): give them to GPTModel as stages=stages_of_rank("
+            "config.model, pg_collection.pp.rank()), as pretrain_gpt.py does"
+        )
+
+
 def build_moe_metrics(
     config: RunConfig, world: World, num_microbatches: int
 ) -> MoEMetricsTracker | None:
@@ -92,15 +125,35 @@ def build_moe_metrics(
     )
 
 
+def _tell_stages(config: RunConfig, run: Run) -> None:
+    """Say what the stages of a pipeline hold, and in which order ranks go through them."""
+    schedule = run.pipeline.schedule
+    if schedule.pp == 1:
+        return
+    log.info(
+        " > pipeline: schedule %s over %d ranks, %d microbatches a step; stages (E embedding, t "
+        "layer, L output layer): %s",
+        schedule.name,
+        schedule.pp,
+        schedule.num_microbatches,
+        layout_of(split_of(config.model)),
+    )
+
+
 def _tell_parameters(model: DataParallelBase, world: World) -> None:
     """Say how many parameters this rank and the whole model have."""
     here = sum(param.numel() for _, param in model.trainable_parameters())
     whole = {False: 0, True: 0}  # in experts or not; of this rank's experts, slices made whole
+    stages = world.pg_collection.pp
     for name, param in model.trainable_parameters():
         role = role_of(param)
+        if role.tied_ends == "apart" and stages.rank() > 0:
+            continue  # the copy of the last stage
         outline = torch.empty(param.shape, device="meta")  # a shard cannot be cut into experts
         shapes = {shard.name: shard.shape for shard in logical_shards(name, outline, role)}
         whole[role.is_expert] += sum(math.prod(shape) for shape in shapes.values())
+    counts = torch.tensor([whole[False], whole[True]], device=world.device)
+    dense, experts = all_reduce_sum(stages, counts).tolist()
     ep_size, etp_size = world.pg_collection.ep.size(), world.pg_collection.expt_tp.size()
     log.info(
         " > number of parameters on (tensor, pipeline) model parallel rank (%d, %d): %d",
@@ -111,9 +164,9 @@ def _tell_parameters(model: DataParallelBase, world: World) -> None:
     log.info(
         " > number of parameters of the whole model: %d (%d of them in experts, spread over %d "
         "expert-parallel rank%s%s)",
-        whole[False] + whole[True] * ep_size,
-        whole[True] * ep_size,
+        dense + experts * ep_size,
+        experts * ep_size,
         ep_size,
         "s" if ep_size > 1 else "",
-        f", each expert over {etp_size}" if etp_size > 1 and whole[True] else "",
+        f", each expert over {etp_size}" if etp_size > 1 and experts else "",
     )

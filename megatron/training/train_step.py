@@ -7,8 +7,7 @@ done by all ranks or by none.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -68,7 +67,7 @@ def train_step(
     run.model.zero_grad_buffer()
     losses = run_microbatches(run, state, batches, counts)
     finalize_model_grads(run.model)
-    loss, agreed = agree(torch.stack(losses), counts.loss, notes, run.world)
+    loss, agreed = agree(losses, counts.loss, notes, run.world)
     grad_norm, updated = None, math.isfinite(loss)
     if updated:
         result = run.optimizer.step()
@@ -123,55 +122,39 @@ def count_tokens(batches: Sequence[Batch], world: World) -> TokenCounts:
 
 def run_microbatches(
     run: Run, state: TrainState, batches: Sequence[Batch], counts: TokenCounts
-) -> list[Tensor]:
-    """Add all microbatches to the gradients; return the sum of losses of each, [] fp64.
-
-    With lanes the order is F0, (F1 with B0), (F2 with B1), ..., B of the last: gradients are added
-    in the order of microbatches, as without.
-    """
-    losses: list[Tensor] = []
-    waiting: Callable[[], None] | None = None  # the backward that the next forward runs with
-    for index, batch in enumerate(batches):
-        is_last = index == len(batches) - 1
-        forward = partial(forward_microbatch, run, state, batch, index, counts)
-        if run.lanes is None or waiting is None:
-            loss_sum = forward()
-        else:
-            loss_sum, _ = run.lanes.run_pair(forward, waiting)
-        losses.append(loss_sum.detach().double())
-        backward = partial(backward_microbatch, run, loss_sum / counts.loss, is_last=is_last)
-        waiting = None if run.lanes is None or is_last else backward
-        if waiting is None:
-            backward()
-        del loss_sum, backward
-    return losses
-
-
-def backward_microbatch(run: Run, loss: Tensor, *, is_last: bool) -> None:
-    """Add the gradient of ``loss`` to the sums; the last of a step may be reduced as it comes."""
-    with nullcontext() if is_last else run.model.no_sync():
-        loss.backward()
-
-
-def forward_microbatch(
-    run: Run, state: TrainState, batch: Batch, index: int, counts: TokenCounts
 ) -> Tensor:
-    """Return the sum of losses of one microbatch, []."""
+    """Add the microbatches of a step to the gradients; return their sums of losses.
+
+    [microbatches] fp64, without gradient; zeros on a pipeline rank without the output layer.
+    """
     forwards = run.num_microbatches * run.world.pg_collection.dp.size()  # of all their shares
-    context = ForwardContext(
-        rng=SampleRng(state.dropout_seed, batch.sample_ids),
-        microbatch=index,
-        iteration=state.iteration,
-        moe_metrics=run.moe_metrics,
-        router_tracer=run.router_tracer if run.is_tracing else None,
-        same_num_tokens=True,  # microbatches are of --micro-batch-size x --seq-length everywhere
-        aux_loss_scale=1.0 / forwards,
-        padding_mask=batch.padding_mask,
-        mean_valid_tokens=counts.valid / forwards,
-        lanes=run.lanes,
-    )
-    output, loss_func = run.forward_step(iter((batch,)), partial(run.model, context=context))
-    return checked_loss(loss_func(output)).loss_sum
+    losses = torch.zeros(len(batches), dtype=torch.float64, device=run.world.device)
+
+    def forward(index: int, chunk: int, pipeline_input: Tensor | None) -> Tensor:
+        batch = batches[index]
+        context = ForwardContext(
+            rng=SampleRng(state.dropout_seed, batch.sample_ids),
+            microbatch=index,
+            iteration=state.iteration,
+            chunk=chunk,
+            pipeline_input=pipeline_input,
+            moe_metrics=run.moe_metrics,
+            router_tracer=run.router_tracer if run.is_tracing else None,
+            same_num_tokens=True,  # all are of --micro-batch-size x --seq-length
+            aux_loss_scale=1.0 / forwards,
+            padding_mask=batch.padding_mask,
+            mean_valid_tokens=counts.valid / forwards,
+            lanes=run.lanes,
+        )
+        output, loss_func = run.forward_step(iter((batch,)), partial(run.model, context=context))
+        if not run.pipeline.has_loss(chunk):
+            return output
+        loss_sum = checked_loss(loss_func(output)).loss_sum
+        losses[index] = loss_sum.detach()
+        return loss_sum / counts.loss
+
+    run.pipeline.forward_backward(forward, no_sync=run.model.no_sync, lanes=run.lanes)
+    return losses
 
 
 def checked_loss(result: Any) -> MaskedLoss:
@@ -195,7 +178,7 @@ def agree(
     """Return the mean loss of the global batch and the summed notes, equal on all ranks.
 
     Args:
-        losses: [microbatches] fp64, sums of this rank.
+        losses: [microbatches] fp64, sums of this rank; zeros where another stage has the loss.
         num_tokens: [] fp64, of the global batch.
         notes: Numbers of this rank.
         world: The ranks; tensor-parallel ones have the same losses, which count once.
@@ -215,7 +198,7 @@ def _tell_parameters(bad: Sequence[str]) -> None:
 
 
 def _tell_samples(
-    world: World, state: TrainState, losses: Sequence[Tensor], batches: Sequence[Batch]
+    world: World, state: TrainState, losses: Tensor, batches: Sequence[Batch]
 ) -> None:
     for index, (loss, batch) in enumerate(zip(losses, batches, strict=True)):
         if not math.isfinite(loss.item()):

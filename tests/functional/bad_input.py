@@ -2,7 +2,9 @@
 
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_moe_input import MOE_CASES
+from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
+from tests.functional.bad_sharded_input import SHARDED_CASES
 
 SHAPE = "--num-layers 4 --hidden-size 64"
 GOOD = f"{SHAPE} --mock-data"
@@ -80,34 +82,9 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --overlap-param-gather --use-distributed-optimizer",
         ["--overlap-param-gather needs --overlap-grad-reduce"],
     ),
-    "fully sharded twice": (
-        2,
-        f"{GOOD} --use-torch-fsdp2 --use-distributed-optimizer --overlap-grad-reduce",
-        ["exclude each other", "--overlap-grad-reduce has no effect with --use-torch-fsdp2"],
-    ),
-    "fully sharded tensor parallel": (
-        2,
-        f"{GOOD} --num-attention-heads 4 --tensor-model-parallel-size 2 --use-torch-fsdp2",
-        ["--use-torch-fsdp2 with --tensor-model-parallel-size 2 is not offered"],
-    ),
-    "fully sharded in two lanes": (
-        2,
-        f"{MOE} --expert-model-parallel-size 2 --overlap-moe-expert-parallel-comm "
-        "--use-torch-fsdp2",
-        ["--use-torch-fsdp2 with --overlap-moe-expert-parallel-comm is not offered"],
-    ),
-    "fully sharded slices of experts": (
-        2,
-        f"{MOE} --expert-tensor-parallel-size 2 --use-torch-fsdp2",
-        ["--use-torch-fsdp2 with --expert-tensor-parallel-size 2 is not offered"],
-    ),
-    "layers kept whole without shards": (
-        2,
-        f"{GOOD} --torch-fsdp2-no-reshard-after-forward",
-        ["--torch-fsdp2-no-reshard-after-forward has no effect without --use-torch-fsdp2"],
-    ),
+    **SHARDED_CASES,
     **CONTEXT_CASES,
-    "pipeline": (4, f"{GOOD} --pipeline-model-parallel-size 4", ["not offered yet, only 1"]),
+    **PIPELINE_CASES,
     "ep of experts": (
         4,
         f"{MOE} --expert-model-parallel-size 3",

@@ -196,13 +196,13 @@ LAYOUTS: dict[str, BadLayout] = {
         4,
         f"{GOOD} --global-batch-size 6 --micro-batch-size 1",
         ("--global-batch-size 6 must be a multiple of --micro-batch-size 1 x 4 data-parallel",),
-        "CP 2 DP 2; TP 2 DP 2; CP 4 DP 1",
+        "CP 2 DP 2; PP 2 DP 2; TP 2 DP 2",
     ),
     "batch of groups": BadLayout(
         4,
         f"{GOOD} --tensor-model-parallel-size 2 --global-batch-size 6 --micro-batch-size 2",
         ("--global-batch-size 6 must be a multiple of --micro-batch-size 2 x 2 data-parallel",),
-        "TP 2 CP 2 DP 1; TP 4 DP 1; TP 1 CP 4 DP 1; or as asked on 6 ranks",
+        "TP 2 CP 2 DP 1; TP 2 PP 2 DP 1; TP 4 DP 1; or as asked on 6 ranks",
     ),
     "batch of no layout": BadLayout(
         3,

@@ -156,7 +156,7 @@ BUGS = (
         "tokens per expert are those of one rank",
         "R5",
         f"{MOE}/moe_logging.py",
-        "counts = all_reduce_sum(group, self._count_sums).cpu()",
+        "counts = _sum_over(groups, self._count_sums).cpu()",
         "counts = self._count_sums.cpu()",
         (
             REPORT,
@@ -168,7 +168,7 @@ BUGS = (
         "R5",
         f"{MOE}/moe_logging.py",
         "means = sums / finite  # 0 / 0, NaN, where nothing was finite",
-        "means = sums / (finite / group.size())",
+        "means = sums / (finite / groups[0].size())",
         (REPORT,),
     ),
     Bug(

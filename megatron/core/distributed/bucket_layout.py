@@ -30,6 +30,8 @@ class ParamSpec:
     """Group whose ranks hold slices of the parameter; see ``ParamRole.split_over``."""
     sums_over_tp: bool = False
     """See ``ParamRole.sums_over_tp``."""
+    tied_ends: str = "no"
+    """See ``ParamRole.tied_ends``."""
 
 
 class BufferKey(NamedTuple):
@@ -40,6 +42,7 @@ class BufferKey(NamedTuple):
     dtype: str
     split_over: str | None = None
     sums_over_tp: bool = False
+    tied_ends: str = "no"
 
 
 class Span(NamedTuple):
@@ -102,14 +105,20 @@ def plan_buckets(
 
     Returns:
         Buffers by their ``BufferKey`` in order of first use, and the buckets of all of them
-        ordered by when backward is expected to have filled them.
+        ordered by when backward is expected to have filled them; what two stages share is last.
     """
     assert bucket_size > 0, f"a bucket holds at least one element: {bucket_size=}"
     members: dict[BufferKey, list[int]] = {}
     for param in reversed(range(len(specs))):
         spec = specs[param]
-        kind = (spec.is_expert, spec.decays, spec.dtype, spec.split_over, spec.sums_over_tp)
-        key = BufferKey(*kind)
+        key = BufferKey(
+            spec.is_expert,
+            spec.decays,
+            spec.dtype,
+            spec.split_over,
+            spec.sums_over_tp,
+            spec.tied_ends,
+        )
         members.setdefault(key, []).append(param)
     buffers, buckets = [], []
     for number, (key, params) in enumerate(members.items()):
@@ -118,7 +127,9 @@ def plan_buckets(
         buffers.append(BufferLayout(key=key, numel=own[-1].end, spans=tuple(spans)))
         buckets.extend(own)
     # the last parameter that backward reaches completes a bucket
-    buckets.sort(key=lambda bucket: -min(bucket.params))
+    buckets.sort(
+        key=lambda bucket: (buffers[bucket.buffer].key.tied_ends != "no", -min(bucket.params))
+    )
     return BucketLayout(buffers=tuple(buffers), buckets=tuple(buckets))
 
 

@@ -22,17 +22,14 @@ class DataParallelBase(nn.Module, ABC):
     """The model."""
     pg_collection: ProcessGroupCollection
     """Groups of this rank."""
+    device: torch.device
+    """Where weights and gradients are."""
     is_sharded: bool
     """This rank gets the sums of a part of the gradients only."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
         return self.module(*args, **kwargs)
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where weights and gradients are."""
 
     @abstractmethod
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -36,8 +36,9 @@ class DistributedDataParallel(DataParallelBase):
     accumulates over backwards; ``param.grad`` stays None. A tied parameter is one parameter. A
     function may add to ``main_grad`` itself and return no gradient: see ``grad_sink_of``.
 
-    One step: ``zero_grad_buffer()``; all microbatches but the last under ``no_sync()``; the last
-    one outside; ``finish_grad_sync()``. Then ``main_grad`` is the same on all replicas.
+    One step: ``zero_grad_buffer()``; all microbatches but the last under ``no_sync()``, of each
+    pipeline stage of this rank; the last one outside; ``finish_grad_sync()``. Then ``main_grad`` is
+    the same on all replicas.
 
     With ``use_distributed_optimizer`` a rank gets the sums of its slice of each bucket only
     (``ParamAndGradBuffer.own``), and weights that it does not own from ``start_param_sync()``.
@@ -49,6 +50,7 @@ class DistributedDataParallel(DataParallelBase):
         module: nn.Module,
         *,
         pg_collection: ProcessGroupCollection,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Move the parameters of ``module``, which is on its device already, to flat buffers.
 
@@ -56,11 +58,13 @@ class DistributedDataParallel(DataParallelBase):
             ddp_config: Bucket size, and whether buckets are reduced while backward runs.
             module: The model; each of its parameters has a role (``set_role``).
             pg_collection: ``dp_cp`` and ``expt_dp`` reduce gradients.
+            device: Of this rank, for a pipeline rank without parameters.
         """
         super().__init__()
         self.module = module
         self.pg_collection = pg_collection
         self._names, self._params = _trainable(module)
+        self.device = self._params[0].device if self._params else torch.device(device)
         self.is_sharded = ddp_config.use_distributed_optimizer
         self.bucket_layout = plan_buckets(
             [_spec(param) for param in self._params],
@@ -82,11 +86,6 @@ class DistributedDataParallel(DataParallelBase):
         self._is_last_microbatch = True
         self._is_synced = False
         self._accumulators = [self._watch(n, param) for n, param in enumerate(self._params)]
-
-    @property
-    def device(self) -> torch.device:
-        """See DataParallelBase.device."""
-        return self.grad_buffers[0].param_data.device
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in the model, parameter) in registration order, each parameter once."""
@@ -139,7 +138,7 @@ class DistributedDataParallel(DataParallelBase):
     def nonfinite_gradients(self) -> list[str]:
         """Name the parameters whose gradient holds an inf or a NaN; slow, for messages only.
 
-        Collective over all ranks where gradients are sharded: replicas name the same.
+        Collective over all ranks: replicas name the same, and so do the stages of a pipeline.
         """
         bad = torch.zeros(len(self._params), dtype=torch.int32)
         for number, buffer in enumerate(self.grad_buffers):
@@ -148,16 +147,19 @@ class DistributedDataParallel(DataParallelBase):
                 for param, low, high in buffer.layout.spans:
                     part = buffer.grad_data[max(low, start) : max(start, min(high, end))]
                     bad[param] += int(not torch.isfinite(part).all())
-        bad = bad.to(self.grad_buffers[0].grad_data.device)
+        bad = bad.to(self.device)
         if self.is_sharded:
             for buffer in self.grad_buffers:  # a parameter is in one buffer
                 torch.distributed.all_reduce(bad, group=buffer.group)
-        return [name for name, count in zip(self._names, bad.tolist(), strict=True) if count]
+        mine = [name for name, count in zip(self._names, bad.tolist(), strict=True) if count]
+        return _of_all_stages(mine, self.pg_collection.pp)
 
     def _group(self, key: BufferKey) -> torch.distributed.ProcessGroup:
         groups = self.pg_collection
         if key.is_expert:
             return groups.expt_dp
+        if key.tied_ends == "apart":
+            return groups.dp_cp_ends
         return groups.tp_dp_cp if key.sums_over_tp else groups.dp_cp
 
     def _start_reduce(self, bucket: Bucket) -> Pending | None:
@@ -168,6 +170,7 @@ class DistributedDataParallel(DataParallelBase):
 
     def _watch(self, number: int, param: nn.Parameter) -> Node:
         """Gather what backward makes of ``param``; the result lives as long as its hooks."""
+        is_shared = role_of(param).tied_ends != "no"
 
         def sum_in_time() -> Tensor:
             assert not self._is_synced, (
@@ -186,7 +189,8 @@ class DistributedDataParallel(DataParallelBase):
                 param.grad = None
 
         def note_filled(*_: object) -> None:
-            if self._overlap and self._is_last_microbatch:
+            # backward reaches what two stages share more than once
+            if self._overlap and self._is_last_microbatch and not is_shared:
                 self._reducer.mark_filled(number)
 
         offer_grad_sink(param, sum_in_time)
@@ -213,6 +217,15 @@ def _trainable(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
     return [name for name, _ in named], [param for _, param in named]
 
 
+def _of_all_stages(names: list[str], group: torch.distributed.ProcessGroup) -> list[str]:
+    """Return the names of all ranks of ``group``, in rank order, each once."""
+    if group.size() == 1:
+        return names
+    every: list[list[str]] = [[] for _ in range(group.size())]
+    torch.distributed.all_gather_object(every, names, group=group)
+    return list(dict.fromkeys(name for found in every for name in found))
+
+
 def _spec(param: nn.Parameter) -> ParamSpec:
     role = role_of(param)
     return ParamSpec(
@@ -222,6 +235,7 @@ def _spec(param: nn.Parameter) -> ParamSpec:
         dtype=str(param.dtype),
         split_over=role.split_over,
         sums_over_tp=role.sums_over_tp,
+        tied_ends=role.tied_ends,
     )
 
 

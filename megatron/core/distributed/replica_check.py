@@ -42,12 +42,14 @@ def check_replicas(ddp: DataParallelBase, *, iteration: int | None = None) -> No
     _check_layouts(ddp)
     groups = ddp.pg_collection
     bad: dict[str, list[int]] = {}
+    checks = [(dict(_on_both_ends(ddp)), groups.dp_cp_ends)]
     kinds = ((False, groups.dp_cp, groups.tp), (True, groups.expt_dp, groups.expt_tp))
     for is_expert, copies, slices in kinds:
         whole = dict(_replicated(ddp, is_expert, whole=True))
-        for tensors, group in ((dict(_replicated(ddp, is_expert)), copies), (whole, slices)):
-            for name, ranks in _differing(tensors, group).items():
-                bad[name] = sorted({*bad.get(name, ()), *ranks})
+        checks += [(dict(_replicated(ddp, is_expert)), copies), (whole, slices)]
+    for tensors, group in checks:
+        for name, ranks in _differing(tensors, group).items():
+            bad[name] = sorted({*bad.get(name, ()), *ranks})
     count = torch.tensor(len(bad), device=ddp.device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX, group=groups.world)
     if not count:
@@ -88,6 +90,14 @@ def _replicated(
             yield from logical_tensors(name, param, role)
     if not is_expert:
         yield from _saved_buffers(ddp.module)
+
+
+def _on_both_ends(ddp: DataParallelBase) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the first and the last stage of a pipeline hold a copy of each."""
+    for name, param in ddp.trainable_parameters():
+        role = role_of(param)
+        if role.tied_ends == "apart":
+            yield from logical_tensors(name, param, role)
 
 
 def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -135,13 +145,16 @@ def _message(bad: dict[str, list[int]], iteration: int | None) -> str:
 
 
 def _check_layouts(ddp: DataParallelBase) -> None:
-    mine = ddp.layout_fingerprint()
+    mine = ddp.pg_collection.pp.rank(), ddp.layout_fingerprint()
     world = ddp.pg_collection.world
-    every: list[str | None] = [None] * world.size()
+    every: list[tuple[int, str]] = [mine] * world.size()
     dist.all_gather_object(every, mine, group=world)
-    if len(set(every)) > 1:
-        other = next(rank for rank, value in enumerate(every) if value != every[0])
+    first_of_stage: dict[int, int] = {}
+    for other, (stage, layout) in enumerate(every):
+        first = first_of_stage.setdefault(stage, other)
+        if layout == every[first][1]:
+            continue
         raise ReplicaError(
-            f"ranks 0 and {other} have models of different shapes (parameters, dtypes or "
+            f"ranks {first} and {other} have models of different shapes (parameters, dtypes or "
             "bucket sizes); all ranks must run with the same options"
         )

@@ -84,7 +84,7 @@ class TorchFullyShardedDataParallel(DataParallelBase):
         dtypes = {param.dtype for param in module.parameters()}
         assert len(dtypes) == 1, f"parameters of several number formats: {dtypes}"
         self.model_dtype = dtypes.pop()
-        self._device = device
+        self.device = device
         roles = {name: role_of(param) for name, param in module.named_parameters()}
         self._units = [
             _shard(unit, self._mesh(unit), self.model_dtype, ddp_config)
@@ -97,11 +97,6 @@ class TorchFullyShardedDataParallel(DataParallelBase):
         self.grad_buffers: list[Tensor] = []
         """Flat sums of gradients of this rank's shards; padding is zero."""
         self.shards = tuple(self._keep_gradients())
-
-    @property
-    def device(self) -> torch.device:
-        """See DataParallelBase.device."""
-        return self._device
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in the model, DTensor) in registration order, each parameter once."""
@@ -161,7 +156,7 @@ class TorchFullyShardedDataParallel(DataParallelBase):
         bad = torch.tensor(
             [int(not torch.isfinite(shard.gradient).all()) for shard in self.shards],
             dtype=torch.int32,
-            device=self._device,
+            device=self.device,
         )
         for is_expert, group in ((False, self._group(False)), (True, self._group(True))):
             here = [n for n, shard in enumerate(self.shards) if shard.role.is_expert == is_expert]
@@ -174,7 +169,7 @@ class TorchFullyShardedDataParallel(DataParallelBase):
         return self.pg_collection.expt_dp if is_expert else self.pg_collection.dp_cp
 
     def _mesh(self, unit: Unit) -> DeviceMesh:
-        return DeviceMesh.from_group(self._group(unit.is_expert), self._device.type)
+        return DeviceMesh.from_group(self._group(unit.is_expert), self.device.type)
 
     def _keep_gradients(self) -> Iterator[LocalShard]:
         """Give every shard a gradient that lasts, in one flat buffer for each kind of step."""
@@ -187,7 +182,7 @@ class TorchFullyShardedDataParallel(DataParallelBase):
             flat = torch.zeros(
                 _padded(sum(sizes), BUFFER_ALIGNMENT),
                 dtype=main_dtype(self.model_dtype),
-                device=self._device,
+                device=self.device,
             )
             self.grad_buffers.append(flat)
             start = 0

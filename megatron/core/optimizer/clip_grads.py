@@ -31,7 +31,8 @@ def owned_gradients(
 ) -> list[SpreadGradients]:
     """Share out the gradients of a model so that every element is counted once.
 
-    A copy on several tensor-parallel ranks is counted by the first of them.
+    A copy on several tensor-parallel ranks is counted by the first of them, and one on both ends
+    of the pipeline by the first stage.
 
     Args:
         gradients: What each flat gradient holds, and the flat gradient of this rank.
@@ -41,10 +42,12 @@ def owned_gradients(
     found: dict[bool, list[Tensor]] = {False: [], True: []}
     for key, flat in gradients:
         sharing = groups.expt_tp if key.is_expert else groups.tp
-        if key.split_over is not None or sharing.rank() == 0:
+        is_copy = key.tied_ends == "apart" and groups.pp.rank() > 0
+        if (key.split_over is not None or sharing.rank() == 0) and not is_copy:
             found[key.is_expert].append(flat)
-    # tp_ep: the ranks that together hold every slice of every expert once
-    return [SpreadGradients(groups.tp_ep, found[True]), SpreadGradients(groups.tp, found[False])]
+    # tp_ep_pp: the ranks that together hold every slice of every expert once
+    experts, dense = found[True], found[False]
+    return [SpreadGradients(groups.tp_ep_pp, experts), SpreadGradients(groups.mp, dense)]
 
 
 def global_grad_norm(

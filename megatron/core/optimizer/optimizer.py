@@ -114,7 +114,7 @@ class MegatronOptimizer(BaseOptimizer):
 
     def _grad_norm(self) -> Tensor:
         buffers = self._ddp.grad_buffers
-        device = buffers[0].grad_data.device
+        device = self._ddp.device
         if not self._ddp.is_sharded:
             gradients = ((buffer.layout.key, buffer.grad_data) for buffer in buffers)
             return global_grad_norm(owned_gradients(gradients, self._pg_collection), device)

@@ -21,12 +21,14 @@ class ParamGroup:
 def plan_param_groups(keys: Sequence[BufferKey]) -> tuple[ParamGroup, ...]:
     """Group flat buffers into those that decay and those that do not; empty groups are left out.
 
+    Of no buffers, on a pipeline rank without parameters, one empty group is made: it has the rates.
+
     Args:
         keys: What each flat buffer holds, by its number.
     """
     groups = []
     for decays in (True, False):
         buffers = tuple(number for number, key in enumerate(keys) if key.decays == decays)
-        if buffers:
+        if buffers or (decays and not keys):
             groups.append(ParamGroup(buffers=buffers, wd_mult=1.0 if decays else 0.0))
     return tuple(groups)

@@ -1,10 +1,9 @@
 """Which layers each pipeline stage holds, and which stage has embedding, norm, head and loss. Pure.
 
-Stages count over the model: stage 0 has the embedding. Where a stage lives is the schedule's
-business (``Schedule.home``). Layers have their global numbers, from 0.
+Where a stage lives is the schedule's business (``Schedule.home``).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.core.errors import ConfigError
@@ -18,33 +17,9 @@ from megatron.core.pipeline_parallel.layer_split_rules import (
     legal_even_splits,
 )
 from megatron.core.pipeline_parallel.layout_string import FLAG, format_layout, parse_layout
+from megatron.core.stage_layers import StageLayers
 
-
-@dataclass(frozen=True, kw_only=True)
-class StageLayers:
-    """What one stage holds, in the order of the model."""
-
-    embedding: bool = False
-    layers: range = range(0)
-    """Global numbers of its transformer layers."""
-    final_norm: bool = False
-    mtp_layers: range = range(0)
-    """Its layers of multi-token prediction, counted from 0."""
-    head: bool = False
-    """It has the output head, and the loss with it."""
-
-    def parts(self) -> Iterator[str]:
-        """Name what it holds, in order."""
-        yield from ["embedding"] * self.embedding
-        yield from (f"layer {number}" for number in self.layers)
-        yield from ["final norm"] * self.final_norm
-        yield from (f"mtp layer {number}" for number in self.mtp_layers)
-        yield from ["output head", "loss"] * self.head
-
-    def symbols(self) -> str:
-        """Write it as a stage of ``--pipeline-model-parallel-layout``."""
-        marks = {"E": self.embedding, "t": len(self.layers), "m": len(self.mtp_layers)}
-        return "".join(symbol * times for symbol, times in marks.items()) + "L" * self.head
+__all__ = ["SplitOptions", "StageLayers", "balanced_split", "layout_of", "split_layers"]
 
 
 @dataclass(frozen=True, kw_only=True)

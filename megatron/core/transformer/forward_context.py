@@ -47,6 +47,10 @@ class ForwardContext:
     """Every data-parallel rank has as many tokens as this one, and knows it."""
     router_replay: "Mapping[int, RouterReplay] | None" = None
     """Layer number -> what its router records or replays, in place of what the router owns."""
+    chunk: int = 0
+    """Which of the stages that this rank holds, in the order of the model."""
+    pipeline_input: Tensor | None = None
+    """[s, b, h], what the stage before gave; None at the first stage. The model reads it."""
     lanes: "Lanes | None" = None
     """Where this forward and its backward let another microbatch compute, while rows travel to
     experts and back; None waits for the rows."""

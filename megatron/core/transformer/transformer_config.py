@@ -13,6 +13,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.config.attention import AttentionConfig
 from megatron.core.transformer.config.init import InitConfig
 from megatron.core.transformer.config.norm import NormConfig
+from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
 from megatron.core.transformer.config.recompute import RecomputeConfig
 from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
@@ -26,6 +27,7 @@ class TransformerConfig(
     InitConfig,
     PrecisionConfig,
     RecomputeConfig,
+    PipelineConfig,
     ModelParallelConfig,
 ):
     """Model shape."""

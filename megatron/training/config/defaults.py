@@ -8,6 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.core.errors import ConfigError
+from megatron.core.pipeline_parallel.layer_balance import estimated_costs
+from megatron.core.pipeline_parallel.layer_homes import V_SHAPED
+from megatron.core.pipeline_parallel.layer_split import balanced_split, layout_of
 from megatron.training.config.checks import divisors
 from megatron.training.config.data_source import DataSource
 from megatron.training.config.options import Option
@@ -205,6 +209,25 @@ def _tokenizer(run: Derivation) -> None:
         )
 
 
+def _pipeline_layout(run: Derivation) -> None:
+    model = run.config.model
+    pp = model.pipeline_model_parallel_size
+    vocab_size = run.get("padded_vocab_size")
+    wanted = model.pipeline_model_parallel_layout == "auto" and pp > 1
+    if not wanted or vocab_size is None or any(model.layer_problems()):
+        return
+    stages_a_rank = 2 if model.pipeline_schedule in V_SHAPED else 1
+    stages_a_rank = model.num_virtual_stages_per_pipeline_rank or stages_a_rank
+    costs = estimated_costs(model, seq_length=run.get("seq_length"), vocab_size=vocab_size)
+    try:
+        split = balanced_split(costs, pp * stages_a_rank)
+    except ConfigError as error:
+        run.problems += error.problems or (str(error),)
+        return
+    why = "balanced by estimated cost of dense and MoE layers, embedding and output layer"
+    run.use("pipeline_model_parallel_layout", layout_of(split), why)
+
+
 def _evaluation(run: Derivation) -> None:
     if run.is_set("eval_iters"):
         if run.get("eval_iters") == 0:
@@ -295,6 +318,7 @@ _STEPS: tuple[Callable[[Derivation], None], ...] = (
     _iterations,
     _schedule,
     _tokenizer,
+    _pipeline_layout,
     _evaluation,
     _router_type,
     _balancing,

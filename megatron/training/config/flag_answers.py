@@ -19,6 +19,7 @@ class NoEffect:
 
 _FUSED = "it names a fused kernel, the results do not depend on it"
 _ALWAYS = "it is always so here"
+_EARLY = "messages between pipeline stages are always started before they are needed"
 
 NO_EFFECT: dict[str, NoEffect] = {
     "--accumulate-allreduce-grads-in-fp32": NoEffect(_ALWAYS),
@@ -60,7 +61,8 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--moe-grouped-gemm": NoEffect("it is already so: --moe-experts-type grouped"),
     "--moe-permute-fusion": NoEffect(_FUSED),
     "--moe-router-fusion": NoEffect(_FUSED),
-    "--no-align-grad-reduce": NoEffect("it concerns pipeline stages, and there is one"),
+    "--no-align-grad-reduce": NoEffect("a pipeline stage reduces gradients when it has them"),
+    "--disable-align-grad-reduce": NoEffect("a pipeline stage reduces gradients when it has them"),
     "--no-barrier-with-level-1-timing": NoEffect("there are no such timers"),
     "--no-bias-dropout-fusion": NoEffect(_FUSED),
     "--no-bias-gelu-fusion": NoEffect(_FUSED),
@@ -72,10 +74,12 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--no-gradient-accumulation-fusion": NoEffect(_FUSED),
     "--no-masked-softmax-fusion": NoEffect(_FUSED),
     "--no-one-logger": NoEffect("there is no One Logger"),
+    "--no-overlap-p2p-communication": NoEffect(_EARLY),
     "--no-persist-layer-norm": NoEffect(_FUSED),
     "--no-position-embedding": NoEffect("--position-embedding-type says it"),
     "--no-rope-fusion": NoEffect(_FUSED),
     "--num-dataset-builder-threads": NoEffect("sample indices are built by numpy in one thread"),
+    "--overlap-p2p-communication-warmup-flush": NoEffect(_EARLY),
     "--rerun-mode": NoEffect("steps are never rerun", ("disabled",), "leave it out"),
     "--softmax-type": NoEffect("attention takes a plain softmax", ("vanilla",), "leave it out"),
     "--timing-log-level": NoEffect("there are no such timers", ("0",), "leave it out"),
@@ -88,7 +92,9 @@ NO_EFFECT: dict[str, NoEffect] = {
         "PyTorch's scaled_dot_product_attention takes its flash kernel where it can"
     ),
     "--use-mcore-models": NoEffect("there is one model implementation"),
-    "--use-tp-pp-dp-mapping": NoEffect("with one tensor and pipeline rank the order is the same"),
+    "--use-tp-pp-dp-mapping": NoEffect(
+        "ranks are always in the order tp-cp-ep-dp-pp; results do not depend on it"
+    ),
     "--vocab-extra-ids": NoEffect("no ids are added", ("0",), "leave it out"),
 }
 
@@ -178,7 +184,7 @@ CHOICES: dict[tuple[str, str], str] = {
 """(option, choice of Megatron-LM that it has not) -> what to say beside those it has."""
 
 _GPU_LIB = "it tunes a package that is not used here; leave it out"
-_PIPELINE = "only --pipeline-model-parallel-size 1 is offered so far"
+_STAGE_GROUPS = "stages talk over the library of --distributed-backend; leave it out"
 _BF16 = "number formats offered are fp32, --bf16 and --fp64"
 _OTHER_MODEL = "only GPT models with attention are offered"
 _GENERATE = "tools/generate.py generates text"
@@ -201,15 +207,8 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--activation-offload", _KEPT),
     ("--tp-comm-", "communication of tensor parallelism is not overlapped yet"),
     ("--no-tp-comm-", "communication of tensor parallelism is not overlapped yet"),
-    ("--num-layers-per-virtual", _PIPELINE),
-    ("--num-virtual-stages", _PIPELINE),
-    ("--pipeline-model-parallel-", _PIPELINE),
-    ("--decoder-first-pipeline", _PIPELINE),
-    ("--decoder-last-pipeline", _PIPELINE),
-    ("--microbatch-group-size", _PIPELINE),
-    ("--account-for-", _PIPELINE),
-    ("--overlap-p2p", _PIPELINE),
-    ("--no-overlap-p2p", _PIPELINE),
+    ("--pipeline-model-parallel-comm", _STAGE_GROUPS),
+    ("--use-ring-exchange-p2p", _STAGE_GROUPS),
     ("--hierarchical-context", "use --cp-comm-type p2p, all_gather or a2a"),
     ("--hybrid-context", "use --context-parallel-size, the same for all batches"),
     ("--moe-flex", _FLEX),

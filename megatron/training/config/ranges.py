@@ -43,6 +43,9 @@ _NAMES_BY_RANGE = {
         vocab_size make_vocab_size_divisible_by padded_vocab_size save_interval keep_last
         ckpt_step eval_interval log_interval tensorboard_log_interval tensorboard_queue_size
         distributed_timeout_minutes bucket_size moe_dispatcher_node_size
+        num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
+        microbatch_group_size_per_virtual_pipeline_stage
+        decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
         check_replica_hash moe_routing_trace_max_training_iters
         moe_expert_chunk_tokens recompute_num_layers
     """,

@@ -6,9 +6,10 @@ from megatron.training.config.checks import Check
 from megatron.training.config.data_rules import DATA_RULES
 from megatron.training.config.model_rules import MODEL_RULES
 from megatron.training.config.overlap_rules import OVERLAP_RULES
+from megatron.training.config.pipeline_rules import PIPELINE_RULES
 from megatron.training.config.run_rules import RULES_OF_FOLDERS, RUN_RULES
 
-RULES = (*MODEL_RULES, *OVERLAP_RULES, *DATA_RULES, *RUN_RULES)
+RULES = (*MODEL_RULES, *PIPELINE_RULES, *OVERLAP_RULES, *DATA_RULES, *RUN_RULES)
 
 
 def find_problems(check: Check, *, looks_at_folders: bool = True) -> list[str]:

@@ -70,5 +70,5 @@ class OutputLayer(nn.Module):
 
     def _weight(self, embedding_weight: Tensor | None) -> Tensor:
         weight = embedding_weight if self.weight is None else self.weight
-        assert weight is not None, "tied weights need the embedding's"
+        assert weight is not None, "an output layer that is tied needs the embedding's weight"
         return weight

@@ -1,17 +1,21 @@
 """The GPT language model: embedding, layers, output."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from megatron.core.errors import ConfigError
 from megatron.core.models.common.embeddings.language_model_embedding import (
+    EmbeddingCopy,
     LanguageModelEmbedding,
 )
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.output_layer import OutputLayer
+from megatron.core.param_role import TiedEnds
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.sequence_slices import own_ranges
+from megatron.core.stage_layers import StageLayers, whole_model
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -25,10 +29,15 @@ _PLAIN = ForwardContext()
 class GPTModel(nn.Module):
     """Decoder-only transformer; dense or mixture of experts by its spec.
 
+    It may be some stages of a pipeline only, with what they hold under the names of the whole
+    model; then one call goes through one of them, ``context.chunk``.
+
     Source: Radford et al. 2019 (GPT-2).
     """
 
+    embedding: LanguageModelEmbedding | EmbeddingCopy | None
     rotary_pos_emb: RotaryEmbedding | None
+    output_layer: OutputLayer | None
 
     def __init__(
         self,
@@ -37,6 +46,7 @@ class GPTModel(nn.Module):
         vocab_size: int,
         max_sequence_length: int,
         *,
+        stages: Sequence[StageLayers] | None = None,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         """Build the model; its parameters are drawn by their roles (see ``set_role``).
@@ -46,6 +56,8 @@ class GPTModel(nn.Module):
             transformer_layer_spec: Of ``get_gpt_decoder_block_spec``, or the user's own.
             vocab_size: Rows of the embedding, padding included.
             max_sequence_length: Longest sequence that learned positions can hold.
+            stages: The pipeline stages of this rank, in the order of the model; the whole model
+                when None.
             pg_collection: Groups of this rank.
 
         Raises:
@@ -57,9 +69,8 @@ class GPTModel(nn.Module):
         self.vocab_size = vocab_size
         self.max_sequence_length = max_sequence_length
         self.cp_group = pg_collection.cp
-        self.embedding = LanguageModelEmbedding(
-            config, vocab_size, max_sequence_length, pg_collection=pg_collection
-        )
+        self.stages = tuple(stages or [whole_model(config.num_layers)])
+        self.embedding = self._make_embedding(pg_collection)
         self.rotary_pos_emb = None
         if config.position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
@@ -67,8 +78,34 @@ class GPTModel(nn.Module):
                 rotary_percent=config.rotary_percent,
                 rotary_base=config.rotary_base,
             )
-        self.decoder = TransformerBlock(config, transformer_layer_spec, pg_collection=pg_collection)
-        self.output_layer = OutputLayer(config, vocab_size, pg_collection=pg_collection)
+        self.decoder = TransformerBlock(
+            config, transformer_layer_spec, stages=self.stages, pg_collection=pg_collection
+        )
+        self.output_layer = None
+        if any(stage.head for stage in self.stages):
+            self.output_layer = OutputLayer(config, vocab_size, pg_collection=pg_collection)
+
+    def _make_embedding(
+        self, pg_collection: ProcessGroupCollection
+    ) -> LanguageModelEmbedding | EmbeddingCopy | None:
+        """Make the embedding, or the copy that a tied output layer needs, or neither."""
+        config, vocab_size = self.config, self.vocab_size
+        begins = [stage.embedding for stage in self.stages]
+        ends = [stage.head for stage in self.stages]
+        tied_ends: TiedEnds = "no"
+        if not config.untie_embeddings_and_output_weights:
+            tied_ends = "here" if any(begins) and any(ends) else "apart"
+        if any(begins):
+            return LanguageModelEmbedding(
+                config,
+                vocab_size,
+                self.max_sequence_length,
+                pg_collection=pg_collection,
+                tied_ends="no" if begins == ends else tied_ends,
+            )
+        if any(ends) and tied_ends == "apart":
+            return EmbeddingCopy(config, vocab_size, pg_collection=pg_collection)
+        return None
 
     def forward(
         self,
@@ -98,7 +135,8 @@ class GPTModel(nn.Module):
 
         Returns:
             With labels the loss of each token [b, s], in fp32 (fp64 in fp64); otherwise logits
-            [b, s, v] in the dtype of the model.
+            [b, s, v] in the dtype of the model. Of a stage without output layer the hidden states
+            [s, b, h].
 
         Raises:
             ConfigError: The sequence is longer than the table of learned positions.
@@ -110,8 +148,13 @@ class GPTModel(nn.Module):
         ranks = self.cp_group.size()
         assert ranks == 1 or context.kv_cache is None, "a cache holds whole sequences, on one rank"
         self._check_length(offset + length * ranks)
-        context = replace(context, token_ids=input_ids)
-        hidden_states = self.embedding(input_ids, position_ids, context)  # [s, b, h]
+        stage = self.stages[context.chunk]
+        hidden_states = context.pipeline_input  # [s, b, h]
+        context = replace(context, token_ids=input_ids, pipeline_input=None)
+        if stage.embedding:
+            assert self.embedding is not None, "the first stage has an embedding"
+            hidden_states = self.embedding(input_ids, position_ids, context)
+        assert hidden_states is not None, f"stage {stage} got nothing from the one before"
         rotary = None
         if self.rotary_pos_emb is not None:
             positions = own_ranges(length * ranks, self.cp_group.rank(), ranks)
@@ -121,16 +164,25 @@ class GPTModel(nn.Module):
         hidden_states = self.decoder(hidden_states, attention_mask, rotary, context)
         if context.kv_cache is not None:
             context.kv_cache.advance(length)
-        tied = None  # a weight that is not read must not be asked for: it may be a shard here
-        if not self.config.untie_embeddings_and_output_weights:
-            tied = self.embedding.word_embeddings.weight
+        if not stage.head:
+            return hidden_states
+        assert self.output_layer is not None, "a stage with a head has an output layer"
+        tied = self._tied_weight()
         if labels is not None:
             return self.output_layer.loss(hidden_states, tied, labels)
         logits: Tensor = self.output_layer(hidden_states, tied)
         return logits.transpose(0, 1)
 
+    def _tied_weight(self) -> Tensor | None:
+        if self.config.untie_embeddings_and_output_weights:
+            return None  # not to be asked for where it is not read: it may be a shard
+        if isinstance(self.embedding, EmbeddingCopy):
+            return self.embedding()
+        return None if self.embedding is None else self.embedding.word_embeddings.weight
+
     def _check_length(self, positions: int) -> None:
-        if self.embedding.position_embeddings is not None and positions > self.max_sequence_length:
+        is_learned = self.config.position_embedding_type == "learned_absolute"
+        if is_learned and positions > self.max_sequence_length:
             raise ConfigError(
                 f"a sequence of {positions} tokens does not fit --max-position-embeddings "
                 f"{self.max_sequence_length}; shorten it or use --position-embedding-type rope"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from megatron.core.param_role import Init, ParamRole, Split, set_role
+from megatron.core.param_role import Init, ParamRole, Split, TiedEnds, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.regions import reduce_from_region
 from megatron.core.tensor_parallel.weight_split import split_over
@@ -22,11 +22,12 @@ class Embedding(nn.Module):
         init: Init,
         dtype: torch.dtype,
         split: Split | None = None,
+        tied_ends: TiedEnds = "no",
     ) -> None:
         super().__init__()
         shape = (num_embeddings, embedding_dim)
         here = shape if split is None else split.local_shape(shape)
-        role = ParamRole(init=init, split=split)
+        role = ParamRole(init=init, split=split, tied_ends=tied_ends)
         self.weight = set_role(nn.Parameter(torch.empty(here, dtype=dtype)), role)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -45,9 +46,12 @@ class VocabParallelEmbedding(Embedding):
         init: Init,
         dtype: torch.dtype,
         pg_collection: ProcessGroupCollection,
+        tied_ends: TiedEnds = "no",
     ) -> None:
         split = split_over("tp", pg_collection, dim=0, parts=(num_embeddings,))
-        super().__init__(num_embeddings, embedding_dim, init=init, dtype=dtype, split=split)
+        super().__init__(
+            num_embeddings, embedding_dim, init=init, dtype=dtype, split=split, tied_ends=tied_ends
+        )
         self.tp_group = pg_collection.tp
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ are padded to the largest number of experts.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -200,18 +201,19 @@ class MoEMetricsTracker:
             self._quantiles.clear()
 
     def report(self, pg_collection: ProcessGroupCollection) -> MoEReport:
-        """Reduce the interval over ``dp``, start a new one, and say how it was.
+        """Reduce the interval over ``dp`` and ``pp``, start a new one, and say how it was.
 
-        Every rank of the group must call this.
+        Every rank of these groups must call this; all get the report of all layers.
         """
-        group = pg_collection.dp  # those that share microbatches have the same
-        counts = all_reduce_sum(group, self._count_sums).cpu()
+        # those that share microbatches have the same; a layer is zeros where it is not
+        groups = pg_collection.dp, pg_collection.pp
+        counts = _sum_over(groups, self._count_sums).cpu()
         folded = torch.cat([self._loss_sums, self._finite, self._left_out.unsqueeze(1)], dim=1)
         sums, finite, left_out = (
-            all_reduce_sum(group, folded).cpu().split([len(_LOSSES), len(_LOSSES), 1], dim=1)
+            _sum_over(groups, folded).cpu().split([len(_LOSSES), len(_LOSSES), 1], dim=1)
         )
         means = sums / finite  # 0 / 0, NaN, where nothing was finite
-        biases = self._bias_ranges()
+        has, biases = self._of_all_stages(pg_collection.pp)
         self._begin_interval()
         return MoEReport(
             tuple(
@@ -223,7 +225,7 @@ class MoEMetricsTracker:
                     means={
                         name: means[row, column].item()
                         for name, column in _COLUMN.items()
-                        if (row, name) in self._has
+                        if (row, name) in has
                     },
                     expert_bias=biases.get(row),
                     left_out=int(left_out[row]),
@@ -232,6 +234,17 @@ class MoEMetricsTracker:
             )
         )
 
+    def _of_all_stages(
+        self, group: ProcessGroup
+    ) -> tuple[set[tuple[int, str]], dict[int, tuple[float, float]]]:
+        """Return which values layers have, and the ranges of their biases, of all stages."""
+        mine = self._has, self._bias_ranges()
+        every = [mine] * group.size()
+        if group.size() > 1:
+            dist.all_gather_object(every, mine, group=group)
+        has = {name for found, _ in every for name in found}
+        return has, {row: found for _, biases in every for row, found in biases.items()}
+
     def _bias_ranges(self) -> dict[int, tuple[float, float]]:
         if not self._biases:
             return {}
@@ -239,6 +252,12 @@ class MoEMetricsTracker:
         return {
             row: (low, high) for row, (low, high) in zip(self._biases, ranges.tolist(), strict=True)
         }
+
+
+def _sum_over(groups: Sequence[ProcessGroup], x: Tensor) -> Tensor:
+    for group in groups:
+        x = all_reduce_sum(group, x)
+    return x
 
 
 def _one_each(value: int | Sequence[int], count: int) -> tuple[int, ...]:

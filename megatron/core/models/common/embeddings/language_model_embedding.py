@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from megatron.core.param_role import TiedEnds
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import Embedding, VocabParallelEmbedding
 from megatron.core.tensor_parallel.random import sequence_share
@@ -24,6 +25,7 @@ class LanguageModelEmbedding(nn.Module):
         max_sequence_length: int,
         *,
         pg_collection: ProcessGroupCollection,
+        tied_ends: TiedEnds = "no",
     ) -> None:
         """Make the tables.
 
@@ -32,15 +34,14 @@ class LanguageModelEmbedding(nn.Module):
             vocab_size: Rows of the token table, padding included.
             max_sequence_length: Rows of the position table.
             pg_collection: Its ``tp`` splits the token table, its ``cp`` shares the sequence.
+            tied_ends: Of the token table; see ``ParamRole``.
         """
         super().__init__()
         self.hidden_dropout = config.hidden_dropout
         self.tp_group, self.sequence_parallel = pg_collection.tp, config.sequence_parallel
         self.share = sequence_share(pg_collection, sequence_parallel=False)  # not yet shared out
         init, dtype = input_init(config), params_dtype(config)
-        self.word_embeddings = VocabParallelEmbedding(
-            vocab_size, config.hidden_size, init=init, dtype=dtype, pg_collection=pg_collection
-        )
+        self.word_embeddings = _token_table(config, vocab_size, pg_collection, tied_ends)
         self.position_embeddings = None
         if config.position_embedding_type == "learned_absolute":
             self.position_embeddings = Embedding(
@@ -68,3 +69,38 @@ class LanguageModelEmbedding(nn.Module):
         return share_sequence(
             self.tp_group, hidden_states, sequence_parallel=self.sequence_parallel
         )
+
+
+class EmbeddingCopy(nn.Module):
+    """The token table beside an output layer that is tied to it and on another rank than it.
+
+    Under the name that it has there. To read the weight, call the module: weights that are still
+    being gathered are waited for when a module is called.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, vocab_size: int, *, pg_collection: ProcessGroupCollection
+    ) -> None:
+        """Make the table; see ``LanguageModelEmbedding``."""
+        super().__init__()
+        self.word_embeddings = _token_table(config, vocab_size, pg_collection, "apart")
+
+    def forward(self) -> Tensor:
+        """Return the weight, [v / tp, h]."""
+        return self.word_embeddings.weight
+
+
+def _token_table(
+    config: TransformerConfig,
+    vocab_size: int,
+    pg_collection: ProcessGroupCollection,
+    tied_ends: TiedEnds,
+) -> VocabParallelEmbedding:
+    return VocabParallelEmbedding(
+        vocab_size,
+        config.hidden_size,
+        init=input_init(config),
+        dtype=params_dtype(config),
+        pg_collection=pg_collection,
+        tied_ends=tied_ends,
+    )
