@@ -5,6 +5,7 @@ from tests.functional.bad_moe_input import MOE_CASES
 from tests.functional.bad_optimizer_input import OPTIMIZER_CASES
 from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
+from tests.functional.bad_sharded_input import SHARDED_CASES
 
 SHAPE = "--num-layers 4 --hidden-size 64"
 GOOD = f"{SHAPE} --mock-data"
@@ -26,6 +27,11 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         1,
         f"{GOOD} --dry-run-world-size 8 --dry-run-memory-gib 80",
         ["--dry-run-world-size 8, --dry-run-memory-gib 80", "no effect without --dry-run"],
+    ),
+    "a dry run of shards": (
+        1,
+        f"{GOOD} --dry-run --use-torch-fsdp2",
+        ["--dry-run with --use-torch-fsdp2 is not offered"],
     ),
     "a dry run of no ranks": (
         1,
@@ -119,6 +125,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --overlap-param-gather --use-distributed-optimizer",
         ["--overlap-param-gather needs --overlap-grad-reduce"],
     ),
+    **SHARDED_CASES,
     **CONTEXT_CASES,
     **PIPELINE_CASES,
     **OPTIMIZER_CASES,

@@ -59,7 +59,7 @@ class OutputLayer(nn.Module):
 
         Args:
             hidden_states: [s, b, h], or [s / tp, b, h] with sequence parallelism.
-            embedding_weight: [v / tp, h], used when the weights are tied.
+            embedding_weight: [v / tp, h], used when the weights are tied, else None.
             labels: [b, s], int64.
         """
         weight = self._weight(embedding_weight)
