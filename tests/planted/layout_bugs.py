@@ -277,7 +277,7 @@ LAYOUT_BUGS = (
         "tokens per expert are those of one rank",
         "R5",
         f"{MOE}/moe_logging.py",
-        "counts = all_reduce_sum(group, self._count_sums).cpu()",
+        "counts = _sum_over(groups, self._count_sums).cpu()",
         "counts = self._count_sums.cpu()",
         "dp2",
         r"tokens per expert",
@@ -335,7 +335,7 @@ LAYOUT_BUGS = (
         'gradient = self._take(Product("gradient", step.microbatch, stage + 1))',
         'gradient = self._take(Product("gradient", step.microbatch, stage + 1))\n'
         "            gradient *= step.chunk == 0",
-        "pp2 interleaved untied",
+        "pp2 untied interleaved",
         r"gradient of decoder\.layers\.2 ",
         "factor 0: it is missing",
         "backward of what follows",
