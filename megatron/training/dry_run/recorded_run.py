@@ -130,7 +130,8 @@ def _replayed(run: Run, replay: Replay | None, log: EventLog, live: LiveStorages
         return overlaps and (context.microbatch, context.chunk) in last
 
     # what is run aside must not count as the last microbatch
-    with replay.active(log, live, is_real, run.model.no_sync):
+    kinds = {step.kind for steps in run.pipeline.schedule.steps for step in steps}
+    with replay.active(log, live, is_real, run.model.no_sync, "W" in kinds):
         yield
 
 

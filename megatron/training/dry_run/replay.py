@@ -8,8 +8,9 @@ the last microbatch is always run for real.
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ from megatron.core.transformer import transformer_block
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.recompute import recomputed
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.weight_grad_queue import WeightGradQueue, collecting_queue
 from megatron.training.dry_run.events import Event, Post, Wait
 from megatron.training.dry_run.known_values import LiveStorages
 from megatron.training.dry_run.recorded_collectives import EventLog
@@ -44,6 +46,11 @@ class _Pass:
 
     forward: _Phase = field(default_factory=_Phase)
     backward: _Phase | None = None
+    """Whole, or of the gradients of inputs alone."""
+    weights: _Phase | None = None
+    """Of the gradients of weights, where they are a step of their own."""
+    put_off: int = 0
+    """Bytes that live from the one to the other."""
     kept: int = 0
     """Bytes that live from forward to backward, the output left out."""
     shape: tuple[int, ...] = ()
@@ -72,6 +79,7 @@ class Replay:
         live: LiveStorages,
         is_real: Callable[[ForwardContext], bool],
         aside: Callable[[], AbstractContextManager[None]],
+        splits: bool,
     ) -> Iterator[None]:
         """Replay inside the block.
 
@@ -80,8 +88,10 @@ class Replay:
             live: Of the rank.
             is_real: Says of a forward that it must be run for real.
             aside: Entered while a layer is run aside.
+            splits: Whether gradients of weights are a step of their own.
         """
-        self._log, self._live, self._is_real, self._apart = log, live, is_real, aside
+        self._log, self._live, self._is_real = log, live, is_real
+        self._apart, self._splits = aside, splits
         self._kinds = {}
         whole = TransformerLayer.forward
 
@@ -164,11 +174,25 @@ class Replay:
             first, middle = log.num_posts, len(log.events)
             grad = torch.empty_like(out)
             held = live.peak = live.now
-            out.backward(grad)
+            queue = WeightGradQueue() if self._splits else None
+            with nullcontext() if queue is None else queue.collecting():
+                out.backward(grad)
             known.backward = _Phase(log.events[middle:], first, live.peak - held)
+            if queue is not None:
+                del out, grad
+                copy.grad = None
+                self._weights_aside(known, queue, before)
         del log.events[start:]
         log.num_posts, live.peak = posts, peak
         return known
+
+    def _weights_aside(self, known: _Pass, queue: WeightGradQueue, before: int) -> None:
+        log, live = self._log, self._live
+        held = live.peak = live.now
+        known.put_off = held - before
+        posts, start = log.num_posts, len(log.events)
+        queue.run()
+        known.weights = _Phase(log.events[start:], posts, live.peak - held)
 
     def repeat(self, phase: _Phase) -> None:
         """Note what was said in ``phase`` once more, and that its memory was held for a moment."""
@@ -197,5 +221,16 @@ class _Repeat(torch.autograd.Function):
         assert ctx.known.backward is not None, "what has a gradient was run backward, too"
         ctx.replay.repeat(ctx.known.backward)
         ctx.kept = None
+        queue = collecting_queue()
+        if ctx.known.weights is not None and queue is None:
+            ctx.replay.repeat(ctx.known.weights)
+        elif ctx.known.weights is not None and queue is not None:
+            held = grad.new_empty(max(ctx.known.put_off, 0), dtype=torch.uint8)
+            queue.put((), partial(_repeat_weights, ctx.replay, ctx.known.weights), held)
         shape, dtype = ctx.like
         return grad.new_empty(shape, dtype=dtype), None, None
+
+
+def _repeat_weights(replay: Replay, phase: _Phase, held: Tensor) -> None:
+    del held
+    replay.repeat(phase)

@@ -39,6 +39,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "num_virtual_stages_per_pipeline_rank": 2,
         "num_layers": 4,
     },
+    "zero bubble": {
+        "pipeline_model_parallel_size": 2,
+        "num_layers": 2,
+        "pipeline_schedule": "zb-h1",
+    },
     "recompute": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",

@@ -94,6 +94,11 @@ SOUND: dict[str, tuple[int, dict[str, Any]]] = {
             "overlap_grad_reduce": True,
         },
     ),
+    "zero bubble": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zb-h1"}),
+    "v shape": (
+        2,
+        {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev", "num_layers": 4},
+    ),
     "lanes": (2, {"expert_model_parallel_size": 2, "overlap_moe_expert_parallel_comm": True}),
     "capacity": (2, {"expert_model_parallel_size": 2, "moe_expert_capacity_factor": 1.0}),
     "hash": (
