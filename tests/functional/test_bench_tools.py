@@ -23,6 +23,7 @@ TINY = {
     "metrics_cost": SMALL,
     "moe_layer": "--tokens 32 --hidden-size 16 --moe-ffn-hidden-size 32 --cases 4x2 --rounds 1 "
     "--warm-up 1",
+    "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
     "sample_index": "--documents 100",
     "step": SMALL,
 }

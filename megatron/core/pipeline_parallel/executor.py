@@ -78,7 +78,7 @@ class PipelineExecutor:
         plan = with_transfers if lanes is None else with_paired_transfers
         self._actions: Sequence[PairedAction] = plan(schedule)[group.rank()]
         self._forwards = with_transfers(forward_only(schedule))[group.rank()]
-        self._last_backwards = _last_backwards(schedule.steps[group.rank()])
+        self.last_backwards = _last_backwards(schedule.steps[group.rank()])
 
     def has_loss(self, chunk: int) -> bool:
         """Say whether ``chunk`` of this rank is the last stage."""
@@ -96,7 +96,7 @@ class PipelineExecutor:
             forward: Called once for each microbatch and chunk.
             no_sync: Context of every backward but the last one of each chunk.
         """
-        _Walk(self, forward, self._last_backwards, no_sync).go(self._actions)
+        _Walk(self, forward, self.last_backwards, no_sync).go(self._actions)
 
     @torch.no_grad()
     def forward_only(self, forward: ForwardChunk) -> None:

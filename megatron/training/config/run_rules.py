@@ -181,6 +181,23 @@ def evaluation(check: Check) -> Iterator[str]:
         yield from check.useless("eval_interval", "without validation data")
 
 
+def dry_run(check: Check) -> Iterator[str]:
+    """A dry run is one process, and its options need it."""
+    if not check.config.dry_run.dry_run:
+        names = "dry_run_world_size dry_run_memory_gib dry_run_json"
+        yield from check.useless(names, "without --dry-run")
+        return
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1":
+        yield (
+            f"--dry-run looks at all ranks from one process, and {started} were started: leave out "
+            f"torchrun and add --dry-run-world-size {started}"
+        )
+    target = check.config.dry_run.dry_run_json
+    if target is not None and not Path(target).resolve().parent.is_dir():
+        yield f"{check.show('dry_run_json')}: {Path(target).resolve().parent} is no folder"
+
+
 def _problems_of(build: Callable[[], object]) -> tuple[str, ...]:
     """Return what a plan itself finds wrong with the settings that it would be built from."""
     try:
@@ -201,6 +218,7 @@ RUN_RULES: tuple[Rule, ...] = (
     machine,
     sharded_optimizer,
     evaluation,
+    dry_run,
 )
 
 RULES_OF_FOLDERS: tuple[Rule, ...] = (saving, loading)
