@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install quickstart fix check test test-all planted bench docs clean
+.PHONY: help install quickstart fix check test test-all verify planted bench docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,8 +47,11 @@ check: $(STAMPS)/dev ## style, types, import direction, sizes, names in docs: se
 test: check ## all tests that need no GPU and no patience
 	$(PYTEST) -m "not gpu and not slow" --ignore tests/architecture
 
-test-all: check ## the slow ones too, and those on a GPU where there is one
+test-all: check verify ## the slow ones too, those on a GPU where there is one, and every layout
 	$(PYTEST) --ignore tests/architecture
+
+verify: $(STAMPS)/dev ## every parallel layout against one process, on up to 8 ranks; writes docs/layouts.md
+	$(TEST_ENV) $(BIN)/python tools/verify_layouts.py --markdown docs/layouts.md
 
 planted: $(STAMPS)/dev ## plant the silent bugs of MoE training one by one, and see the tests catch them: minutes
 	$(TEST_ENV) $(BIN)/python -m tests.planted.run

@@ -7,6 +7,7 @@ A field's name, type and default are its declaration and the string under it is 
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 FLAG_KEY = "megatron_flag"
@@ -51,7 +52,7 @@ def choice_problems(config: Any) -> Iterator[str]:
 
     The command line finds these as it reads; a config built in Python has only this.
     """
-    for name, (is_list, choices) in _choices(type(config)).items():
+    for name, (is_list, choices) in _choices(config.__class__).items():
         value = getattr(config, name)
         values = [] if value is None else value if is_list else [value]
         wrong = [v for v in values if v not in choices]
@@ -60,6 +61,7 @@ def choice_problems(config: Any) -> Iterator[str]:
             yield f"{flag_name} {' '.join(map(str, wrong))} must be one of {', '.join(choices)}"
 
 
+@cache
 def _choices(config_cls: type) -> dict[str, tuple[bool, tuple[str, ...]]]:
     """Map each field of ``Literal`` or ``list[Literal]`` type to (is a list, its choices)."""
     hints = typing.get_type_hints(config_cls)

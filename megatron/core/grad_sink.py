@@ -5,15 +5,28 @@ gradients itself may take it, add to the sum and return None. Easy to break: eit
 backward's gradient goes into the sink or all of it is returned; never the same part twice.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
 _ATTRIBUTE = "megatron_grad_sink"
 
-GradSink = Callable[[], Tensor]
-"""Returns the sum to add to, shaped like the parameter and perhaps wider than it. To be called
-once for each backward, in it: only then is it known whether a gradient may still come."""
+
+class GradSink(Protocol):
+    """The way into the sum of one parameter."""
+
+    def __call__(self) -> Tensor:
+        """Return the sum to add to, shaped like the parameter and perhaps wider than it.
+
+        To be called once for each backward, in it or after ``put_off``: only then is it known
+        whether a gradient may still come.
+        """
+
+    def put_off(self) -> None:
+        """Note, in a backward, that a gradient of it will be added later: the sum is not whole."""
+
+    def settle(self) -> None:
+        """Note that a gradient that was put off has been added."""
 
 
 def offer_grad_sink(param: Tensor, sink: GradSink) -> None:

@@ -45,9 +45,9 @@ class ModelParallelConfig:
     LOCAL_WORLD_SIZE when not set."""
 
     overlap_moe_expert_parallel_comm: bool = False
-    """Run the forward of each microbatch by turns with the backward of the one before: while rows
-    of one travel to their experts or back, the other computes. Results are the same, bit for bit;
-    the activations of two microbatches are kept."""
+    """Run forwards by turns with backwards of other microbatches: while rows of one travel to their
+    experts or back, the other computes. Results are the same, bit for bit; one microbatch more is
+    kept. Pipelines need several virtual stages a rank."""
 
     @property
     def expert_tensor_size(self) -> int:

@@ -29,6 +29,17 @@ GROUP_AXES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def rank_lists(layout: ParallelLayout) -> dict[str, list[list[int]]]:
+    """Return the ranks of every group of a layout, by field of ``ProcessGroupCollection``."""
+    grids = {
+        "dense": layout.dense_grid(),
+        "expert": layout.expert_grid(),
+        "nodes": layout.node_grid(),
+    }
+    lists = {name: rank_groups(grids[grid], axes) for name, (grid, axes) in GROUP_AXES.items()}
+    return lists | {"dp_cp_ends": layout.end_groups()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroupCollection:
     """The groups this rank belongs to; modules take it as ``pg_collection``."""
@@ -65,18 +76,9 @@ class ProcessGroupCollection:
             layout: Sizes of the axes; ``layout.world_size`` equals that of the default group.
             timeout: Of every collective in these groups; torch's default when None.
         """
-        grids = {
-            "dense": layout.dense_grid(),
-            "expert": layout.expert_grid(),
-            "nodes": layout.node_grid(),
-        }
-        ranks_of = {
-            name: rank_groups(grids[grid], axes) for name, (grid, axes) in GROUP_AXES.items()
-        }
-        ranks_of["dp_cp_ends"] = layout.end_groups()
         cache: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
         groups = {}
-        for name, ranks in ranks_of.items():
+        for name, ranks in rank_lists(layout).items():
             key = tuple(map(tuple, ranks))
             if key not in cache:
                 cache[key] = dist.new_subgroups_by_enumeration(

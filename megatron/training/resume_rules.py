@@ -61,7 +61,15 @@ _BY_LAYER = {  # told for each layer where layers differ, else by the flag for a
 _ONLY_MOE = tuple(flag for flag in ARCHITECTURE if flag.startswith("--moe-"))
 
 # these may change from start to start without a word
-_FREE_SECTIONS = ("checkpoint", "logging", "distributed", "ddp", "validation", "tokenizer")
+_FREE_SECTIONS = (
+    "checkpoint",
+    "logging",
+    "distributed",
+    "ddp",
+    "validation",
+    "tokenizer",
+    "dry_run",
+)
 _FREE = {
     "micro_batch_size",
     "num_workers",

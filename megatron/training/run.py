@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from megatron.core.distributed.data_parallel_base import DataParallelBase
-from megatron.core.lanes import Lanes
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.executor import PipelineExecutor
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
@@ -42,8 +41,6 @@ class Run:
     num_microbatches: int
     moe_metrics: MoEMetricsTracker | None
     """None in a model without MoE layers."""
-    lanes: Lanes | None = None
-    """Where a forward and a backward run by turns; None for one after the other."""
     router_tracer: RouterTracer | None = None
     """None unless --moe-routing-trace-path asks for a trace."""
 

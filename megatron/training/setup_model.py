@@ -58,7 +58,6 @@ def setup_run(
         pipeline=build_pipeline(config, world, num_microbatches),
         num_microbatches=num_microbatches,
         moe_metrics=build_moe_metrics(config, world, num_microbatches),
-        lanes=Lanes() if config.model.overlap_moe_expert_parallel_comm else None,
     )
     _tell_stages(config, run)
     _tell_parameters(model, world)
@@ -93,7 +92,8 @@ def build_pipeline(config: RunConfig, world: World, num_microbatches: int) -> Pi
         length //= groups.tp.size()
     shape = (length, config.training.micro_batch_size, model.hidden_size)
     message = Message(shape, params_dtype(model), world.device)
-    return PipelineExecutor(schedule_of(model, num_microbatches), groups.pp, message)
+    lanes = Lanes() if model.overlap_moe_expert_parallel_comm else None
+    return PipelineExecutor(schedule_of(model, num_microbatches), groups.pp, message, lanes=lanes)
 
 
 def _refuse_other_stages(

@@ -144,7 +144,7 @@ def run_microbatches(
             aux_loss_scale=1.0 / forwards,
             padding_mask=batch.padding_mask,
             mean_valid_tokens=counts.valid / forwards,
-            lanes=run.lanes,
+            lanes=run.pipeline.lanes,
         )
         output, loss_func = run.forward_step(iter((batch,)), partial(run.model, context=context))
         if not run.pipeline.has_loss(chunk):
@@ -153,7 +153,7 @@ def run_microbatches(
         losses[index] = loss_sum.detach()
         return loss_sum / counts.loss
 
-    run.pipeline.forward_backward(forward, no_sync=run.model.no_sync, lanes=run.lanes)
+    run.pipeline.forward_backward(forward, no_sync=run.model.no_sync)
     return losses
 
 

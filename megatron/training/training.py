@@ -21,6 +21,7 @@ from megatron.training.checkpoint_state import LoadedState
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
+from megatron.training.dry_run.command import dry_run
 from megatron.training.evaluate import evaluate
 from megatron.training.failure import FailureReport
 from megatron.training.global_vars import set_global_variables
@@ -89,6 +90,8 @@ def pretrain(
     handler = setup_logging(launch.rank, launch.world_size)
     with FailureReport() as failure:
         config = parse_args() if config is None else config
+        if config.dry_run.dry_run:
+            raise SystemExit(dry_run(config, model_provider, forward_step_func))
         log.info("%s", start_line(config))
         world = initialize(config)
         failure.where = world.place()

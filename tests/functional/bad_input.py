@@ -2,6 +2,7 @@
 
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_moe_input import MOE_CASES
+from tests.functional.bad_optimizer_input import OPTIMIZER_CASES
 from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
 from tests.functional.bad_sharded_input import SHARDED_CASES
@@ -22,6 +23,26 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
     **MOE_CASES,
+    "figures without a dry run": (
+        1,
+        f"{GOOD} --dry-run-world-size 8 --dry-run-memory-gib 80",
+        ["--dry-run-world-size 8, --dry-run-memory-gib 80", "no effect without --dry-run"],
+    ),
+    "a dry run of no ranks": (
+        1,
+        f"{GOOD} --dry-run --dry-run-world-size 0",
+        ["--dry-run-world-size 0 must be at least 1"],
+    ),
+    "a device without memory": (
+        1,
+        f"{GOOD} --dry-run --dry-run-memory-gib 0",
+        ["--dry-run-memory-gib 0 must be above 0"],
+    ),
+    "figures in no folder": (
+        1,
+        f"{GOOD} --dry-run --dry-run-json no/such/folder/x.json",
+        ["--dry-run-json no/such/folder/x.json", "is no folder"],
+    ),
     "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
     "tensor parallel positions of experts": (
         2,
@@ -51,6 +72,23 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         "--group-query-attention --num-query-groups 2",
         ["must divide --num-attention-heads 4; sizes that fit: 1, 2, 4", "--num-query-groups 2"],
     ),
+    "tensor parallel groups": (
+        4,
+        f"{GOOD} --num-attention-heads 12 --kv-channels 8 --group-query-attention "
+        "--num-query-groups 6 --tensor-model-parallel-size 4 --ffn-hidden-size 96",
+        [
+            "must divide --num-query-groups 6 or be a multiple of it; sizes that fit: 2, 3, 6",
+        ],
+    ),
+    "tensor parallel rows of a group": (
+        4,
+        f"{GOOD} --num-attention-heads 4 --kv-channels 5 --group-query-attention "
+        "--num-query-groups 1 --tensor-model-parallel-size 4 --ffn-hidden-size 96",
+        [
+            "--num-query-groups 1 on 4 ranks, which must divide the rows",
+            "(--num-attention-heads 4 / 1 + 2) x 5 = 30; make --kv-channels a multiple of 2",
+        ],
+    ),
     "tensor parallel ffn": (
         2,
         f"{GOOD} --num-attention-heads 4 --ffn-hidden-size 99 --tensor-model-parallel-size 2",
@@ -72,19 +110,10 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         "--sequence-parallel",
         ["--sequence-parallel shares --seq-length 63 over --tensor-model-parallel-size 2"],
     ),
-    "gather of nothing": (
-        2,
-        f"{GOOD} --overlap-param-gather --overlap-grad-reduce",
-        ["--overlap-param-gather needs --use-distributed-optimizer"],
-    ),
-    "gather without overlapped reduction": (
-        2,
-        f"{GOOD} --overlap-param-gather --use-distributed-optimizer",
-        ["--overlap-param-gather needs --overlap-grad-reduce"],
-    ),
     **SHARDED_CASES,
     **CONTEXT_CASES,
     **PIPELINE_CASES,
+    **OPTIMIZER_CASES,
     "ep of experts": (
         4,
         f"{MOE} --expert-model-parallel-size 3",
@@ -341,19 +370,6 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
             "--lr-wsd-decay-iters 8, --global-batch-size 2",
         ],
     ),
-    "falling weight decay": (
-        1,
-        f"{GOOD} --weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1",
-        ["--start-weight-decay 0.2 must lie between 0 and --end-weight-decay 0.1"],
-    ),
-    "constant weight decay": (
-        1,
-        f"{GOOD} --start-weight-decay 0.2 --end-weight-decay 0.1",
-        ["no effect with --weight-decay-incr-style constant"],
-    ),
-    "weight decay": (1, f"{GOOD} --weight-decay-incr-style cosine", ["--start-weight-decay and"]),
-    "adam flags": (1, f"{GOOD} --optimizer sgd --adam-beta1 0.5", ["with --optimizer sgd"]),
-    "sgd flags": (1, f"{GOOD} --sgd-momentum 0.5", ["no effect with --optimizer adam"]),
     "save interval": (1, f"{GOOD} --save-interval 5", ["no effect without --save"]),
     "keep last": (1, f"{GOOD} --save x --keep-last 0", ["--keep-last 0 must be at least 1"]),
     "load": (1, f"{GOOD} --load /no/such/folder", ["is no folder", "--allow-fresh-start"]),

@@ -66,9 +66,13 @@ LAYOUTS: dict[str, BadLayout] = {
     ),
     "query groups": BadLayout(
         4,
-        f"{GOOD} --group-query-attention --num-query-groups 2 --tensor-model-parallel-size 4",
-        ("--tensor-model-parallel-size 4 must divide --num-query-groups 2; sizes that fit: 1, 2",),
-        "TP 2 DP 2; TP 1 DP 4",
+        "--num-layers 4 --hidden-size 192 --num-attention-heads 12 --mock-data "
+        "--group-query-attention --num-query-groups 6 --tensor-model-parallel-size 4",
+        (
+            "--tensor-model-parallel-size 4 must divide --num-query-groups 6 or be a multiple",
+            "sizes that fit: 2, 3, 6",
+        ),
+        "TP 2 DP 2; TP 1 DP 4; TP 2 CP 2 DP 1",
     ),
     "query groups of the heads": BadLayout(
         1,
@@ -209,7 +213,7 @@ LAYOUTS: dict[str, BadLayout] = {
         f"{GOOD} --global-batch-size 4 --micro-batch-size 1",
         (
             "multiple of --micro-batch-size 1 x 3 data-parallel ranks (= 3); nearest: 3 or 6",
-            "no layout on 3 ranks is legal with these model and batch sizes; or as asked on 4",
+            "no sizes on 3 ranks are legal with the other flags; legal: as asked on 4 ranks",
         ),
         None,
     ),

@@ -58,6 +58,28 @@ MOE_CASES: dict[str, tuple[int, str, list[str]]] = {
         "--global-batch-size 8 --moe-token-dispatcher-type allgather",
         ["needs an all-to-all to hide: use --moe-token-dispatcher-type alltoall"],
     ),
+    "hidden dispatch of one stage a rank": (
+        4,
+        f"{MOE} --overlap-moe-expert-parallel-comm --expert-model-parallel-size 2 "
+        "--global-batch-size 16 --pipeline-model-parallel-size 2",
+        [
+            "comm with --pipeline-model-parallel-size 2 needs several virtual stages a rank",
+            "add --num-virtual-stages-per-pipeline-rank 2",
+        ],
+    ),
+    "hidden dispatch of split backwards": (
+        4,
+        f"{MOE} --overlap-moe-expert-parallel-comm --expert-model-parallel-size 2 "
+        "--global-batch-size 16 --pipeline-model-parallel-size 2 --pipeline-schedule zb-h1",
+        ["comm runs whole backwards beside forwards, and --pipeline-schedule zb-h1 splits them"],
+    ),
+    "hidden dispatch of a V without a middle": (
+        8,
+        f"{MOE} --num-layers 8 --overlap-moe-expert-parallel-comm --expert-model-parallel-size 2 "
+        "--micro-batch-size 1 --global-batch-size 6 --pipeline-model-parallel-size 4 "
+        "--pipeline-schedule dualpipev",
+        ["as many microbatches a step as --pipeline-model-parallel-size 4, not 3"],
+    ),
     "grouped_gemm": (
         1,
         f"{MOE} --bf16 --moe-grouped-mm-backend grouped_gemm",

@@ -12,15 +12,18 @@ from megatron.core.errors import ConfigError
 from megatron.training.arguments import parse_args
 from megatron.training.config.legal_layouts import OPTION_OF_AXIS
 from tests.functional.bad_layouts import LAYOUTS, MOE
+from tests.functional.bad_pipeline_layouts import PIPELINES
 from tests.helpers.processes import child_seconds
 
 ROOT = Path(__file__).parents[2]
 HEAD = "nearest legal layouts on "
+ALL = LAYOUTS | PIPELINES
+BALANCED = "--pipeline-model-parallel-layout auto"
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ALL)
 def test_bad_layout_is_named_and_legal_ones_are_offered(name):
-    case = LAYOUTS[name]
+    case = ALL[name]
     error = refusal(case.line, case.world_size)
     for text in case.says:
         assert text in str(error)
@@ -30,9 +33,9 @@ def test_bad_layout_is_named_and_legal_ones_are_offered(name):
         assert re.match(rf"{HEAD}{case.world_size} ranks?[^:]*: {case.offers}", lines[0]), lines[0]
 
 
-@pytest.mark.parametrize("name", [name for name, case in LAYOUTS.items() if case.offers])
+@pytest.mark.parametrize("name", [name for name, case in ALL.items() if case.offers])
 def test_every_layout_that_is_offered_is_accepted(name):
-    case = LAYOUTS[name]
+    case = ALL[name]
     text = str(refusal(case.line, case.world_size))
     layouts, other_world = offered(text)
     assert layouts
@@ -45,6 +48,17 @@ def test_every_layout_that_is_offered_is_accepted(name):
             assert model.data_ranks(case.world_size) == layout["dp"]
     if other_world is not None:
         parse_args(case.line.split(), world_size=other_world)
+    if f"as asked with {BALANCED}" in text:
+        parse_args([*case.line.split(), *BALANCED.split()], world_size=case.world_size)
+
+
+def test_a_split_that_is_wrong_can_be_left_to_the_balance_of_costs():
+    found = [case for case in ALL.values() if any("legal: as asked with" in t for t in case.says)]
+    assert len(found) == 3
+    for case in found:
+        words = case.line.split()
+        words[words.index("--pipeline-model-parallel-layout") + 1] = "auto"
+        parse_args(words, world_size=case.world_size)
 
 
 def refusal(line, world_size):
@@ -58,11 +72,10 @@ def refusal(line, world_size):
 def offered(text):
     """Return the layouts of a message, axis -> size, and the other number of ranks, if any."""
     (line,) = [line for line in text.splitlines() if line.startswith(HEAD)]
-    *shown, last = line.split(": ", 1)[1].split("; ")
-    other = re.fullmatch(r"or as asked on (\d+) ranks", last)
-    shown += [] if other else [last]
+    words = line.split(": ", 1)[1].split("; ")
+    other = re.fullmatch(r"or as asked on (\d+) ranks", words[-1])
     layouts = []
-    for layout in shown:
+    for layout in (word for word in words if not word.startswith("or ")):
         sizes = {axis.lower(): int(size) for axis, size in re.findall(r"([A-Z]+) (\d+)", layout)}
         layouts.append(sizes | ({"etp": None} if "without ETP" in layout else {}))
     return layouts, int(other[1]) if other else None

@@ -34,6 +34,11 @@ class Issued(NamedTuple):
     recv: tuple[int, ...]
     """Rows from each rank, likewise."""
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What is the same on ranks of other groups of this shape."""
+        return self.op, len(self.ranks), self.dtype, self.row
+
 
 @contextmanager
 def logged_collectives() -> Iterator[list[Issued]]:

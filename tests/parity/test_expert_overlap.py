@@ -61,6 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "sliced_experts": {"expert_tensor_parallel_size": 2},
 }
+STAGES = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
 QUICK = [("alltoall", 2, 2, 3), ("dedup", 4, 4, 2), ("balance_of_the_step", 2, 2, 4)]
 WIDE = [
     (case, ranks, ep, microbatches)
@@ -71,17 +72,22 @@ WIDE = [
 ]
 
 
-def _options(case: str, ranks: int, ep: int, num_microbatches: int) -> dict[str, Any]:
-    sizes = {"expert_model_parallel_size": ep, "global_batch_size": 2 * ranks * num_microbatches}
-    return {"optimizer": "sgd"} | sizes | CASES[case]
+def _options(case: str, ranks: int, ep: int, num_microbatches: int, **more: Any) -> dict[str, Any]:
+    data_ranks = ranks // more.get("pipeline_model_parallel_size", 1)
+    sizes = {
+        "expert_model_parallel_size": ep,
+        "global_batch_size": 2 * data_ranks * num_microbatches,
+    }
+    return {"optimizer": "sgd"} | sizes | CASES[case] | more
 
 
-def check_same_bits(case: str, ranks: int, ep: int, num_microbatches: int) -> None:
+def check_same_bits(case: str, ranks: int, ep: int, num_microbatches: int, **more: Any) -> None:
     """Compare three steps with those of the run without overlap."""
-    options = _options(case, ranks, ep, num_microbatches)
+    options = _options(case, ranks, ep, num_microbatches, **more)
     want = run_layout(ranks, steps=3, **options)
     got = run_layout(ranks, steps=3, **options, **OVERLAP)
     assert torch.equal(got.tokens_per_expert, want.tokens_per_expert)
+    assert got.metrics == want.metrics
     for mine, plain in zip(got.steps, want.steps, strict=True):
         assert (mine.lm_loss, mine.grad_norm) == (plain.lm_loss, plain.grad_norm)
         for kind in ("gradients", "weights"):
@@ -96,26 +102,41 @@ def test_overlap_changes_no_bit(case, ranks, ep, num_microbatches):
     check_same_bits(case, ranks, ep, num_microbatches)
 
 
+@pytest.mark.parametrize("num_microbatches", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_pairs_of_a_pipeline_change_no_bit(num_microbatches):
+    check_same_bits("balance_of_the_step", 4, 2, num_microbatches, num_layers=4, **STAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != "alltoall"])
+def test_pairs_of_a_pipeline_change_no_bit_in_any_case(case):
+    slices = CASES[case].get("expert_tensor_parallel_size", 1)
+    check_same_bits(case, 4 * slices, 2, 4, num_layers=4, **STAGES)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "ranks", "ep", "num_microbatches"), WIDE)
 def test_overlap_changes_no_bit_in_any_layout(case, ranks, ep, num_microbatches):
     check_same_bits(case, ranks, ep, num_microbatches)
 
 
-def _log_of_a_step(options: dict[str, Any]) -> list[Issued]:
-    """Return what this rank issues in a second step, after all that is made once."""
+def _log_of_a_step(options: dict[str, Any]) -> tuple[int, list[Issued]]:
+    """Return the stage of this rank, and what it issues in a step after the first."""
     run = make_run(make_config(**options))
     train_step(run, TrainState(dropout_seed=1), microbatches(run, 0))
     with logged_collectives() as log:
         train_step(run, TrainState(dropout_seed=1), microbatches(run, 0))
-    return log
+    return run.world.pg_collection.pp.rank(), log
 
 
 def _ranks_agree(options: dict[str, Any]) -> None:
-    mine, plain = _log_of_a_step(options | OVERLAP), _log_of_a_step(options)
-    logs: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(logs, mine)
-    assert_ranks_agree(logs)
+    (stage, mine), (_, plain) = _log_of_a_step(options | OVERLAP), _log_of_a_step(options)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (stage, mine))
+    assert_ranks_agree([log for _, log in found])
+    # over all its groups, too, a rank does what the others of its stage do
+    programs = {tuple(issued.kind for issued in log) for other, log in found if other == stage}
+    assert len(programs) == 1
     assert sum(issued.op == "all_to_all_single" for issued in mine) >= 30
     # the same collectives as without, in another order: two microbatches are mixed
     assert sorted(mine) == sorted(plain)
@@ -125,6 +146,10 @@ def _ranks_agree(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", ["alltoall", "dedup"])
 def test_every_rank_issues_the_same_collectives_in_one_order(case):
     run_ranks(_ranks_agree, 4, _options(case, 4, 4 if case == "dedup" else 2, 3))
+
+
+def test_every_rank_of_a_pipeline_issues_one_order():
+    run_ranks(_ranks_agree, 4, _options("dedup", 4, 2, 4, num_layers=4, **STAGES))
 
 
 @pytest.mark.slow

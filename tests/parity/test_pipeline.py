@@ -50,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "five layers": FIVE_ROPE,
     "dense": DENSE,
     "one microbatch": {"global_batch_size": 2},
+    "many microbatches": {"global_batch_size": 16},
     "adam": {"optimizer": "adam", "clip_grad": 0.1, "lr": 1e-3},
 }
 
@@ -81,6 +82,8 @@ QUICK: list[tuple[str, int, dict[str, Any]]] = [
     ("dense first", 4, pipe(4, "E|tt||ttL")),
     ("tied", 4, pipe(2, **SP)),
     ("tied", 4, pipe(2, **EP, **SHARDED, **TWICE)),
+    ("untied", 2, pipe(2, pipeline_schedule="zb-h2", **OVERLAP)),
+    ("tied", 4, pipe(2, pipeline_schedule="dualpipev", **EP, **OVERLAP)),
 ]
 WIDE: list[tuple[str, int, dict[str, Any]]] = [
     *[(model, 2, pipe(2, **TWICE)) for model in MODELS if model != "five layers"],
@@ -111,6 +114,19 @@ WIDE: list[tuple[str, int, dict[str, Any]]] = [
     ("adam", 4, pipe(2, **EP, **SHARDED)),
     ("tied", 4, pipe(2, use_distributed_optimizer=True)),
     ("untied", 4, pipe(4, **OVERLAP)),
+    *[
+        (model, ranks, pipe(ranks, pipeline_schedule=schedule))
+        for model in ("tied", "quantiles", "dense", "adam", "one microbatch")
+        for schedule in ("zb-h1", "zb-h2", "dualpipev")
+        for ranks in ((2,) if schedule == "dualpipev" else (2, 4))
+    ],
+    *[
+        ("tied", 4, pipe(2, pipeline_schedule=schedule, **more))
+        for schedule in ("zb-h1", "dualpipev")
+        for more in (SP, CP, TP | FULL, EP | SHARDED)
+    ],
+    ("dense first", 4, pipe(4, "E||t||t|t|t|L", pipeline_schedule="dualpipev")),
+    ("many microbatches", 2, pipe(2, "Et||t|ttL", pipeline_schedule="dualpipev")),
     ("tied", 8, pipe(2, **SP, **EP, expert_tensor_parallel_size=1)),
     ("tied", 8, pipe(2, **CP, **TP)),
     ("tied", 8, pipe(4, **EP, **SHARDED)),

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tests.helpers.node_ids import nodes_in
 from tests.planted.bugs import BUGS, Bug
+from tests.planted.layout_bugs import LayoutBug
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("megatron", "tests", "tools", "docs", "examples", "pretrain_gpt.py", "pyproject.toml")
@@ -51,7 +52,7 @@ def copy_project(to: Path) -> None:
             shutil.copy(source, to / name)
 
 
-def planted(text: str, bug: Bug) -> str:
+def planted(text: str, bug: Bug | LayoutBug) -> str:
     """Return the source ``text`` with the bug in it."""
     assert text.count(bug.old) == 1, f"{bug.name}: its text stands {text.count(bug.old)} times"
     return text.replace(bug.old, bug.new)

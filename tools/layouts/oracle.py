@@ -7,7 +7,8 @@ is compared with one process is what users run. Samples are a function of their 
 import dataclasses
 import tempfile
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from megatron.training.train_step import train_step
 from pretrain_gpt import forward_step, model_provider
 from tools.layouts.ranks import run_ranks
 from tools.layouts.sharded_blocks import sharded_gradients, sharded_weights
+from tools.layouts.trace import Piece, Tracer
 from tools.layouts.whole_tensors import Blocks, whole_of_ranks, whole_tensors
 
 VOCAB, SEQ = 64, 12
@@ -85,6 +87,21 @@ class LayoutResult(NamedTuple):
     """Figures of the MoE layers, ``<layer>/<name>``, over all steps."""
 
 
+@dataclass
+class RankRecord:
+    """What one rank kept of a short run: blocks of tensors, and what all ranks must agree on."""
+
+    initial: Blocks
+    losses: list[float] = field(default_factory=list)
+    norms: list[float | None] = field(default_factory=list)
+    gradients: list[Blocks] = field(default_factory=list)
+    weights: list[Blocks] = field(default_factory=list)
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0))
+    metrics: dict[str, float] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
+    """What flowed through the model, if that was asked for."""
+
+
 def make_config(**options: Any) -> RunConfig:
     """Build a resolved RunConfig from option names, whichever section they are in."""
     values = DEFAULTS | options
@@ -122,27 +139,51 @@ def run_config(
     batch_of: Callable[[range], Batch] | None = None,
 ) -> LayoutResult:
     """Do as ``run_layout`` with a resolved configuration."""
+    (records,) = train_on_ranks([config], world_size, steps=steps, batch_of=batch_of)
+    return merged(records)
+
+
+def train_on_ranks(
+    configs: Sequence[RunConfig],
+    world_size: int,
+    *,
+    steps: int,
+    batch_of: Callable[[range], Batch] | None = None,
+    is_traced: bool = False,
+) -> list[list[RankRecord]]:
+    """Train with each configuration in turn on forked ranks; return what each rank kept of it."""
     with tempfile.TemporaryDirectory() as folder:
-        run_ranks(_train, world_size, Path(folder), steps, batch_of or make_batch, config)
-        ranks = [
-            torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
-            for rank in range(world_size)
+        path = Path(folder)
+        run_ranks(_train, world_size, path, configs, steps, batch_of or make_batch, is_traced)
+        return [
+            [
+                torch.load(path / f"{number}.{rank}.pt", weights_only=False)
+                for rank in range(world_size)
+            ]
+            for number in range(len(configs))
         ]
+
+
+def merged(ranks: Sequence[RankRecord]) -> LayoutResult:
+    """Put the records of all ranks together.
+
+    Raises:
+        AssertionError: Ranks that hold the same tensor do not hold the same bits, or disagree on
+            what all of them must know.
+    """
     records = [
         StepRecord(
-            _same(rank["losses"][i] for rank in ranks),
-            _same(rank["norms"][i] for rank in ranks),
-            whole_of_ranks(rank["gradients"][i] for rank in ranks),
-            whole_of_ranks(rank["weights"][i] for rank in ranks),
+            _same(rank.losses[i] for rank in ranks),
+            _same(rank.norms[i] for rank in ranks),
+            whole_of_ranks(rank.gradients[i] for rank in ranks),
+            whole_of_ranks(rank.weights[i] for rank in ranks),
         )
-        for i in range(steps)
+        for i in range(len(ranks[0].losses))
     ]
-    counts, metrics = ranks[0]["counts"], ranks[0]["metrics"]
-    assert all(torch.equal(rank["counts"], counts) for rank in ranks)
-    assert all(repr(rank["metrics"]) == repr(metrics) for rank in ranks), (
-        "ranks disagree on metrics"
-    )
-    initial = whole_of_ranks(rank["initial"] for rank in ranks)
+    counts, metrics = ranks[0].counts, ranks[0].metrics
+    assert all(torch.equal(rank.counts, counts) for rank in ranks), "ranks disagree on counts"
+    assert all(repr(rank.metrics) == repr(metrics) for rank in ranks), "ranks disagree on metrics"
+    initial = whole_of_ranks(rank.initial for rank in ranks)
     return LayoutResult(initial, records, counts, metrics)
 
 
@@ -169,13 +210,13 @@ def microbatches(
         yield (batch_of or make_batch)(range(first, first + size))
 
 
-def make_batch(sample_ids: range) -> Batch:
+def make_batch(sample_ids: range, *, vocab: int = VOCAB, length: int = SEQ) -> Batch:
     """Make samples from their numbers: uneven masks, and sample 3 of each 8 wholly masked."""
     tokens, masks = [], []
     for number in sample_ids:
         generator = torch.Generator().manual_seed(number)
-        tokens.append(torch.randint(VOCAB, (SEQ + 1,), generator=generator))
-        masks.append((torch.rand(SEQ, generator=generator) < 0.2 + 0.1 * (number % 8)).float())
+        tokens.append(torch.randint(vocab, (length + 1,), generator=generator))
+        masks.append((torch.rand(length, generator=generator) < 0.2 + 0.1 * (number % 8)).float())
         if number % 8 == 3:
             masks[-1].zero_()
     ids = torch.stack(tokens)
@@ -183,7 +224,7 @@ def make_batch(sample_ids: range) -> Batch:
         tokens=ids[:, :-1].contiguous(),
         labels=ids[:, 1:].contiguous(),
         loss_mask=torch.stack(masks),
-        position_ids=torch.arange(SEQ).expand(len(tokens), SEQ).contiguous(),
+        position_ids=torch.arange(length).expand(len(tokens), length).contiguous(),
         attention_mask=None,
         sample_ids=tuple(sample_ids),
     )
@@ -239,23 +280,40 @@ def _gradients(run: Run) -> Blocks:
     return [block for number in sorted(found) for block in found[number]]
 
 
-def _train(folder: Path, steps: int, batch_of: Callable[[range], Batch], config: RunConfig) -> None:
-    run = make_run(config)
-    state = TrainState(dropout_seed=config.training.seed)
-    kept: dict[str, Any] = {"initial": _weights(run), "counts": torch.zeros(0), "metrics": {}}
-    kept |= {"losses": [], "norms": [], "gradients": [], "weights": []}
+def _train(
+    folder: Path,
+    configs: Sequence[RunConfig],
+    steps: int,
+    batch_of: Callable[[range], Batch],
+    is_traced: bool,
+) -> None:
+    for number, config in enumerate(configs):
+        kept = record_steps(make_run(config), steps, batch_of, is_traced=is_traced)
+        torch.save(kept, folder / f"{number}.{dist.get_rank()}.pt")
+
+
+def record_steps(
+    run: Run, steps: int, batch_of: Callable[[range], Batch], *, is_traced: bool = False
+) -> RankRecord:
+    """Make ``steps`` steps from the start; every rank must call this."""
+    state = TrainState(dropout_seed=run.config.training.seed)
+    tracer = Tracer(run) if is_traced else None
+    kept = RankRecord(initial=_weights(run))
     for _ in range(steps):
         outcome = train_step(run, state, microbatches(run, state.consumed_samples, batch_of))
         state.iteration += 1
         state.consumed_samples += run.global_batch_size
-        kept["losses"].append(outcome.lm_loss)
-        kept["norms"].append(outcome.grad_norm)
-        kept["gradients"].append(_gradients(run))
-        kept["weights"].append(_weights(run))
+        kept.losses.append(outcome.lm_loss)
+        kept.norms.append(outcome.grad_norm)
+        kept.gradients.append(_gradients(run))
+        kept.weights.append(_weights(run))
+        if tracer is not None:
+            tracer.step = state.iteration
     if run.moe_metrics is not None:
         report = run.moe_metrics.report(run.world.pg_collection)
-        kept["counts"], kept["metrics"] = report.tokens_per_expert, _figures(report)
-    torch.save(kept, folder / f"{dist.get_rank()}.pt")
+        kept.counts, kept.metrics = report.tokens_per_expert, _figures(report)
+    kept.pieces = list(tracer.pieces.values()) if tracer is not None else []
+    return kept
 
 
 def _figures(report: MoEReport) -> dict[str, float]:
@@ -268,7 +326,7 @@ def _figures(report: MoEReport) -> dict[str, float]:
     }
 
 
-def _same(values: Iterator[float]) -> float:
+def _same(values: Iterable[Any]) -> Any:
     found = set(values)
     assert len(found) == 1, f"ranks disagree: {found}"
     return found.pop()

@@ -16,22 +16,31 @@ torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
 torch.optim.AdamW([torch.zeros(1)])
 
 
-def run_ranks(body: Callable[..., None], world_size: int, *args: object) -> None:
+def run_ranks(
+    body: Callable[..., None], world_size: int, *args: object, backend: str = "gloo"
+) -> None:
     """Call ``body(*args)`` on ``world_size`` forked ranks; a failing rank raises here."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(
             _entry,
-            args=(world_size, Path(folder) / "store", body, args),
+            args=(world_size, Path(folder) / "store", body, args, backend),
             nprocs=world_size,
             start_method="fork",
         )
 
 
-def _entry(rank: int, world_size: int, store: Path, body: Callable[..., None], args: tuple) -> None:
+def _entry(
+    rank: int,
+    world_size: int,
+    store: Path,
+    body: Callable[..., None],
+    args: tuple,
+    backend: str,
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,

@@ -5,7 +5,7 @@ gradients are summed over ``dp_cp``, those of experts over ``expt_dp``. Every ra
 bucket in every step, also when some of its parameters got no gradient (they count as zero).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -34,7 +34,9 @@ class DistributedDataParallel(DataParallelBase):
 
     Every trainable parameter gets ``param.main_grad``, a view of fp32 (fp64) gradients that
     accumulates over backwards; ``param.grad`` stays None. A tied parameter is one parameter. A
-    function may add to ``main_grad`` itself and return no gradient: see ``grad_sink_of``.
+    function may add to ``main_grad`` itself and return no gradient: see ``grad_sink_of``. It may
+    do so after backward (``WeightGradQueue``): a bucket is reduced once the last backward went
+    through its parameters and nothing of them is put off.
 
     One step: ``zero_grad_buffer()``; all microbatches but the last under ``no_sync()``, of each
     pipeline stage of this rank; the last one outside; ``finish_grad_sync()``. Then ``main_grad`` is
@@ -102,6 +104,7 @@ class DistributedDataParallel(DataParallelBase):
 
     def zero_grad_buffer(self) -> None:
         """Begin a step: set all gradients to zero."""
+        self._expect_settled("zero_grad_buffer")
         for buffer in self.grad_buffers:
             buffer.grad_data.zero_()
         self._reducer.reset()
@@ -117,7 +120,11 @@ class DistributedDataParallel(DataParallelBase):
             self._is_last_microbatch = before
 
     def finish_grad_sync(self) -> None:
-        """Start the reductions that were not started and wait for all; once in a step."""
+        """Start the reductions that were not started and wait for all; once in a step.
+
+        Weight gradients that were put off (``WeightGradQueue``) must have been made.
+        """
+        self._expect_settled("finish_grad_sync")
         self._reducer.finish()
         self._is_synced = True
 
@@ -153,6 +160,13 @@ class DistributedDataParallel(DataParallelBase):
                 torch.distributed.all_reduce(bad, group=buffer.group)
         mine = [name for name, count in zip(self._names, bad.tolist(), strict=True) if count]
         return _of_all_stages(mine, self.pg_collection.pp)
+
+    def _expect_settled(self, call: str) -> None:
+        names = [self._names[param] for param in self._reducer.unsettled()]
+        assert not names, (
+            f"{call}() before the weight gradients of {len(names)} parameters were made, such as "
+            f"{names[0]}: run() of a WeightGradQueue is missing"
+        )
 
     def _group(self, key: BufferKey) -> torch.distributed.ProcessGroup:
         groups = self.pg_collection
@@ -193,13 +207,30 @@ class DistributedDataParallel(DataParallelBase):
             if self._overlap and self._is_last_microbatch and not is_shared:
                 self._reducer.mark_filled(number)
 
-        offer_grad_sink(param, sum_in_time)
+        offer_grad_sink(param, _Sink(self._reducer, number, sum_in_time))
         param.register_post_accumulate_grad_hook(accumulate)
         # Called once in a backward, behind all uses of the parameter and behind the hook above,
         # also when no use returned a gradient.
         accumulator = _accumulator(param)
         accumulator.register_hook(note_filled)
         return accumulator
+
+
+class _Sink:
+    """See ``GradSink``: the way into ``main_grad`` of one parameter."""
+
+    def __init__(self, reducer: GradReducer, number: int, sum_in_time: Callable[[], Tensor]):
+        self._reducer, self._number, self._sum_in_time = reducer, number, sum_in_time
+
+    def __call__(self) -> Tensor:
+        return self._sum_in_time()
+
+    def put_off(self) -> None:
+        self._sum_in_time()  # fails here, where the stack shows whose gradient is late
+        self._reducer.put_off(self._number)
+
+    def settle(self) -> None:
+        self._reducer.settle(self._number)
 
 
 def _accumulator(param: nn.Parameter) -> Node:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron.core.extensions.registry import register
-from megatron.core.grad_sink import given, grad_sink_of
+from megatron.core.grad_sink import grad_sink_of
+from megatron.core.weight_grad_queue import weight_gradient
 
 
 @register("adam", "torch_native", why="torch.optim.AdamW, fused")
@@ -61,12 +62,11 @@ class _GroupedMM(torch.autograd.Function):
         rows, weight, tokens_per_expert = ctx.saved_tensors
         grad = grad.contiguous()
         need_rows, need_weight, _ = ctx.needs_input_grad
-        grad_weight = grouped_weight_grad(grad, rows, tokens_per_expert) if need_weight else None
-        return (
-            grouped_product(grad, weight, tokens_per_expert) if need_rows else None,
-            given(grad_weight, ctx.sink),
-            None,
-        )
+        grad_rows = grouped_product(grad, weight, tokens_per_expert) if need_rows else None
+        if not need_weight:
+            return grad_rows, None, None
+        operands = grad, rows, tokens_per_expert
+        return grad_rows, weight_gradient(ctx.sink, grouped_weight_grad, *operands), None
 
 
 def grouped_product(rows: Tensor, matrices: Tensor, tokens_per_expert: Tensor) -> Tensor:

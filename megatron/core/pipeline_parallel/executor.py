@@ -19,8 +19,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import ProcessGroup, Work
 
 from megatron.core.lanes import Lanes
+from megatron.core.pipeline_parallel.schedule_pairs import Pair
 from megatron.core.pipeline_parallel.schedule_step import Product, Schedule, Step, forward_only
-from megatron.core.pipeline_parallel.schedule_transfers import Action, Transfer, with_transfers
+from megatron.core.pipeline_parallel.schedule_transfers import (
+    PairedAction,
+    Transfer,
+    with_paired_transfers,
+    with_transfers,
+)
+from megatron.core.weight_grad_queue import WeightGradQueue
 
 ForwardChunk = Callable[[int, int, Tensor | None], Tensor]
 """``forward(microbatch, chunk, pipeline_input) -> output``: hidden states of ``Message``'s shape,
@@ -44,19 +51,31 @@ class Message(NamedTuple):
 class PipelineExecutor:
     """The schedule of one pipeline rank, ready to be walked, once for each optimizer step."""
 
-    def __init__(self, schedule: Schedule, group: ProcessGroup, message: Message) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        group: ProcessGroup,
+        message: Message,
+        *,
+        lanes: Lanes | None = None,
+    ) -> None:
         """Derive the lists of this rank.
 
         Args:
             schedule: Of all ranks of ``group``.
             group: The pipeline ranks.
             message: The same for all microbatches and stages.
+            lanes: Where forwards and backwards run by turns; ``can_pair(schedule)`` then. None for
+                one step after the other.
         """
         assert group.size() == schedule.pp, f"{group.size()=} for a schedule of {schedule.pp=}"
         self.schedule, self.group, self.message = schedule, group, message
-        self._actions = with_transfers(schedule)[group.rank()]
+        self.lanes = lanes
+        """For the ``ForwardContext`` of what ``forward_backward`` calls."""
+        plan = with_transfers if lanes is None else with_paired_transfers
+        self._actions: Sequence[PairedAction] = plan(schedule)[group.rank()]
         self._forwards = with_transfers(forward_only(schedule))[group.rank()]
-        self._last_backwards = _last_backwards(schedule.steps[group.rank()])
+        self.last_backwards = _last_backwards(schedule.steps[group.rank()])
 
     def has_loss(self, chunk: int) -> bool:
         """Say whether ``chunk`` of this rank is the last stage."""
@@ -67,21 +86,14 @@ class PipelineExecutor:
         forward: ForwardChunk,
         *,
         no_sync: Callable[[], AbstractContextManager[None]],
-        lanes: Lanes | None = None,
     ) -> None:
         """Go through all microbatches, forward and backward. All pipeline ranks call this.
 
         Args:
             forward: Called once for each microbatch and chunk.
             no_sync: Context of every backward but the last one of each chunk.
-            lanes: Run each backward and the next forward by turns; of a single stage only.
         """
-        walk = _Walk(self, forward, self._last_backwards, no_sync)
-        if lanes is None:
-            walk.go(self._actions)
-        else:
-            assert self.schedule.num_stages == 1, "lanes of several stages are not planned"
-            walk.go_in_lanes(lanes)
+        _Walk(self, forward, self.last_backwards, no_sync).go(self._actions)
 
     @torch.no_grad()
     def forward_only(self, forward: ForwardChunk) -> None:
@@ -117,38 +129,30 @@ class _Walk:
     ) -> None:
         self.schedule, self.group = executor.schedule, executor.group
         self.rank, self.message = executor.group.rank(), executor.message
+        self.lanes = executor.lanes
         self.forward, self.last_backwards, self.no_sync = forward, last_backwards, no_sync
         self.started: dict[Product, Work] = {}
         self.there: dict[Product, Tensor] = {}
         """Received, or under way to here, or made and not yet sent or used."""
         self.kept: dict[tuple[int, int], _Kept] = {}
+        self.put_off: dict[tuple[int, int], WeightGradQueue] = {}
+        """By microbatch and chunk, between ``I`` and ``W``."""
         self.sent: list[_Sent] = []
 
-    def go(self, actions: Sequence[Action]) -> None:
+    def go(self, actions: Sequence[PairedAction]) -> None:
         for action in actions:
             if isinstance(action, Step):
                 self._compute(action)
+            elif isinstance(action, Pair):
+                assert self.lanes is not None, f"{action} needs lanes"
+                self.lanes.run_pair(*(partial(self._compute, step) for step in action))
             elif action.direction == "send":
                 self._send(action)
             else:
                 self._receive(action)
         self._free_sent(lambda _: True, keep=0)
-        left = [*self.there, *self.kept]
+        left = [*self.there, *self.kept, *self.put_off]
         assert not left, f"made or received and not used: {left}"
-
-    def go_in_lanes(self, lanes: Lanes) -> None:
-        """Go F0, (F1 with B0), (F2 with B1), ..., B of the last.
-
-        Gradients are added in the order of microbatches, as without lanes.
-        """
-        last = self.schedule.num_microbatches - 1
-        self._compute(Step("F", 0))
-        for number in range(last):
-            lanes.run_pair(
-                partial(self._compute, Step("F", number + 1)),
-                partial(self._compute, Step("B", number)),
-            )
-        self._compute(Step("B", last))
 
     def _receive(self, transfer: Transfer) -> None:
         shape, dtype, device = self.message
@@ -185,6 +189,8 @@ class _Walk:
     def _compute(self, step: Step) -> None:
         if step.kind == "F":
             self._run_forward(step)
+        elif step.kind == "W":
+            self.put_off.pop((step.microbatch, step.chunk)).run()
         else:
             with nullcontext() if step in self.last_backwards else self.no_sync():
                 self._run_backward(step)
@@ -210,13 +216,19 @@ class _Walk:
             # that gradient was made of it: the stage after has it
             sent_forward = Product("activation", step.microbatch, stage)
             self._free_sent(lambda sent: sent.product == sent_forward, keep=_MOST_UNDER_WAY)
-        torch.autograd.backward(kept.end, gradient)
+        with self._weights_put_off(step) if step.kind == "I" else nullcontext():
+            torch.autograd.backward(kept.end, gradient)
         if kept.entry is not None:
             assert kept.entry.grad is not None, f"{step}: the output does not depend on the input"
             self.there[self.schedule.makes(self.rank, step)] = kept.entry.grad
 
+    def _weights_put_off(self, step: Step) -> AbstractContextManager[None]:
+        """Let a backward leave the gradients of weights to the ``W`` of the same microbatch."""
+        queue = self.put_off[step.microbatch, step.chunk] = WeightGradQueue()
+        return queue.collecting()
+
 
 def _last_backwards(steps: Sequence[Step]) -> frozenset[Step]:
-    """Return the last step of each chunk that adds to gradients of its weights."""
-    last = {step.chunk: step for step in steps if step.kind != "F"}
+    """Return the last backward of each chunk; gradients put off in it are known to be under way."""
+    last = {step.chunk: step for step in steps if step.kind in ("B", "I")}
     return frozenset(last.values())

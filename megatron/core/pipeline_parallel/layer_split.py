@@ -5,6 +5,7 @@ Where a stage lives is the schedule's business (``Schedule.home``).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron.core.errors import ConfigError
 from megatron.core.pipeline_parallel.layer_balance import LayerCosts, minimax_partition
@@ -69,6 +70,7 @@ def split_layers(options: SplitOptions) -> tuple[StageLayers, ...]:
     return _evenly(options)
 
 
+@lru_cache(maxsize=64)
 def balanced_split(costs: LayerCosts, num_stages: int) -> tuple[StageLayers, ...]:
     """Split so that the most expensive stage costs least; embedding and head count as parts.
 

@@ -5,6 +5,7 @@ output weight, which never holds more than one matrix as large as the logits.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron.core.grad_sink import grad_sink_of
 from megatron.core.tensor_parallel.regions import all_reduce_
+from megatron.core.weight_grad_queue import weight_gradient
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Logits worked on at a time: on the CPU what stays in its cache."""
@@ -89,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         target: Tensor,
@@ -124,15 +127,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if exps is not logits:
                 logits.copy_(exps)
         ctx.save_for_backward(hidden, weight, saved, sums)
+        ctx.sink = grad_sink_of(weight)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, saved, sums = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        hidden, weight, saved, sums = ctx.saved_tensors
         factor = (grad / sums).unsqueeze(1)
         d_hidden = (saved @ weight).mul_(factor)
-        d_weight = saved.T @ (hidden * factor).to(hidden.dtype)
+        scaled = (hidden * factor).to(hidden.dtype)
+        d_weight = weight_gradient(ctx.sink, torch.mm, saved.T, scaled)
         return d_hidden, d_weight, None, None, None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.query_groups import QueryGroups
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.precision import params_dtype
@@ -27,7 +28,7 @@ class SelfAttention(nn.Module):
     """Causal attention of each position to itself and earlier ones.
 
     Rows of linear_qkv.weight come group by group: the queries of the group, its key, its value.
-    Groups are split over the tensor-parallel ranks.
+    Groups are split over the tensor-parallel ranks, or shared by several (see ``QueryGroups``).
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762); groups: Ainslie et al. 2023
     (arXiv:2305.13245).
@@ -47,16 +48,17 @@ class SelfAttention(nn.Module):
             config: Heads, groups, widths, biases, initialisation.
             submodules: What to build.
             layer_number: Global index of the layer, from 0.
-            pg_collection: Its ``tp`` splits groups and their heads.
+            pg_collection: Its ``tp`` splits the heads.
         """
         super().__init__()
-        groups, self.head_dim = config.query_groups, config.head_dim
-        self.groups = groups // pg_collection.tp.size()  # of this rank
-        self.slots = config.num_attention_heads // groups + 2
+        heads, groups, head_dim = config.num_attention_heads, config.query_groups, config.head_dim
+        self.query_groups = QueryGroups(
+            pg_collection.tp, num_groups=groups, num_heads=heads, head_dim=head_dim
+        )
         self.linear_qkv = build_module(
             submodules.linear_qkv,
             config.hidden_size,
-            groups * self.slots * self.head_dim,
+            (heads + 2 * groups) * head_dim,
             pg_collection=pg_collection,
             sequence_parallel=config.sequence_parallel,
             init=input_init(config),
@@ -72,7 +74,7 @@ class SelfAttention(nn.Module):
         )
         self.linear_proj = build_module(
             submodules.linear_proj,
-            config.num_attention_heads * self.head_dim,
+            heads * head_dim,
             config.hidden_size,
             pg_collection=pg_collection,
             sequence_parallel=config.sequence_parallel,
@@ -103,8 +105,7 @@ class SelfAttention(nn.Module):
         mixed, bias = self.linear_qkv(hidden_states)
         if bias is not None:
             mixed = mixed + bias
-        mixed = mixed.unflatten(-1, (self.groups, self.slots, self.head_dim))
-        query, key, value = split_and_rotate(mixed, rotary)
+        query, key, value = split_and_rotate(self.query_groups.attended(mixed), rotary)
         attended = recomputed(  # [s, b, h]
             self.core_attention, self.recomputes_core, query, key, value, attention_mask, context
         )

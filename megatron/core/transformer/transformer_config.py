@@ -84,9 +84,8 @@ class TransformerConfig(
                 f"--moe-enable-routing-replay with {shown} is not offered: a router sees a share "
                 "of the tokens; replay with --tensor-model-parallel-size 1"
             )
+        yield from self.group_slice_problems(size, self.hidden_size)
         widths = {"--num-attention-heads": self.num_attention_heads}
-        if self.group_query_attention:
-            widths["--num-query-groups"] = self.query_groups
         is_sparse = self.num_moe_experts is not None and not any(self.layer_problems())
         if not (is_sparse and all(self.moe_layer_pattern)):
             widths["--ffn-hidden-size"] = self.ffn_size
@@ -110,14 +109,14 @@ class TransformerConfig(
             return
         shown, tp = f"--context-parallel-size {size}", max(self.tensor_model_parallel_size, 1)
         split = f" / --tensor-model-parallel-size {tp}" if tp > 1 else ""
-        heads, groups = self.num_attention_heads // tp, self.query_groups // tp
+        heads, groups = self.num_attention_heads // tp, max(self.query_groups // tp, 1)
         if "a2a" in kinds and heads % size:
             yield (
                 f"--cp-comm-type a2a spreads --num-attention-heads {self.num_attention_heads}"
                 f"{split} = {heads} heads over {shown}, which must divide them; use p2p or "
                 "all_gather"
             )
-        elif "a2a" in kinds and groups and groups % size and size % groups:
+        elif "a2a" in kinds and groups % size and size % groups:
             yield (
                 f"--cp-comm-type a2a spreads --num-query-groups {self.query_groups}{split} = "
                 f"{groups} groups over {shown}; one of these two must divide the other; use p2p or "

@@ -40,10 +40,13 @@ class Layout(NamedTuple):
     ep: int
     etp: int | None
     """None: follows ``tp``."""
+    is_balanced: bool = False
+    """Layers go to the stages by ``--pipeline-model-parallel-layout auto``, asked for or not."""
 
-    def options(self) -> dict[str, int | None]:
-        """Return the sizes by the name of their option."""
-        return {name: getattr(self, axis) for axis, name in OPTION_OF_AXIS.items()}
+    def options(self) -> dict[str, int | str | None]:
+        """Return what a user would give, by the name of the option."""
+        sizes = {name: getattr(self, axis) for axis, name in OPTION_OF_AXIS.items()}
+        return sizes | ({"pipeline_model_parallel_layout": "auto"} if self.is_balanced else {})
 
     @property
     def grids(self) -> tuple[int, int]:
@@ -67,6 +70,8 @@ class Neighbours(NamedTuple):
     """The nearest legal ones, nearest first."""
     other_world: int | None
     """Number of ranks on which the layout is legal as it was asked for."""
+    helps_to_balance: bool
+    """As asked for, but with layers balanced over the stages, the layout is legal."""
     was_exhaustive: bool
     """Every tiling of the ranks was judged."""
     remaining: bool
@@ -99,32 +104,28 @@ def find_neighbours(
         has_experts: There are MoE layers; else no expert is spread over ranks.
 
     Returns:
-        None where no other layout and no other number of ranks would mend a problem.
+        None where nothing that was tried would mend a problem.
     """
     wrong = _kinds(problems)
     order = _by_distance(asked, has_experts)
     judged = [(layout, _kinds(judge(layout))) for layout in islice(order, MOST_JUDGED)]
     remaining = wrong.intersection(*(found for _, found in judged))
     helps = remaining < wrong or not _is_usable(asked)
-    other_world = next(
-        (
-            world
-            for world in _other_worlds(asked)
-            if (found := _kinds(judge(asked._replace(world_size=world)))) <= remaining
-            and (helps or found < remaining)
-        ),
-        None,
-    )
-    if not helps and other_world is None:
-        return None
-    legal = [layout for layout, found in judged if helps and found == remaining]
-    return Neighbours(
-        layouts=tuple(legal[:MOST_SHOWN]),
-        other_world=other_world,
+
+    def is_legal(layout: Layout) -> bool:
+        found = _kinds(judge(layout))
+        return found <= remaining and (helps or found < remaining)
+
+    worlds = _other_worlds(asked)
+    found = Neighbours(
+        layouts=tuple([at for at, kinds in judged if helps and kinds == remaining][:MOST_SHOWN]),
+        other_world=next((n for n in worlds if is_legal(asked._replace(world_size=n))), None),
+        helps_to_balance=_is_usable(asked) and is_legal(asked._replace(is_balanced=True)),
         was_exhaustive=len(divisors(asked.world_size)) <= _MOST_VALUES[5]
         and next(order, None) is None,
-        remaining=bool(remaining if helps else ()),
+        remaining=helps and bool(remaining),
     )
+    return found if found.layouts or found.other_world or found.helps_to_balance else None
 
 
 def _kinds(problems: Iterable[str]) -> frozenset[str]:
@@ -136,12 +137,18 @@ def sentence(asked: Layout, found: Neighbours) -> str:
     """Say it in one line: ``nearest legal layouts on 8 ranks: EP 4 ETP 2 DP 8; ...``."""
     ranks = f"{asked.world_size} rank{'s' if asked.world_size > 1 else ''}"
     after = ", once the other problems are mended" if found.remaining else ""
-    other = "" if found.other_world is None else f"; or as asked on {found.other_world} ranks"
+    others = []
+    if found.helps_to_balance:
+        others.append("as asked with --pipeline-model-parallel-layout auto")
+    if found.other_world is not None:
+        others.append(f"as asked on {found.other_world} ranks")
     if found.layouts:
         shown = "; ".join(layout_text(layout, asked) for layout in found.layouts)
-        return f"nearest legal layouts on {ranks}{after}: {shown}{other}"
-    what = "layout" if found.was_exhaustive else "layout near this one"
-    return f"no {what} on {ranks} is legal with these model and batch sizes{other}"
+        return "; or ".join([f"nearest legal layouts on {ranks}{after}: {shown}", *others])
+    near = "" if found.was_exhaustive else " near this one"
+    return (
+        f"no sizes on {ranks}{near} are legal with the other flags; legal: {', or '.join(others)}"
+    )
 
 
 def layout_text(layout: Layout, asked: Layout) -> str:
@@ -186,7 +193,7 @@ def _changes(
 
 
 def _is_usable(layout: Layout) -> bool:
-    return all(size is None or size >= 1 for size in layout)
+    return all((size := getattr(layout, axis)) is None or size >= 1 for axis in OPTION_OF_AXIS)
 
 
 def _says_twice(layout: Layout, asked: Layout) -> bool:

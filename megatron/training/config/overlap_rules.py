@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 
+from megatron.core.errors import ConfigError
+from megatron.core.pipeline_parallel.layer_homes import schedule_of
+from megatron.core.pipeline_parallel.schedule_pairs import can_pair
 from megatron.training.config.checks import Check, Rule
 
 _FLAG = "--overlap-moe-expert-parallel-comm"
@@ -32,6 +35,35 @@ def expert_overlap(check: Check) -> Iterator[str]:
             f"one: {check.show('global_batch_size')} = {check.show('micro_batch_size')} x "
             f"{at_once // training.micro_batch_size} data-parallel ranks; use a "
             f"--global-batch-size of {2 * at_once} or more, or leave it out"
+        )
+    elif model.pipeline_model_parallel_size > 1:
+        yield from _pairs(check, max(1, training.global_batch_size // at_once))
+
+
+def _pairs(check: Check, num_microbatches: int) -> Iterator[str]:
+    """The schedule must have forwards and backwards that may run as one."""
+    model = check.config.model
+    try:
+        if can_pair(schedule_of(model, num_microbatches)):
+            return
+    except ConfigError:  # rules of the pipeline say what
+        return
+    size = check.show("pipeline_model_parallel_size")
+    if model.pipeline_schedule == "1f1b":
+        yield (
+            f"{_FLAG} with {size} needs several virtual stages a rank: with one, a rank and the "
+            "next would wait for each other's halves of a pair; add "
+            "--num-virtual-stages-per-pipeline-rank 2, or leave it out"
+        )
+    elif model.pipeline_schedule == "dualpipev":
+        yield (
+            f"{_FLAG} with --pipeline-schedule dualpipev needs as many microbatches a step as "
+            f"{size}, not {num_microbatches}: raise --global-batch-size"
+        )
+    else:
+        yield (
+            f"{_FLAG} runs whole backwards beside forwards, and {check.show('pipeline_schedule')} "
+            "splits them; use --pipeline-schedule 1f1b with several virtual stages a rank"
         )
 
 

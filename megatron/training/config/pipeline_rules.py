@@ -12,8 +12,6 @@ _OF_SEVERAL_RANKS = (
     "decoder_last_pipeline_num_layers account_for_embedding_in_pipeline_split "
     "account_for_loss_in_pipeline_split pipeline_model_parallel_layout"
 )
-OFFERED = ("1f1b",)
-"""Schedules that training walks."""
 
 
 def stages(check: Check) -> Iterator[str]:
@@ -24,11 +22,6 @@ def stages(check: Check) -> Iterator[str]:
             _OF_SEVERAL_RANKS, "with --pipeline-model-parallel-size 1: one rank has the whole model"
         )
         return
-    if model.pipeline_schedule not in OFFERED:
-        yield (
-            f"{check.show('pipeline_schedule')} is drawn by tools/show_schedule.py and not offered "
-            f"in training yet; use {' or '.join(OFFERED)}"
-        )
     if model.pipeline_model_parallel_layout == "auto":
         return  # could not be derived: other problems say why
     try:
@@ -82,11 +75,6 @@ def companions(check: Check) -> Iterator[str]:
         yield (
             f"{shown} with --moe-routing-trace-path is not offered yet: a trace holds the layers "
             "of one rank; leave one out"
-        )
-    if model.overlap_moe_expert_parallel_comm:
-        yield (
-            f"--overlap-moe-expert-parallel-comm with {shown} is not offered yet: a stage waits "
-            "for its neighbours between two microbatches; leave one out"
         )
     if model.moe_enable_routing_replay:
         yield (

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.config.checkpoint import CheckpointConfig
 from megatron.training.config.data import DataConfig
 from megatron.training.config.distributed import DistributedConfig
+from megatron.training.config.dry_run import DryRunConfig
 from megatron.training.config.logging import LoggingConfig
 from megatron.training.config.scheduler import SchedulerConfig
 from megatron.training.config.tokenizer import TokenizerConfig
@@ -32,6 +33,7 @@ class RunConfig:
     logging: LoggingConfig
     distributed: DistributedConfig
     ddp: DistributedDataParallelConfig
+    dry_run: DryRunConfig = field(default_factory=DryRunConfig)
     sources: dict[str, str] = field(default_factory=dict)
     """Field name -> ``default``, ``derived``, ``yaml`` or ``cli``."""
     notices: list[str] = field(default_factory=list)

@@ -197,6 +197,11 @@ def fully_sharded(check: Check) -> Iterator[str]:
             "--use-torch-fsdp2 with --overlap-moe-expert-parallel-comm is not offered: two "
             "microbatches that compute at once would let go of each other's layers"
         )
+    if check.config.dry_run.dry_run:
+        yield (
+            "--dry-run with --use-torch-fsdp2 is not offered: fully_shard talks to ranks itself; "
+            "look at the run with --use-distributed-optimizer"
+        )
     sizes = [f"{axis}_parallel_size" for axis in axes]
     split = [name for name in sizes if (getattr(model, name) or 1) > 1]
     if split:
@@ -212,6 +217,23 @@ def evaluation(check: Check) -> Iterator[str]:
     # --eval-interval beside an explicit --eval-iters 0 is how scripts turn evaluation off
     if check.config.validation.eval_iters == 0 and not check.given("eval_iters"):
         yield from check.useless("eval_interval", "without validation data")
+
+
+def dry_run(check: Check) -> Iterator[str]:
+    """A dry run is one process, and its options need it."""
+    if not check.config.dry_run.dry_run:
+        names = "dry_run_world_size dry_run_memory_gib dry_run_json"
+        yield from check.useless(names, "without --dry-run")
+        return
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1":
+        yield (
+            f"--dry-run looks at all ranks from one process, and {started} were started: leave out "
+            f"torchrun and add --dry-run-world-size {started}"
+        )
+    target = check.config.dry_run.dry_run_json
+    if target is not None and not Path(target).resolve().parent.is_dir():
+        yield f"{check.show('dry_run_json')}: {Path(target).resolve().parent} is no folder"
 
 
 def _problems_of(build: Callable[[], object]) -> tuple[str, ...]:
@@ -235,6 +257,7 @@ RUN_RULES: tuple[Rule, ...] = (
     sharded_optimizer,
     fully_sharded,
     evaluation,
+    dry_run,
 )
 
 RULES_OF_FOLDERS: tuple[Rule, ...] = (saving, loading)

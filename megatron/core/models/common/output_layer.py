@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from megatron.core.param_role import ParamRole, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.cross_entropy import linear_cross_entropy
+from megatron.core.tensor_parallel.linear_product import linear
 from megatron.core.tensor_parallel.regions import enter_region, gather_from_region
 from megatron.core.tensor_parallel.weight_split import split_over
 from megatron.core.transformer.init_rules import input_init
@@ -47,7 +48,7 @@ class OutputLayer(nn.Module):
             embedding_weight: [v / tp, h], used when the weights are tied, else None.
         """
         rows = self._enter(hidden_states)
-        here = nn.functional.linear(rows, self._weight(embedding_weight))
+        here = linear(rows, self._weight(embedding_weight))
         return gather_from_region(self.tp_group, here)
 
     def loss(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.param_role import Init, ParamRole, Split, set_role
+from megatron.core.tensor_parallel.linear_product import linear
 
 
 class Linear(nn.Module):
@@ -56,8 +57,8 @@ class Linear(nn.Module):
             The product [..., output_size]; and the bias [output_size] if it was not added.
         """
         if self.skip_bias_add:
-            return nn.functional.linear(input_, self.weight), self.bias
-        return nn.functional.linear(input_, self.weight, self.bias), None
+            return linear(input_, self.weight), self.bias
+        return linear(input_, self.weight, self.bias), None
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, role: ParamRole) -> nn.Parameter:

@@ -3,11 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.core.param_role import role_of, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers.linear import Linear
+from megatron.core.tensor_parallel.linear_product import linear
 from megatron.core.tensor_parallel.regions import leave_region
 from megatron.core.tensor_parallel.weight_split import split_over
 
@@ -47,7 +48,7 @@ class RowParallelLinear(Linear):
         """Multiply this rank's features of the input [..., input_size / tp]; see ``Linear``."""
         if self.tp_group.size() == 1:
             return super().forward(input_)  # the bias added within the product
-        part = nn.functional.linear(input_, self.weight)
+        part = linear(input_, self.weight)
         output = leave_region(self.tp_group, part, sequence_parallel=self.sequence_parallel)
         if self.skip_bias_add or self.bias is None:
             return output, self.bias

@@ -1,12 +1,17 @@
 """Tables of vectors looked up by id: tokens and positions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from megatron.core.grad_sink import grad_sink_of
 from megatron.core.param_role import Init, ParamRole, Split, TiedEnds, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.regions import reduce_from_region
 from megatron.core.tensor_parallel.weight_split import split_over
+from megatron.core.weight_grad_queue import weight_gradient
 
 
 class Embedding(nn.Module):
@@ -32,7 +37,8 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up ``ids`` [...]: [..., embedding_dim]."""
-        return nn.functional.embedding(ids, self.weight)
+        found: Tensor = _LookUp.apply(self.weight, ids)
+        return found
 
 
 class VocabParallelEmbedding(Embedding):
@@ -62,3 +68,25 @@ class VocabParallelEmbedding(Embedding):
         missing = (here < 0) | (here >= self.weight.shape[0])
         found = super().forward(here.masked_fill(missing, 0))
         return reduce_from_region(self.tp_group, found.masked_fill(missing.unsqueeze(-1), 0.0))
+
+
+class _LookUp(torch.autograd.Function):
+    """``F.embedding``, whose gradient goes to the sink of the table: at once, or in a W step."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_rows, ctx.sink = weight.shape[0], grad_sink_of(weight)
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        (ids,) = ctx.saved_tensors
+        return weight_gradient(ctx.sink, _table_grad, grad, ids, ctx.num_rows), None
+
+
+def _table_grad(grad: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """Return the sum of ``grad`` [..., h] over the places of each id: [num_rows, h]."""
+    table: Tensor = torch.ops.aten.embedding_dense_backward(grad, ids, num_rows, -1, False)
+    return table

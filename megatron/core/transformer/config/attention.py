@@ -1,5 +1,6 @@
 """Options of self-attention and positions. TransformerConfig inherits them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +20,8 @@ class AttentionConfig:
     """Share each key and value head among several query heads (see --num-query-groups)."""
 
     num_query_groups: int = 1
-    """Key and value heads under --group-query-attention; divides --num-attention-heads."""
+    """Key and value heads under --group-query-attention; divides --num-attention-heads. Divides
+    --tensor-model-parallel-size or is a multiple of it."""
 
     kv_channels: int | None = None
     """Size of one attention head; --hidden-size / --num-attention-heads when not set."""
@@ -55,6 +57,30 @@ class AttentionConfig:
             )
         if self.group_query_attention and heads % groups:
             yield f"--num-query-groups {groups} must divide --num-attention-heads {heads}"
+
+    def group_slice_problems(self, ranks: int, hidden_size: int) -> Iterator[str]:
+        """Yield a sentence if ``ranks`` of tensor parallelism cannot share the query groups."""
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if not self.group_query_attention or min(heads, ranks, groups) < 1 or heads % groups:
+            return
+        shown = f"--tensor-model-parallel-size {ranks}"
+        if groups % ranks and ranks % groups:
+            fits = [size for size in range(1, 2 * ranks) if heads % size == 0]
+            fits = [size for size in fits if groups % size == 0 or size % groups == 0]
+            yield (
+                f"{shown} must divide --num-query-groups {groups} or be a multiple of it; sizes "
+                f"that fit: {', '.join(map(str, fits[-3:]))}"
+            )
+        elif ranks > groups:
+            mates, head_dim = ranks // groups, self.kv_channels or hidden_size // heads
+            rows = (heads // groups + 2) * head_dim
+            if rows % mates:
+                yield (
+                    f"{shown} puts each of --num-query-groups {groups} on {mates} ranks, which "
+                    "must divide the rows of its queries, key and value: (--num-attention-heads "
+                    f"{heads} / {groups} + 2) x {head_dim} = {rows}; make --kv-channels a "
+                    f"multiple of {mates // math.gcd(mates, heads // groups + 2)}"
+                )
 
     @property
     def query_groups(self) -> int:

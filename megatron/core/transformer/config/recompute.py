@@ -21,7 +21,7 @@ class RecomputeConfig:
 
     recompute_num_layers: int | None = None
     """Layers that are recomputed together (uniform), or layers that are recomputed at all
-    (block)."""
+    (block). Counted in each pipeline stage."""
 
     recompute_modules: (
         list[Literal["core_attn", "moe_act", "mlp", "moe", "shared_experts"]] | None

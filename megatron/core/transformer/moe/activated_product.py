@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.core.extensions.torch_native import grouped_product, grouped_weight_grad
-from megatron.core.grad_sink import given, grad_sink_of
+from megatron.core.grad_sink import grad_sink_of
 from megatron.core.transformer.moe.expert_activation import activate, differentiate
+from megatron.core.weight_grad_queue import weight_gradient
 
 
 def activated_product(
@@ -58,5 +59,6 @@ class _ActivatedProduct(torch.autograd.Function):
         found = differentiate(inner, probs, grad_active, gated=ctx.gated)
         grad_weight = None
         if ctx.needs_input_grad[2]:
-            grad_weight = grouped_weight_grad(grad, found.activated, tokens_per_expert)
-        return found.inner, found.probs, given(grad_weight, ctx.sink), None, None
+            operands = grad, found.activated, tokens_per_expert
+            grad_weight = weight_gradient(ctx.sink, grouped_weight_grad, *operands)
+        return found.inner, found.probs, grad_weight, None, None

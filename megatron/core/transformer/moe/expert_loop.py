@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.expert_activation import (
     Activation,
     ActivationGradient,
 )
+from megatron.core.weight_grad_queue import WeightGradQueue, collecting_queue
 
 ROW_MULTIPLE = 16
 _SUMMED_AT_ONCE = 512
@@ -106,18 +107,22 @@ class _LoopedExperts(torch.autograd.Function):
         places = _places(ctx.sizes, rows.dtype)
         grad_rows, grad_probs = _room_for(rows, places), torch.empty_like(probs)
         scratch = _BackwardScratch(places, rows, weights[1].shape[2], inners[0].shape[1])
-        dw1, dw2, db1, db2 = (
-            None if weight is None else _GradientStack(weight, sink)
-            for weight, sink in zip(weights, ctx.sinks, strict=True)
+        later = _queue_of(*ctx.sinks[:2])
+        dw1, dw2 = (
+            None if later is not None else _GradientStack(weight, sink)
+            for weight, sink in zip(weights[:2], ctx.sinks[:2], strict=True)
         )
-        assert dw1 is not None, "experts have a first matrix"
-        assert dw2 is not None, "experts have a second matrix"
+        db1, db2 = (
+            None if bias is None else _GradientStack(bias, sink)
+            for bias, sink in zip(weights[2:], ctx.sinks[2:], strict=True)
+        )
+        kept: list[_Found] = []
         for expert, (place, (w1, w2, _, b2), inner) in enumerate(
             zip(places, _each(weights), inners, strict=True)
         ):
             own = slice(place.size)
             x, g = scratch.padded(place, rows, 0), scratch.padded(place, grad, 1)
-            found, grad_active = scratch.of_activation(place, grad_probs)
+            found, grad_active = scratch.of_activation(place, grad_probs, keep=later is not None)
             torch.mm(g, w2, out=grad_active)
             ctx.activation.differentiate(
                 inner[own],
@@ -126,9 +131,10 @@ class _LoopedExperts(torch.autograd.Function):
                 gated=ctx.gated,
                 out=ActivationGradient(found.inner[own], found.probs, found.activated[own]),
             )
-            summed = slice(place.summed_size)
-            dw2.put_product(expert, g[summed].t(), found.activated[summed])
-            dw1.put_product(expert, found.inner[summed].t(), x[summed])
+            if dw1 is not None and dw2 is not None:
+                _put_weights(expert, place, x, g, found, dw1, dw2)
+            else:
+                kept.append(_Found(found.inner, found.activated))
             torch.mm(found.inner, w1, out=grad_rows[place.padded])
             if db1 is not None and db2 is not None:
                 weight = probs[place.own].to(g.dtype)
@@ -136,6 +142,9 @@ class _LoopedExperts(torch.autograd.Function):
                     grad_probs[place.own].add_(g[own] @ b2)
                 db1.put(expert, found.inner[own].sum(dim=0))
                 db2.put(expert, torch.mv(g[own].t(), weight))
+        if later is not None:
+            sinks = ctx.sinks[:2]
+            later.put(sinks, _weight_step, places, rows, grad, kept, sinks)
         return (
             grad_rows.resize_(rows.shape),
             grad_probs,
@@ -144,28 +153,55 @@ class _LoopedExperts(torch.autograd.Function):
         )
 
 
-class _BackwardScratch:
-    """Room for what backward makes of one expert, for one expert after the other."""
+class _Found(NamedTuple):
+    """What the weight gradients of one expert need, beside its rows and their gradient."""
 
-    def __init__(self, places: "list[_Place]", rows: Tensor, ffn: int, inner: int) -> None:
-        self._actives = _scratch(places, ffn, rows)
-        self._grad_actives = _scratch(places, ffn, rows)
-        self._inners = _scratch(places, inner, rows)
+    inner: Tensor
+    """[padded rows, ffn or 2 * ffn], gradient of the output of the first matrix."""
+    activated: Tensor
+    """[padded rows, ffn], input of the second matrix."""
+
+
+def _queue_of(*sinks: GradSink | None) -> WeightGradQueue | None:
+    """Return where gradients of weights with these sinks are put off to; None if they are not."""
+    return None if None in sinks else collecting_queue()
+
+
+def _weight_step(
+    places: "list[_Place]",
+    rows: Tensor,
+    grad: Tensor,
+    kept: list[_Found],
+    sinks: Sequence[GradSink],
+) -> None:
+    """Add the gradients of both matrices of all experts, as backward would have done."""
+    filled = _FilledRows(places, rows)
+    dw1, dw2 = (_GradientStack(None, sink) for sink in sinks)
+    for expert, (place, found) in enumerate(zip(places, kept, strict=True)):
+        x, g = filled.padded(place, rows, 0), filled.padded(place, grad, 1)
+        _put_weights(expert, place, x, g, found, dw1, dw2)
+
+
+def _put_weights(
+    expert: int,
+    place: "_Place",
+    x: Tensor,
+    g: Tensor,
+    found: _Found | ActivationGradient,
+    dw1: "_GradientStack",
+    dw2: "_GradientStack",
+) -> None:
+    """Put the gradients of both matrices of one expert; ``x`` and ``g`` [padded rows, h]."""
+    summed = slice(place.summed_size)
+    dw2.put_product(expert, g[summed].t(), found.activated[summed])
+    dw1.put_product(expert, found.inner[summed].t(), x[summed])
+
+
+class _FilledRows:
+    """Room for the rows of one expert and zeros behind them, for one expert after the other."""
+
+    def __init__(self, places: "list[_Place]", rows: Tensor) -> None:
         self._padded = {n: _scratch(places, rows.shape[1], rows) for n in (0, 1)}
-
-    def of_activation(
-        self, place: "_Place", grad_probs: Tensor
-    ) -> tuple[ActivationGradient, Tensor]:
-        """Return where the gradients of the activation go, and where that of its output does.
-
-        Both have ``place.padded_size`` rows but the probs; the filling ones are zeros in the first.
-        """
-        padded, size = place.padded_size, place.size
-        inner, active = self._inners[:padded], self._actives[:padded]
-        inner[size:].zero_()
-        active[size:].zero_()
-        found = ActivationGradient(inner, grad_probs[place.own], active)
-        return found, self._grad_actives[:padded]
 
     def padded(self, place: "_Place", rows: Tensor, number: int) -> Tensor:
         """Return ``rows`` [padded]; a copy with zeros where filling rows are summed over."""
@@ -177,15 +213,46 @@ class _BackwardScratch:
         return room
 
 
+class _BackwardScratch(_FilledRows):
+    """Room for what backward makes of one expert, for one expert after the other."""
+
+    def __init__(self, places: "list[_Place]", rows: Tensor, ffn: int, inner: int) -> None:
+        super().__init__(places, rows)
+        self._actives = _scratch(places, ffn, rows)
+        self._grad_actives = _scratch(places, ffn, rows)
+        self._inners = _scratch(places, inner, rows)
+
+    def of_activation(
+        self, place: "_Place", grad_probs: Tensor, *, keep: bool
+    ) -> tuple[ActivationGradient, Tensor]:
+        """Return where the gradients of the activation go, and where that of its output does.
+
+        Both have ``place.padded_size`` rows but the probs; the filling ones are zeros in the first.
+        What the first returns is its caller's to ``keep``, or good until the next call.
+        """
+        padded, size = place.padded_size, place.size
+        inner, active = self._inners[:padded], self._actives[:padded]
+        if keep:
+            inner, active = torch.empty_like(inner), torch.empty_like(active)
+        inner[size:].zero_()
+        active[size:].zero_()
+        found = ActivationGradient(inner, grad_probs[place.own], active)
+        return found, self._grad_actives[:padded]
+
+
 class _GradientStack:
     """The gradient of one stacked parameter, made expert by expert.
 
     Added to its sink, where there is one; else a fresh tensor, of which each expert is put once.
     """
 
-    def __init__(self, weight: Tensor, sink: GradSink | None) -> None:
+    def __init__(self, weight: Tensor | None, sink: GradSink | None) -> None:
         self._adds = sink is not None
-        self._stack = torch.empty_like(weight) if sink is None else sink()
+        if sink is not None:
+            self._stack = sink()
+        else:
+            assert weight is not None, "a gradient without a sink is shaped like its weight"
+            self._stack = torch.empty_like(weight)
 
     @staticmethod
     def returned(stack: "_GradientStack | None") -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.param_role import ParamRole, set_role
+from megatron.core.tensor_parallel.linear_product import linear
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -68,7 +69,7 @@ class SharedExpertMLP(MLP):
             output = output + bias
         if self.gate_weight is None:
             return output
-        score = nn.functional.linear(hidden_states, self.gate_weight)  # [num_tokens, 1]
+        score = linear(hidden_states, self.gate_weight)  # [num_tokens, 1]
         return output * score.to(compute_dtype(score.dtype)).sigmoid().to(output.dtype)
 
 

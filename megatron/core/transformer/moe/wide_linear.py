@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.core.grad_sink import grad_sink_of
+from megatron.core.weight_grad_queue import weight_gradient
+
 
 def wide_linear(input_: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``input_ @ weight.T`` computed in ``dtype``; keeps only the operands for backward.
@@ -29,7 +32,7 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input_: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(input_, weight)
-        ctx.dtype = dtype
+        ctx.dtype, ctx.sink = dtype, grad_sink_of(weight)
         wide_weight = weight.to(dtype).t()
         out = input_.new_empty(len(input_), len(weight), dtype=dtype)
         for rows in _widened_at_once(input_, dtype):
@@ -38,15 +41,22 @@ class _WideLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         input_, weight = ctx.saved_tensors
         wide_weight = weight.to(ctx.dtype)
         grad_input = torch.empty_like(input_)
-        grad_weight = torch.zeros_like(wide_weight)
         for rows in _widened_at_once(input_, ctx.dtype):
             grad_input[rows] = grad[rows] @ wide_weight
-            grad_weight.addmm_(grad[rows].t(), input_[rows].to(ctx.dtype))
-        return grad_input, grad_weight.to(weight.dtype), None
+        operands = grad, input_, weight.dtype
+        return grad_input, weight_gradient(ctx.sink, _weight_grad, *operands), None
+
+
+def _weight_grad(grad: Tensor, input_: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return grad.T @ input_, [out, in], computed in the dtype of ``grad`` and rounded once."""
+    product = grad.new_zeros(grad.shape[1], input_.shape[1])
+    for rows in _widened_at_once(input_, grad.dtype):
+        product.addmm_(grad[rows].t(), input_[rows].to(grad.dtype))
+    return product.to(dtype)
 
 
 def _widened_at_once(input_: Tensor, dtype: torch.dtype) -> Iterator[slice]:

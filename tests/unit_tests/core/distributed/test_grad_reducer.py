@@ -71,3 +71,38 @@ def test_reducing_the_same_gradients_twice_is_refused():
     made.finish()
     with pytest.raises(AssertionError, match="reduced already"):
         made.finish()
+
+
+@given(st.integers(1, 12), st.data())
+def test_a_bucket_waits_for_what_was_put_off_whatever_came_first(count, data):
+    made, buckets, launched, _ = reducer(count)
+    put_off = data.draw(st.lists(st.integers(0, count - 1), max_size=2 * count))
+    for param in put_off:
+        made.put_off(param)
+    left = list(put_off)
+    events = [("filled", p) for p in range(count)] + [("settled", p) for p in put_off]
+    filled = set()
+    for kind, param in data.draw(st.permutations(events)):
+        if kind == "filled":
+            made.mark_filled(param)
+            filled.add(param)
+        else:
+            made.settle(param)
+            left.remove(param)
+        assert made.unsettled() == sorted(set(left))
+        whole = filled - set(left)
+        for bucket in launched:
+            assert set(bucket.params) <= whole
+        reached = 0
+        while reached < len(buckets) and set(buckets[reached].params) <= whole:
+            reached += 1
+        assert len(launched) == reached
+    assert tuple(launched) == buckets
+
+
+def test_settling_what_was_not_put_off_is_refused():
+    made, _, _, _ = reducer(2)
+    made.put_off(1)
+    made.settle(1)
+    with pytest.raises(AssertionError, match="no gradient of parameter 1"):
+        made.settle(1)

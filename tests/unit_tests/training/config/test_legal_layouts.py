@@ -92,7 +92,7 @@ def test_numbers_of_ranks_are_offered_where_sizes_do_not_help():
 
     text = advice(asked, judge(asked), judge, has_experts=False)
     assert text == (
-        "no layout on 3 ranks is legal with these model and batch sizes; or as asked on 4 ranks"
+        "no sizes on 3 ranks are legal with the other flags; legal: as asked on 4 ranks"
     )
 
 
@@ -102,9 +102,19 @@ def test_a_huge_world_is_searched_in_bounded_time():
 
     def judge(layout):
         judged.append(layout)
-        return ["never"] if layout.tp == 7 else ["never", "more"]
+        return ["never", "more"]
 
-    found = find_neighbours(asked, ["never", "other"], judge, has_experts=True)
-    assert found.layouts == ()
-    assert not found.was_exhaustive
-    assert len(judged) < 500
+    assert find_neighbours(asked, ["never", "other"], judge, has_experts=True) is None
+    assert 300 < len(judged) < 500
+
+
+def test_layers_are_balanced_where_that_mends_the_layout():
+    asked = Layout(4, 1, 1, 4, 1, None)
+
+    def judge(layout):
+        return [] if layout.is_balanced else ["61 layers over 4 stages"]
+
+    assert advice(asked, judge(asked), judge, has_experts=False) == (
+        "no sizes on 4 ranks are legal with the other flags; "
+        "legal: as asked with --pipeline-model-parallel-layout auto"
+    )

@@ -1,0 +1,135 @@
+"""Backward in two steps: I makes the gradients of inputs, W those of weights, when time is idle.
+
+While a queue collects, functions that make weight gradients put them off into it and return none;
+``run`` makes them in the order in which backward came by. Easy to break: what is put off holds the
+tensors that it multiplies, and nothing else: neither ``ctx`` nor the graph behind a saved tensor.
+
+Source: Qi et al. 2023, zero-bubble pipeline parallelism (arXiv:2401.10241), section 2.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron.core.grad_sink import GradSink, given
+
+
+class _State(Enum):
+    EMPTY = "it collected nothing yet"
+    COLLECTING = "it still collects"
+    FULL = "it has collected"
+    FAILED = "its backward failed"
+    DONE = "it was run"
+
+
+class _PutOff(NamedTuple):
+    add: Callable[..., None]
+    """Makes gradients and adds them to their sums."""
+    operands: tuple[Any, ...]
+    """What it is called with."""
+    sinks: tuple[GradSink, ...]
+    """Of the parameters concerned."""
+
+
+class WeightGradQueue:
+    """The weight gradients of one backward, put off.
+
+    One backward under ``collecting`` (step I), then ``run`` once (step W), in any order with those
+    of other queues; what a parameter sums up in the order of the ``run`` calls is bit for bit what
+    whole backwards in that order give. ``DistributedDataParallel`` waits: a parameter whose
+    gradient was put off outside ``no_sync`` is reduced after its ``run``, and
+    ``finish_grad_sync`` raises while a gradient is still put off.
+
+    A weight without a sink (``grad_sink_of``) gets its gradient in I.
+    """
+
+    def __init__(self) -> None:
+        self._put_off: deque[_PutOff] = deque()
+        self._state = _State.EMPTY
+
+    def __len__(self) -> int:
+        """Return how many entries wait for ``run``."""
+        return len(self._put_off)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Make no weight gradients in backward; put them off into this queue. Once."""
+        global _collecting  # backward may run in a thread of autograd's, which sees no ContextVar
+        self._expect(_State.EMPTY, "collect")
+        assert _collecting is None, "another queue collects already: one backward at a time"
+        self._state, _collecting = _State.COLLECTING, self
+        try:
+            yield
+            self._state = _State.FULL
+        finally:
+            _collecting = None
+            if self._state is _State.COLLECTING:
+                self._state = _State.FAILED
+
+    def put(self, sinks: Sequence[GradSink], add: Callable[..., None], *operands: Any) -> None:
+        """Put off ``add(*operands)``, which makes the gradients of the parameters of ``sinks``.
+
+        Args:
+            sinks: Each is noted as put off now, and settled when ``add`` was called.
+            add: Makes the gradients and adds them to what the sinks return; holds no tensor.
+            operands: Tensors are cut off from the graph, which they would keep alive.
+        """
+        self._expect(_State.COLLECTING, "put off")
+        for sink in sinks:
+            sink.put_off()
+        self._put_off.append(_PutOff(add, tuple(map(_alone, operands)), tuple(sinks)))
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Make the gradients that were put off, first in, first out, freeing what each held."""
+        self._expect(_State.FULL, "run")
+        self._state = _State.DONE
+        while self._put_off:
+            add, operands, sinks = self._put_off.popleft()
+            add(*operands)
+            del operands  # before the next makes its own
+            for sink in sinks:
+                sink.settle()
+
+    def _expect(self, state: _State, act: str) -> None:
+        assert self._state is state, f"a WeightGradQueue cannot {act}: {self._state.value}"
+
+
+_collecting: WeightGradQueue | None = None
+
+
+def collecting_queue() -> WeightGradQueue | None:
+    """Return the queue that weight gradients are put off into; None where they are made at once."""
+    return _collecting
+
+
+def weight_gradient(
+    sink: GradSink | None, make: Callable[..., Tensor], *operands: Any
+) -> Tensor | None:
+    """Make a weight gradient for its sink, now or in the W step; called in backward.
+
+    Args:
+        sink: Of the weight; without one nothing is put off.
+        make: Returns the gradient; holds no tensor.
+        operands: What ``make`` is called with.
+
+    Returns:
+        What autograd is to be given: None but for a weight without a sink.
+    """
+    if _collecting is None or sink is None:
+        return given(make(*operands), sink)
+    _collecting.put((sink,), _add, sink, make, *operands)
+    return None
+
+
+def _add(sink: GradSink, make: Callable[..., Tensor], *operands: Any) -> None:
+    sink().add_(make(*operands))
+
+
+def _alone(operand: Any) -> Any:
+    return operand.detach() if isinstance(operand, Tensor) else operand

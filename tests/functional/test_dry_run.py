@@ -1,0 +1,83 @@
+"""``pretrain_gpt.py --dry-run`` as a user calls it: report, figures, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.core.errors import ConfigError
+from megatron.training.arguments import parse_args
+from tests.functional.bad_input import GOOD
+
+ROOT = Path(__file__).parents[2]
+MODEL = (
+    "--mock-data --num-layers 2 --hidden-size 32 --num-attention-heads 2 --num-experts 8 "
+    "--moe-router-topk 2 --seq-length 32 --micro-batch-size 2 --global-batch-size 8 --lr 1e-3"
+)
+LAYOUT = "--dry-run-world-size 4 --expert-model-parallel-size 2 --tensor-model-parallel-size 2"
+
+
+def _dry_run(flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    free = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "pretrain_gpt.py"),
+            *MODEL.split(),
+            "--dry-run",
+            *flags.split(),
+        ],
+        env=free | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_dry_run_shows_ranks_model_memory_and_communication(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    done = _dry_run(f"{LAYOUT} --dry-run-memory-gib 1 --dry-run-json {target}", WORLD_SIZE="1")
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+    assert "dense grid   tp 2 x cp 1 x dp 2 x pp 1" in out
+    assert "expert grid  etp 2 x ep 2 x edp 1 x pp 1" in out
+    assert "no deadlock: every rank comes to the end of the step" in out
+    assert "fits into it" in out
+    assert max(map(len, out.splitlines())) <= 120
+    figures = json.loads(target.read_text())
+    assert figures["deadlock"] is None
+    assert len(figures["ranks"]) == 4
+    hidden, ffn, vocab, positions = 32, 128, 8192, 32  # of --mock-data
+    attention = 4 * hidden * hidden + 4 * hidden
+    experts = 8 * (2 * hidden * ffn + ffn + hidden)
+    layer = attention + experts + 8 * hidden + 2 * 2 * hidden
+    assert figures["parameters"]["experts"] == 2 * experts
+    assert figures["parameters"]["whole"] == ((vocab + positions) * hidden + 2 * layer + 2 * hidden)
+    memory = figures["ranks"][3]["memory_bytes"]
+    assert memory["gradients"] == memory["weights"]
+    assert memory["optimizer"] == pytest.approx(2 * memory["weights"], rel=0.01)  # two moments
+
+
+def test_a_run_that_does_not_fit_ends_with_code_1() -> None:
+    done = _dry_run(f"{LAYOUT} --dry-run-memory-gib 0.001")
+    assert done.returncode == 1, done.stderr
+    assert "GiB does NOT fit into it" in done.stdout
+
+
+def test_the_world_of_a_dry_run_is_the_one_that_is_asked_for() -> None:
+    config = parse_args(f"{GOOD} --dry-run --dry-run-world-size 4".split(), world_size=1)
+    assert config.training.global_batch_size == 4 * config.training.micro_batch_size
+    line = f"{GOOD} --dry-run --dry-run-world-size 3 --tensor-model-parallel-size 2"
+    with pytest.raises(ConfigError, match="--tensor-model-parallel-size 2"):
+        parse_args(line.split(), world_size=4)
+
+
+def test_torchrun_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="leave out torchrun and add --dry-run-world-size 4"):
+        parse_args(f"{GOOD} --dry-run".split())

@@ -1,0 +1,79 @@
+"""A large model made small keeps its features, and the rules of the configuration accept it."""
+
+import pytest
+
+from tools.layouts.cases import config_of, read_base
+from tools.layouts.scale_down import kept_layers, scaled_down
+
+DEEPSEEK = """
+    --num-layers 61 --hidden-size 7168 --num-attention-heads 128 --ffn-hidden-size 18432 --swiglu
+    --moe-ffn-hidden-size 2048 --num-experts 256 --moe-router-topk 8 --moe-router-num-groups 8
+    --moe-router-group-topk 4 --moe-layer-freq ([0]*3+[1]*58) --moe-router-score-function sigmoid
+    --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 2.5 --normalization RMSNorm
+    --moe-shared-expert-intermediate-size 2048 --position-embedding-type rope --bf16
+    --disable-bias-linear --untie-embeddings-and-output-weights --seq-length 4096
+    --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.0001
+    --tensor-model-parallel-size 2 --expert-model-parallel-size 64 --use-distributed-optimizer
+    --save /nowhere --data-path /nowhere/data --lr 1e-4 --train-iters 100 --micro-batch-size 1
+"""
+MIXTRAL = """
+    --num-layers 32 --hidden-size 4096 --num-attention-heads 32 --group-query-attention
+    --num-query-groups 8 --ffn-hidden-size 14336 --num-experts 8 --moe-router-topk 2 --swiglu
+    --position-embedding-type rope --seq-length 4096 --padded-vocab-size 32000
+"""
+DENSE = "--num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 64"
+
+
+def _small(words: str):
+    base = read_base(words.split(), "fp64")
+    pattern = config_of(base.values, [], 1, "sgd").model.moe_layer_pattern
+    return config_of(scaled_down(base.values, pattern), [], 1, "sgd"), base
+
+
+def test_features_and_ratios_stay():
+    config, base = _small(DEEPSEEK)
+    model = config.model
+    assert list(model.moe_layer_pattern) == [False, True, True, True]
+    assert (model.num_moe_experts, model.moe_router_topk) == (8, 4)
+    assert (model.moe_router_num_groups, model.moe_router_group_topk) == (4, 2)
+    assert model.moe_shared_expert_intermediate_size == 8
+    assert model.moe_router_enable_expert_bias
+    assert model.untie_embeddings_and_output_weights
+    assert (model.hidden_size, config.data.seq_length) == (16, 16)
+    assert base.own_layout is not None
+    assert base.own_layout.sizes == {"tp": 2, "ep": 64}
+    assert base.own_layout.words == (
+        *["--tensor-model-parallel-size", "2", "--expert-model-parallel-size", "64"],
+        "--use-distributed-optimizer",
+    )
+
+
+def test_heads_keep_their_groups():
+    model = _small(MIXTRAL)[0].model
+    assert (model.num_attention_heads, model.num_query_groups) == (4, 1)
+
+
+def test_a_dense_model_stays_dense():
+    config, _ = _small(DENSE)
+    assert config.model.num_moe_experts is None
+    assert config.model.num_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [
+        ([True] * 61, [0, 20, 40, 60]),
+        ([False] * 3 + [True] * 58, [0, 20, 40, 60]),
+        ([True] * 2, [0, 1]),
+        ([True] * 30 + [False] + [True] * 30, [0, 30, 40, 60]),
+        ([False, True] * 4, [0, 2, 5, 7]),
+    ],
+)
+def test_layers_that_stay_are_spread_and_of_both_kinds(pattern, kept):
+    assert kept_layers(pattern) == kept
+
+
+def test_what_a_run_reads_and_writes_is_left_out():
+    config, _ = _small(DEEPSEEK)
+    assert config.checkpoint.save is None
+    assert config.data.mock_data
