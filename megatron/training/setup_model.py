@@ -93,7 +93,13 @@ def build_pipeline(config: RunConfig, world: World, num_microbatches: int) -> Pi
     shape = (length, config.training.micro_batch_size, model.hidden_size)
     message = Message(shape, params_dtype(model), world.device)
     lanes = Lanes() if model.overlap_moe_expert_parallel_comm else None
-    return PipelineExecutor(schedule_of(model, num_microbatches), groups.pp, message, lanes=lanes)
+    return PipelineExecutor(
+        schedule_of(model, num_microbatches),
+        groups.pp,
+        message,
+        lanes=lanes,
+        weights_while_waiting=model.delay_wgrad_compute,
+    )
 
 
 def _refuse_other_stages(

@@ -24,11 +24,6 @@ SHARDED_CASES: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --num-attention-heads 4 --tensor-model-parallel-size 2 --use-torch-fsdp2",
         ["--use-torch-fsdp2 with --tensor-model-parallel-size 2 is not offered"],
     ),
-    "fully sharded dry run": (
-        1,
-        f"{GOOD} --dry-run --dry-run-world-size 2 --use-torch-fsdp2",
-        ["--dry-run with --use-torch-fsdp2 is not offered"],
-    ),
     "fully sharded pipeline": (
         2,
         f"{GOOD} --pipeline-model-parallel-size 2 --use-torch-fsdp2",

@@ -150,8 +150,6 @@ def machine(check: Check) -> Iterator[str]:
     where = check.config.distributed
     if where.device == "cpu" and where.distributed_backend == "nccl":
         yield "--distributed-backend nccl needs --device cuda; on cpu leave it out or say gloo"
-    if check.world_size == 1:
-        yield from check.useless("check_replica_hash", "on one rank, which has no replicas")
     if check.config.logging.tensorboard_dir is None:
         yield from check.useless(
             "tensorboard_log_interval tensorboard_queue_size", "without --tensorboard-dir"
@@ -197,11 +195,6 @@ def fully_sharded(check: Check) -> Iterator[str]:
             "--use-torch-fsdp2 with --overlap-moe-expert-parallel-comm is not offered: two "
             "microbatches that compute at once would let go of each other's layers"
         )
-    if check.config.dry_run.dry_run:
-        yield (
-            "--dry-run with --use-torch-fsdp2 is not offered: fully_shard talks to ranks itself; "
-            "look at the run with --use-distributed-optimizer"
-        )
     sizes = [f"{axis}_parallel_size" for axis in axes]
     split = [name for name in sizes if (getattr(model, name) or 1) > 1]
     if split:
@@ -230,6 +223,11 @@ def dry_run(check: Check) -> Iterator[str]:
         yield (
             f"--dry-run looks at all ranks from one process, and {started} were started: leave out "
             f"torchrun and add --dry-run-world-size {started}"
+        )
+    if check.config.ddp.use_torch_fsdp2:
+        yield (
+            "--dry-run with --use-torch-fsdp2 is not offered: torch gathers its shards by itself, "
+            "unseen; see --use-distributed-optimizer for what the optimizer's state alone saves"
         )
     target = check.config.dry_run.dry_run_json
     if target is not None and not Path(target).resolve().parent.is_dir():

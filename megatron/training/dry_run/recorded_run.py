@@ -148,7 +148,7 @@ def _run(recipe: Recipe, table: GroupTable, rank: int) -> Run:
 
 def _static(run: Run) -> tuple[int, int, int]:
     """Return the bytes of weights, gradients and optimizer state."""
-    assert isinstance(run.model, DistributedDataParallel), "fully sharded runs are refused"
+    assert isinstance(run.model, DistributedDataParallel), "the rules let no other model come here"
     buffers = run.model.grad_buffers
     weights = {b.param_data for b in buffers} | set(run.model.module.buffers())
     gradients = {b.grad_data for b in buffers}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.core.models.common.output_layer import OutputLayer
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.recompute import recomputed
@@ -45,6 +46,9 @@ class _Pass:
     backward: _Phase | None = None
     kept: int = 0
     """Bytes that live from forward to backward, the output left out."""
+    shape: tuple[int, ...] = ()
+    """Of the output."""
+    dtype: torch.dtype = torch.float32
 
 
 class Replay:
@@ -59,7 +63,7 @@ class Replay:
         self._by_kind = by_kind
         self._known: dict[Hashable, _Pass] = {}
         self._kinds: dict[int, Hashable] = {}
-        self._is_inside = False
+        self._is_inside = self._was_real = False
 
     @contextmanager
     def active(
@@ -94,7 +98,13 @@ class Replay:
             key = ("span", kinds, *self._shape(x))
             return self._do(key, context, lambda y: recomputed(function, when, span, y, *rest), x)
 
+        loss = OutputLayer.loss
+
+        def head_loss(head: OutputLayer, x: Tensor, *rest: Any) -> Tensor:
+            return self._do(("head", *self._shape(x)), None, lambda y: loss(head, y, *rest), x)
+
         with (
+            mock.patch.object(OutputLayer, "loss", head_loss),
             mock.patch.object(TransformerLayer, "forward", layer_forward),
             mock.patch.object(transformer_block, "recomputed", span_forward),
         ):
@@ -115,12 +125,19 @@ class Replay:
     def _do(
         self,
         key: Hashable,
-        context: ForwardContext,
+        context: ForwardContext | None,
         forward: Callable[[Tensor], Tensor],
         x: Tensor,
     ) -> Tensor:
-        """Repeat what ``forward`` does on ``x``; run it aside where that is not known yet."""
-        if self._is_inside or self._is_real(context):
+        """Repeat what ``forward`` does on ``x``; run it aside where that is not known yet.
+
+        Without a ``context``, for the head, where the layer before it was.
+        """
+        if self._is_inside:
+            return forward(x)
+        if context is not None:
+            self._was_real = self._is_real(context)
+        if self._was_real:
             return forward(x)
         known = self._known.get(key)
         if known is None:
@@ -142,6 +159,7 @@ class Replay:
         out = forward(copy)
         known = _Pass(_Phase(log.events[start:], posts, live.peak - before))
         known.kept = live.now - before - out.untyped_storage().nbytes()
+        known.shape, known.dtype = tuple(out.shape), out.dtype
         if out.requires_grad:
             first, middle = log.num_posts, len(log.events)
             grad = torch.empty_like(out)
@@ -170,7 +188,8 @@ class _Repeat(torch.autograd.Function):
         ctx.replay, ctx.known = replay, known
         if x.requires_grad and known.kept > 0:
             ctx.kept = x.new_empty(known.kept, dtype=torch.uint8)
-        return torch.empty_like(x)
+        ctx.like = (tuple(x.shape), x.dtype)
+        return x.new_empty(known.shape, dtype=known.dtype)
 
     @staticmethod
     @once_differentiable
@@ -178,4 +197,5 @@ class _Repeat(torch.autograd.Function):
         assert ctx.known.backward is not None, "what has a gradient was run backward, too"
         ctx.replay.repeat(ctx.known.backward)
         ctx.kept = None
-        return torch.empty_like(grad), None, None
+        shape, dtype = ctx.like
+        return grad.new_empty(shape, dtype=dtype), None, None
