@@ -2,13 +2,16 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import nn
 
 from megatron.core.param_role import ParamRole, deferred_init, logical_shards, role_of
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.config.run_config import RunConfig
 from megatron.training.dry_run.rank_groups import GroupTable
 from megatron.training.setup_model import ModelProvider
@@ -71,11 +74,21 @@ def take_census(config: RunConfig, provider: ModelProvider, table: GroupTable) -
     ranks: list[RankModel] = []
     tally = _Tally()
     for rank in range(table.layout.world_size):
-        with torch.device("meta"), deferred_init():
+        with torch.device("meta"), deferred_init(), _checked(rank > 0):
             model = provider(config, table.collection(rank))
         ranks.append(_describe(rank, model))
         tally.add(model)
     return Census(ranks=tuple(ranks), whole=tally.whole(config.model.num_layers))
+
+
+@contextmanager
+def _checked(already: bool) -> Iterator[None]:
+    """Do not check the config again in every layer of every rank; it is one and the same."""
+    if not already:
+        yield
+        return
+    with mock.patch.object(TransformerConfig, "check", return_value=None):
+        yield
 
 
 def _describe(rank: int, model: nn.Module) -> RankModel:

@@ -85,8 +85,8 @@ class Matcher:
         self._tickets: list[list[tuple[_Channel, int, Post]]] = [[] for _ in sequences]
         self._ready = deque(range(len(sequences)))
         self._blocked: dict[int, tuple[_Channel, int, Post, Wait]] = {}
-        self._even: set[int] = set()
-        """Identities of all-to-all posts whose splits fit themselves."""
+        self._even: set[frozenset[int]] = set()
+        """Identities of all-to-all posts that fit each other in any order."""
 
     def play(self) -> Problem | None:
         """Return the first problem found, or None if every rank gets to its end."""
@@ -156,18 +156,16 @@ class Matcher:
 
     def _splits_problem(self, channel: _Channel, slot: _Slot) -> Problem | None:
         posts = [slot.posts[rank] for rank in channel.ranks]
-        first = posts[0]
-        if all(post is first for post in posts):
-            if id(first) in self._even:
-                return None
-            if len({*first.send, *first.recv}) <= 1:
-                self._even.add(id(first))
-                return None
+        kinds = frozenset(map(id, posts))
+        if kinds in self._even:
+            return None
         for i, sender in enumerate(posts):
             for j, receiver in enumerate(posts):
                 if sender.send[j] != receiver.recv[i]:
                     ends = (channel.ranks[i], sender), (channel.ranks[j], receiver)
                     return Problem("splits", tuple(Standing(*end) for end in ends), 2)
+        if len({size for post in posts for size in (*post.send, *post.recv)}) == 1:
+            self._even.add(kinds)
         return None
 
     def _standing(self, rank: int) -> Standing:

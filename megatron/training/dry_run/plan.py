@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron.training.dry_run.census import Census
@@ -85,13 +85,15 @@ def rehearse(
     stands_for = _representatives(census, table, closeness)
     replays: dict[object, Replay] = {}
     steps: dict[int, RecordedStep] = {}
+    one: dict[Event, Event] = {}  # equal events of several ranks are one object, told apart by id
     for rank in sorted(set(stands_for)):
         replay = None
         if not closeness.every_pass:
             alone = closeness.every_layer or closeness.every_rank or rank == len(stands_for) - 1
             key = rank if alone else _places(table, rank)
             replay = replays.setdefault(key, Replay(by_kind=not closeness.every_layer))
-        steps[rank] = record_step(recipe, table, rank, replay)
+        step = record_step(recipe, table, rank, replay)
+        steps[rank] = replace(step, events=tuple(one.setdefault(e, e) for e in step.events))
         tell(f"recorded rank {rank}")
     sequences: list[tuple[Event, ...]] = [steps[rank].events for rank in stands_for]
     return Rehearsal(

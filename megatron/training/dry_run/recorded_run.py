@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.lanes import Lanes
 from megatron.core.parallel_layout import ParallelLayout
 from megatron.core.transformer.forward_context import ForwardContext
@@ -129,7 +130,8 @@ def _replayed(run: Run, replay: Replay | None, log: EventLog, live: LiveStorages
         return overlaps and (context.microbatch, context.chunk) in last
 
     # what is run aside must not count as the last microbatch
-    with replay.active(log, live, is_real, run.model.no_sync):
+    kinds = {step.kind for steps in run.pipeline.schedule.steps for step in steps}
+    with replay.active(log, live, is_real, run.model.no_sync, "W" in kinds):
         yield
 
 
@@ -147,6 +149,7 @@ def _run(recipe: Recipe, table: GroupTable, rank: int) -> Run:
 
 def _static(run: Run) -> tuple[int, int, int]:
     """Return the bytes of weights, gradients and optimizer state."""
+    assert isinstance(run.model, DistributedDataParallel), "the rules let no other model come here"
     buffers = run.model.grad_buffers
     weights = {b.param_data for b in buffers} | set(run.model.module.buffers())
     gradients = {b.grad_data for b in buffers}

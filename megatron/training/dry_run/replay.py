@@ -8,8 +8,9 @@ the last microbatch is always run for real.
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.core.models.common.output_layer import OutputLayer
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.recompute import recomputed
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.weight_grad_queue import WeightGradQueue, collecting_queue
 from megatron.training.dry_run.events import Event, Post, Wait
 from megatron.training.dry_run.known_values import LiveStorages
 from megatron.training.dry_run.recorded_collectives import EventLog
@@ -43,8 +46,16 @@ class _Pass:
 
     forward: _Phase = field(default_factory=_Phase)
     backward: _Phase | None = None
+    """Whole, or of the gradients of inputs alone."""
+    weights: _Phase | None = None
+    """Of the gradients of weights, where they are a step of their own."""
+    put_off: int = 0
+    """Bytes that live from the one to the other."""
     kept: int = 0
     """Bytes that live from forward to backward, the output left out."""
+    shape: tuple[int, ...] = ()
+    """Of the output."""
+    dtype: torch.dtype = torch.float32
 
 
 class Replay:
@@ -59,7 +70,7 @@ class Replay:
         self._by_kind = by_kind
         self._known: dict[Hashable, _Pass] = {}
         self._kinds: dict[int, Hashable] = {}
-        self._is_inside = False
+        self._is_inside = self._was_real = False
 
     @contextmanager
     def active(
@@ -68,6 +79,7 @@ class Replay:
         live: LiveStorages,
         is_real: Callable[[ForwardContext], bool],
         aside: Callable[[], AbstractContextManager[None]],
+        splits: bool,
     ) -> Iterator[None]:
         """Replay inside the block.
 
@@ -76,8 +88,10 @@ class Replay:
             live: Of the rank.
             is_real: Says of a forward that it must be run for real.
             aside: Entered while a layer is run aside.
+            splits: Whether gradients of weights are a step of their own.
         """
-        self._log, self._live, self._is_real, self._apart = log, live, is_real, aside
+        self._log, self._live, self._is_real = log, live, is_real
+        self._apart, self._splits = aside, splits
         self._kinds = {}
         whole = TransformerLayer.forward
 
@@ -94,7 +108,13 @@ class Replay:
             key = ("span", kinds, *self._shape(x))
             return self._do(key, context, lambda y: recomputed(function, when, span, y, *rest), x)
 
+        loss = OutputLayer.loss
+
+        def head_loss(head: OutputLayer, x: Tensor, *rest: Any) -> Tensor:
+            return self._do(("head", *self._shape(x)), None, lambda y: loss(head, y, *rest), x)
+
         with (
+            mock.patch.object(OutputLayer, "loss", head_loss),
             mock.patch.object(TransformerLayer, "forward", layer_forward),
             mock.patch.object(transformer_block, "recomputed", span_forward),
         ):
@@ -115,12 +135,19 @@ class Replay:
     def _do(
         self,
         key: Hashable,
-        context: ForwardContext,
+        context: ForwardContext | None,
         forward: Callable[[Tensor], Tensor],
         x: Tensor,
     ) -> Tensor:
-        """Repeat what ``forward`` does on ``x``; run it aside where that is not known yet."""
-        if self._is_inside or self._is_real(context):
+        """Repeat what ``forward`` does on ``x``; run it aside where that is not known yet.
+
+        Without a ``context``, for the head, where the layer before it was.
+        """
+        if self._is_inside:
+            return forward(x)
+        if context is not None:
+            self._was_real = self._is_real(context)
+        if self._was_real:
             return forward(x)
         known = self._known.get(key)
         if known is None:
@@ -142,15 +169,30 @@ class Replay:
         out = forward(copy)
         known = _Pass(_Phase(log.events[start:], posts, live.peak - before))
         known.kept = live.now - before - out.untyped_storage().nbytes()
+        known.shape, known.dtype = tuple(out.shape), out.dtype
         if out.requires_grad:
             first, middle = log.num_posts, len(log.events)
             grad = torch.empty_like(out)
             held = live.peak = live.now
-            out.backward(grad)
+            queue = WeightGradQueue() if self._splits else None
+            with nullcontext() if queue is None else queue.collecting():
+                out.backward(grad)
             known.backward = _Phase(log.events[middle:], first, live.peak - held)
+            if queue is not None:
+                del out, grad
+                copy.grad = None
+                self._weights_aside(known, queue, before)
         del log.events[start:]
         log.num_posts, live.peak = posts, peak
         return known
+
+    def _weights_aside(self, known: _Pass, queue: WeightGradQueue, before: int) -> None:
+        log, live = self._log, self._live
+        held = live.peak = live.now
+        known.put_off = held - before
+        posts, start = log.num_posts, len(log.events)
+        queue.run()
+        known.weights = _Phase(log.events[start:], posts, live.peak - held)
 
     def repeat(self, phase: _Phase) -> None:
         """Note what was said in ``phase`` once more, and that its memory was held for a moment."""
@@ -170,7 +212,8 @@ class _Repeat(torch.autograd.Function):
         ctx.replay, ctx.known = replay, known
         if x.requires_grad and known.kept > 0:
             ctx.kept = x.new_empty(known.kept, dtype=torch.uint8)
-        return torch.empty_like(x)
+        ctx.like = (tuple(x.shape), x.dtype)
+        return x.new_empty(known.shape, dtype=known.dtype)
 
     @staticmethod
     @once_differentiable
@@ -178,4 +221,16 @@ class _Repeat(torch.autograd.Function):
         assert ctx.known.backward is not None, "what has a gradient was run backward, too"
         ctx.replay.repeat(ctx.known.backward)
         ctx.kept = None
-        return torch.empty_like(grad), None, None
+        queue = collecting_queue()
+        if ctx.known.weights is not None and queue is None:
+            ctx.replay.repeat(ctx.known.weights)
+        elif ctx.known.weights is not None and queue is not None:
+            held = grad.new_empty(max(ctx.known.put_off, 0), dtype=torch.uint8)
+            queue.put((), partial(_repeat_weights, ctx.replay, ctx.known.weights), held)
+        shape, dtype = ctx.like
+        return grad.new_empty(shape, dtype=dtype), None, None
+
+
+def _repeat_weights(replay: Replay, phase: _Phase, held: Tensor) -> None:
+    del held
+    replay.repeat(phase)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from megatron.core.pipeline_parallel.layer_homes import schedule_of
 from megatron.training.config.run_config import RunConfig
 from megatron.training.dry_run.census import Census, RankModel
 from megatron.training.dry_run.matcher import describe
@@ -54,7 +55,7 @@ def page(config: RunConfig, table: GroupTable, census: Census, rehearsal: Rehear
     sections = (
         grid_section(table),
         model_section(census, table, config),
-        memory_section(census, rehearsal, table),
+        memory_section(config, census, rehearsal, table),
         traffic_section(rehearsal, table),
         order_section(rehearsal),
     )
@@ -138,17 +139,52 @@ def stages(census: Census, table: GroupTable) -> list[list[RankModel]]:
     return list(found.values())
 
 
-def memory_section(census: Census, rehearsal: Rehearsal, table: GroupTable) -> Iterator[str]:
+def memory_section(
+    config: RunConfig, census: Census, rehearsal: Rehearsal, table: GroupTable
+) -> Iterator[str]:
     """Say how much memory each stage needs, and which rank most."""
+    kept = kept_microbatches(config, table)
     yield "MEMORY of a rank in GiB (tensors; no room for the allocator, kernels or buffers of NCCL)"
     names = ("weights", "gradients", "optimizer", "activations")
-    rows: list[Sequence[object]] = [("stage", "ranks", *names, "total")]
+    rows: list[Sequence[object]] = [("stage", "ranks", *names, "total", "microbatches kept")]
     for ranks in same_memory(rehearsal, table):
-        use = rehearsal.of(ranks[0]).memory
+        use, stage = rehearsal.of(ranks[0]).memory, table.collection(ranks[0]).pp.rank()
         figures = (f"{size / GIB:.3f}" for size in (*use, use.total))
-        rows.append((table.collection(ranks[0]).pp.rank(), ranges(ranks), *figures))
+        rows.append((stage, ranges(ranks), *figures, f"{kept[stage]:g}"))
     yield from columns(rows, left=2)
-    yield from largest(census, rehearsal)
+    yield f"  optimizer: {optimizer_text(config)}; {recompute_text(config)}"
+    rank = largest_rank(rehearsal)
+    yield from largest(census, rehearsal, kept[table.collection(rank).pp.rank()])
+
+
+def kept_microbatches(config: RunConfig, table: GroupTable) -> list[float]:
+    """Return for each stage how many microbatches' activations it keeps at most."""
+    count = config.training.global_batch_size // config.training.micro_batch_size
+    schedule = schedule_of(config.model, count // table.layout.dense_grid()["dp"])
+    return [peak / schedule.chunks for peak in schedule.peak_activations()]
+
+
+def optimizer_text(config: RunConfig) -> str:
+    """Say what the optimizer keeps of an element, and where."""
+    wide = config.model.params_dtype_name != "bfloat16"
+    adam = config.optimizer.optimizer == "adam"
+    moments = 2 if adam else int(config.optimizer.sgd_momentum > 0)
+    parts = [] if wide else ["main weights in fp32"]
+    parts += [f"{moments} moment{'s' if moments > 1 else ''}"] if moments else []
+    where = "on every data rank"
+    if config.ddp.use_distributed_optimizer:
+        where = "shared out over data ranks (--use-distributed-optimizer)"
+    return f"{config.optimizer.optimizer}, {' and '.join(parts) or 'nothing'} {where}"
+
+
+def recompute_text(config: RunConfig) -> str:
+    """Say what is computed again in backward."""
+    model = config.model
+    if model.recompute_granularity is None:
+        return "nothing is recomputed"
+    if model.recompute_granularity == "selective":
+        return f"recomputed: {', '.join(sorted(model.recomputed_modules))}"
+    return f"recomputed: whole layers ({model.recompute_method} {model.recompute_num_layers})"
 
 
 def same_memory(rehearsal: Rehearsal, table: GroupTable) -> list[list[int]]:
@@ -160,7 +196,7 @@ def same_memory(rehearsal: Rehearsal, table: GroupTable) -> list[list[int]]:
     return list(found.values())
 
 
-def largest(census: Census, rehearsal: Rehearsal) -> Iterator[str]:
+def largest(census: Census, rehearsal: Rehearsal, kept: float) -> Iterator[str]:
     """Name the rank that needs most, and what makes it so."""
     rank = largest_rank(rehearsal)
     use, model = rehearsal.of(rank).memory, census.ranks[rank]
@@ -175,10 +211,8 @@ def largest(census: Census, rehearsal: Rehearsal) -> Iterator[str]:
     more = f" and {', '.join(model.parts)}" if model.parts else ""
     count = len(model.layers)
     held = f"{count} layer{'s' if count != 1 else ''}{more}"
-    yield (
-        f"  largest: rank {rank} with {use.total / GIB:.3f} GiB; {most}: {share:.0f} % of it; "
-        f"it holds {held}"
-    )
+    yield (f"  largest: rank {rank} with {use.total / GIB:.3f} GiB, of which {most}: {share:.0f} %")
+    yield f"  it holds {held}, and keeps {kept:g} microbatch{'es' if kept != 1 else ''}"
 
 
 def largest_rank(rehearsal: Rehearsal) -> int:

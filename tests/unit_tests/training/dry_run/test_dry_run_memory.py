@@ -29,13 +29,28 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep 4": {"expert_model_parallel_size": 4},
     "cp 2": {"context_parallel_size": 2},
     "zero 1": {"use_distributed_optimizer": True},
+    "pp 2": {
+        "pipeline_model_parallel_size": 2,
+        "num_layers": 3,
+        "decoder_first_pipeline_num_layers": 2,
+    },
+    "pp 2 in 4 stages": {
+        "pipeline_model_parallel_size": 2,
+        "num_virtual_stages_per_pipeline_rank": 2,
+        "num_layers": 4,
+    },
+    "zero bubble": {
+        "pipeline_model_parallel_size": 2,
+        "num_layers": 2,
+        "pipeline_schedule": "zb-h1",
+    },
     "recompute": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     },
 }
-QUICK = ("tp 2 with sp, dp 2", "ep 4")
+QUICK = ("tp 2 with sp, dp 2", "pp 2")
 
 
 def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron.core.optimizer import optimizer as optimizer_module
+from megatron.core.pipeline_parallel import executor as executor_module
 from megatron.core.tensor_parallel.mappings import all_gather_rows, all_to_all, exchange_counts
 from megatron.core.transformer.moe import router as router_module
 from megatron.core.transformer.moe.microbatch_share import MicrobatchShare
@@ -82,6 +83,23 @@ SOUND: dict[str, tuple[int, dict[str, Any]]] = {
             "overlap_param_gather": True,
         },
     ),
+    "pipeline": (2, {"pipeline_model_parallel_size": 2, "num_layers": 2}),
+    "interleaved, tied": (
+        4,
+        {
+            "pipeline_model_parallel_size": 2,
+            "num_virtual_stages_per_pipeline_rank": 2,
+            "num_layers": 4,
+            "expert_model_parallel_size": 2,
+            "overlap_grad_reduce": True,
+        },
+    ),
+    "zero bubble": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zb-h1"}),
+    "v shape": (
+        2,
+        {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev", "num_layers": 4},
+    ),
+    "lanes": (2, {"expert_model_parallel_size": 2, "overlap_moe_expert_parallel_comm": True}),
     "capacity": (2, {"expert_model_parallel_size": 2, "moe_expert_capacity_factor": 1.0}),
     "hash": (
         2,
@@ -178,6 +196,24 @@ def test_a_collective_that_one_rank_skips(monkeypatch: pytest.MonkeyPatch) -> No
     problem = _problem(2, **TP)
     assert problem is not None
     assert "microbatch_share.py" in "\n".join(describe(problem))
+
+
+def test_a_message_that_one_stage_does_not_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = executor_module._Walk._send
+
+    def skipped(walk: Any, transfer: Any) -> None:
+        if transfer.product.kind == "gradient" and transfer.product.microbatch == 0:
+            walk.there.pop(transfer.product)
+            return
+        plain(walk, transfer)
+
+    monkeypatch.setattr(executor_module._Walk, "_send", skipped)
+    problem = _problem(2, num_layers=2, pipeline_model_parallel_size=2, global_batch_size=4)
+    assert problem is not None
+    text = "\n".join(describe(problem))
+    assert "rank 0: recv" in text
+    assert "executor.py" in text
+    assert "rank 1" in text
 
 
 def test_another_size_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
