@@ -43,13 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_ranks=args.max_ranks,
         own_layout=base.own_layout,
     )
-    if args.layouts == "quick" or args.layout:
-        names = [args.layout] if args.layout else QUICK
-        rows = chosen(names, verifier.axes, verifier.judge)
-    else:
-        rows = full_matrix(verifier.axes, verifier.judge)
+    with exit_on_user_error():
+        if args.layouts == "quick" or args.layout:
+            names = [args.layout] if args.layout else QUICK
+            rows = chosen(names, verifier.axes, verifier.judge)
+        else:
+            rows = full_matrix(verifier.axes, verifier.judge)
+        rows = _wanted(rows, args.only)
     outcomes = []
-    for row in _wanted(rows, args.only):
+    for row in rows:
         outcomes.append(verifier.run(row))
         print(table.line(outcomes[-1]), flush=True)
     print(table.summary(outcomes, verifier.tolerance.error))
@@ -65,14 +67,14 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--max-ranks", type=int, default=8, metavar="N", help="largest layout (default: 8)")
+    add("--max-ranks", type=_at_least_1, default=8, metavar="N", help="largest layout (default: 8)")
     add("--scale-down", action="store_true", help="make the model small, with all its features")
     add("--layouts", choices=["quick", "full"], default="full", help="how many (default: full)")
     add("--dtype", choices=["fp64", "fp32", "bf16"], default="fp64", help="default: fp64, exact")
     add("--layout", metavar="NAMES", help="this layout alone, such as 'tp2 sp zero1'")
     add("--only", metavar="PATTERN", help="layouts whose name holds this, with * and ?")
     add("--markdown", metavar="FILE", help="write the table there")
-    add("--steps", type=int, default=2, metavar="N", help="optimizer steps (default: 2)")
+    add("--steps", type=_at_least_1, default=2, metavar="N", help="optimizer steps (default: 2)")
     return parser.parse_known_args(argv)
 
 
@@ -126,7 +128,15 @@ def _parameters(values: dict[str, Any]) -> int:
 def _wanted(rows: list[Row], pattern: str | None) -> list[Row]:
     if pattern is None:
         return rows
-    return [row for row in rows if fnmatch.fnmatch(row.name, f"*{pattern}*")]
+    found = [row for row in rows if fnmatch.fnmatch(row.name, f"*{pattern}*")]
+    ConfigError.raise_if_any([] if found else [f"--only {pattern}: no layout has such a name"])
+    return found
+
+
+def _at_least_1(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def _page(args: argparse.Namespace, words: list[str], outcomes: Sequence[Any]) -> str:

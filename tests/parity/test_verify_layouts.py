@@ -70,6 +70,40 @@ def test_a_layout_that_raises_is_told_and_exits_with_1(monkeypatch, capsys):
     assert outcome.notes == ("RuntimeError: planted",)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--layout nonsense", "there is no nonsense; names are tp2"),
+        ("--layout tp2 --layout", "expected one argument"),
+        ("--layouts quick --only nonsense", "no layout has such a name"),
+        ("--num-layerz 3", "--num-layerz is unknown; did you mean --num-layers?"),
+        ("--num-layers 999 --hidden-size 9216 --num-attention-heads 64", "add --scale-down"),
+        ("--steps 0", "must be at least 1"),
+    ],
+)
+def test_mistakes_are_told_with_exit_code_2(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        verify_layouts.main(words.split())
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_two_levels_of_one_axis_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        verify_layouts.main(["--layout", "tp2 tp4"])
+    assert "tp2 and tp4 exclude each other" in capsys.readouterr().err
+
+
+def test_the_users_own_layout_is_a_row_and_a_large_model_is_made_small(capsys):
+    words = """
+        --scale-down --layout yours --num-layers 61 --hidden-size 7168 --num-attention-heads 128
+        --num-experts 256 --moe-router-topk 8 --moe-layer-freq ([0]*3+[1]*58) --bf16 --seq-length
+        4096 --tensor-model-parallel-size 2 --expert-model-parallel-size 2
+    """
+    assert verify_layouts.main(words.split()) == 0
+    assert "equal      4 ranks" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_quick_layouts_are_equal_in_the_dtypes_that_are_trained_in(dtype, capsys):

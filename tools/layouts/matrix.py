@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import combinations, product
 from typing import NamedTuple
 
+from megatron.core.errors import ConfigError
 from tools.layouts.axes import OWN, Axes, Level, by_name, completed
 
 Judge = Callable[[tuple[str, ...]], list[str]]
@@ -51,8 +52,14 @@ def alone(axes: Axes, judge: Judge) -> list[Row]:
 
 
 def chosen(layouts: Iterable[str], axes: Axes, judge: Judge) -> list[Row]:
-    """Return rows of named levels, separated by spaces."""
-    return [_row("chosen", tuple(names.split()), axes, judge) for names in layouts]
+    """Return rows of named levels, separated by spaces.
+
+    Raises:
+        ConfigError: A name is unknown, or two are of one axis.
+    """
+    rows = [tuple(names.split()) for names in layouts]
+    ConfigError.raise_if_any(problem for names in rows for problem in _misnamed(names, axes))
+    return [_row("chosen", names, axes, judge) for names in rows]
 
 
 def pairs(axes: Axes) -> Iterator[frozenset[str]]:
@@ -69,6 +76,18 @@ def triples(axes: Axes) -> Iterator[frozenset[str]]:
 
 def _that_mix(axes: Axes) -> list[tuple[Level, ...]]:
     return [levels for axis, levels in axes.items() if axis != OWN]
+
+
+def _misnamed(names: Collection[str], axes: Axes) -> Iterator[str]:
+    levels = by_name(axes)
+    for name in names:
+        if name not in levels:
+            yield f"--layout: there is no {name}; names are {' '.join(levels)}"
+    of_axis: dict[str, str] = {}
+    for name in filter(levels.__contains__, names):
+        other = of_axis.setdefault(levels[name].axis, name)
+        if other != name:
+            yield f"--layout: {other} and {name} exclude each other; leave one out"
 
 
 def _row(why: str, names: Collection[str], axes: Axes, judge: Judge) -> Row:
