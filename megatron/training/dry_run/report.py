@@ -152,7 +152,8 @@ def memory_section(
         figures = (f"{size / GIB:.3f}" for size in (*use, use.total))
         rows.append((stage, ranges(ranks), *figures, f"{kept[stage]:g}"))
     yield from columns(rows, left=2)
-    yield f"  optimizer: {optimizer_text(config)}; {recompute_text(config)}"
+    yield f"  optimizer: {optimizer_text(config)}"
+    yield f"  activations: {recompute_text(config)}; routing is taken as even"
     rank = largest_rank(rehearsal)
     yield from largest(census, rehearsal, kept[table.collection(rank).pp.rank()])
 
