@@ -49,6 +49,10 @@ class ModelParallelConfig:
     experts or back, the other computes. Results are the same, bit for bit; one microbatch more is
     kept. Pipelines need several virtual stages a rank."""
 
+    delay_wgrad_compute: bool = False
+    """With --overlap-moe-expert-parallel-comm: let backward send gradients of rows as soon as they
+    are there, and compute those of weights while they travel. Results are the same, bit for bit."""
+
     @property
     def expert_tensor_size(self) -> int:
         """Ranks that share each expert's matrices; follows tensor parallelism unless set."""

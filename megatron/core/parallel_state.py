@@ -68,7 +68,7 @@ def get_process_groups() -> ProcessGroupCollection:
 
 def get_model_parallel_group() -> ProcessGroup:
     """Return the ranks that together hold one dense model."""
-    return get_process_groups().tp
+    return get_process_groups().mp
 
 
 def get_tensor_model_parallel_group() -> ProcessGroup:

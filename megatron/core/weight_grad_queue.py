@@ -7,10 +7,12 @@ tensors that it multiplies, and nothing else: neither ``ctx`` nor the graph behi
 Source: Qi et al. 2023, zero-bubble pipeline parallelism (arXiv:2401.10241), section 2.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,14 @@ class _State(Enum):
     FULL = "it has collected"
     FAILED = "its backward failed"
     DONE = "it was run"
+
+
+class LateOperand(ABC):
+    """An operand that comes over the network, and may be asked for early."""
+
+    @abstractmethod
+    def launch(self) -> None:
+        """Start to fetch it, unless that was done; every rank of its group does at this point."""
 
 
 class _PutOff(NamedTuple):
@@ -48,7 +58,14 @@ class WeightGradQueue:
     A weight without a sink (``grad_sink_of``) gets its gradient in I.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, while_waiting: bool = False) -> None:
+        """Begin empty.
+
+        Args:
+            while_waiting: Make what was put off so far wherever the backward itself waits for the
+                network, see ``make_while_waiting``.
+        """
+        self.while_waiting = while_waiting
         self._put_off: deque[_PutOff] = deque()
         self._state = _State.EMPTY
 
@@ -77,7 +94,8 @@ class WeightGradQueue:
         Args:
             sinks: Each is noted as put off now, and settled when ``add`` was called.
             add: Makes the gradients and adds them to what the sinks return; holds no tensor.
-            operands: Tensors are cut off from the graph, which they would keep alive.
+            operands: Tensors are cut off from the graph, which they would keep alive. A late one
+                is launched in ``run``.
         """
         self._expect(_State.COLLECTING, "put off")
         for sink in sinks:
@@ -86,15 +104,28 @@ class WeightGradQueue:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Make the gradients that were put off, first in, first out, freeing what each held."""
+        """Make the gradients that were put off, first in, first out, freeing what each held.
+
+        Late operands of the next are fetched under the products of one.
+        """
         self._expect(_State.FULL, "run")
         self._state = _State.DONE
         while self._put_off:
+            for late in (x for entry in islice(self._put_off, 2) for x in entry.operands):
+                if isinstance(late, LateOperand):
+                    late.launch()
             add, operands, sinks = self._put_off.popleft()
             add(*operands)
             del operands  # before the next makes its own
             for sink in sinks:
                 sink.settle()
+
+    def run_so_far(self) -> None:
+        """Do ``run`` of what the backward, which goes on, has put off until here."""
+        self._expect(_State.COLLECTING, "run early")
+        self._state = _State.FULL
+        self.run()
+        self._state = _State.COLLECTING
 
     def _expect(self, state: _State, act: str) -> None:
         assert self._state is state, f"a WeightGradQueue cannot {act}: {self._state.value}"
@@ -106,6 +137,20 @@ _collecting: WeightGradQueue | None = None
 def collecting_queue() -> WeightGradQueue | None:
     """Return the queue that weight gradients are put off into; None where they are made at once."""
     return _collecting
+
+
+def is_put_off(sink: GradSink | None) -> bool:
+    """Return whether ``weight_gradient`` puts off a gradient for ``sink`` now."""
+    return _collecting is not None and sink is not None
+
+
+def make_while_waiting() -> None:
+    """Make the weight gradients of the backward under way so far, if its queue was made for that.
+
+    To be called in a backward between the launch of a collective and the wait for it.
+    """
+    if _collecting is not None and _collecting.while_waiting:
+        _collecting.run_so_far()
 
 
 def weight_gradient(

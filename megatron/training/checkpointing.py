@@ -31,9 +31,13 @@ from megatron.core.dist_checkpointing.store import (
     open_checkpoint,
     write_checkpoint,
 )
-from megatron.core.dist_checkpointing.tensor_shards import Storable
-from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import DataParallelBase
+from megatron.core.distributed.torch_fully_sharded_data_parallel import (
+    NamedWeight,
+    TorchFullyShardedDataParallel,
+)
 from megatron.core.errors import CheckpointError
+from megatron.core.param_role import role_of
 from megatron.training.checkpoint_state import (
     LoadedState,
     SavedOptimizer,
@@ -73,7 +77,7 @@ def save_checkpoint(
         state: Where training stands.
         config: Of the run; saved whole. ``--no-save-optim``, ``--no-save-rng`` and ``--keep-last``
             are read from it.
-        model: The model or its DistributedDataParallel.
+        model: The model, or the DataParallelBase around it.
         optimizer: None when there is none (then its state is left out).
         tokenizer: Its fingerprint is saved and its files are copied; None with mock data.
         data_fingerprint: Of the training data and its order (``SampleDataset.fingerprint``).
@@ -82,7 +86,7 @@ def save_checkpoint(
         The same on every rank, but for ``seconds``.
     """
     begin, group = time.perf_counter(), _world()
-    tensors = model_tensors(unwrap(model))
+    tensors = model_tensors(unwrap(model), _weights(model))
     if optimizer is not None and not config.checkpoint.no_save_optim:
         tensors |= optimizer_tensors(optimizer.named_state())
     if not config.checkpoint.no_save_rng:
@@ -96,7 +100,7 @@ def save_checkpoint(
         "dropout_seed": None if config.checkpoint.no_save_rng else state.dropout_seed,
         "optimizer": _optimizer_facts(config, optimizer),
         "world_size": size_of(group),
-        "padded_vocab_size": _padded_vocab_size(tensors),
+        "padded_vocab_size": _padded_vocab_size(unwrap(model)),
         "architecture": architecture(config.model),
         "schedule": schedule(config),
         "tokenizer": tokenizer_facts(tokenizer),
@@ -134,7 +138,7 @@ def load_checkpoint(
             ``--no-load-rng``, ``--override-opt_param-scheduler`` and ``--allow-fresh-start`` are
             read from it. ``--skip-train`` needs no optimizer: its state and the schedule are not
             compared and not loaded.
-        model: The model or its DistributedDataParallel.
+        model: The model, or the DataParallelBase around it.
         optimizer: None when there is none (evaluation).
         tokenizer: Of this run, compared with the checkpoint's.
 
@@ -196,8 +200,8 @@ def restart_seed(seed: int, iteration: int) -> int:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside a DistributedDataParallel, its weights complete, or the model."""
-    if isinstance(model, DistributedDataParallel):
+    """Return the model inside a DataParallelBase, its weights complete, or the model."""
+    if isinstance(model, DataParallelBase):
         model.finish_param_sync()
     inner = getattr(model, "module", model)
     assert isinstance(inner, nn.Module), f"{type(model)}.module is no module"
@@ -208,9 +212,17 @@ def _world() -> ProcessGroup | None:
     return dist.group.WORLD if dist.is_initialized() else None
 
 
-def _padded_vocab_size(tensors: dict[str, Storable]) -> int | None:
-    embedding = tensors.get(MODEL + _EMBEDDING)
-    return None if embedding is None else embedding.shape[0]
+def _weights(model: nn.Module) -> list[NamedWeight] | None:
+    """Return what this rank keeps of a sharded model; None when it holds whole parameters."""
+    return model.saved_weights() if isinstance(model, TorchFullyShardedDataParallel) else None
+
+
+def _padded_vocab_size(model: nn.Module) -> int | None:
+    embedding = dict(model.named_parameters()).get(_EMBEDDING)
+    if embedding is None:
+        return None
+    split = role_of(embedding).split
+    return (embedding.shape if split is None else split.whole_shape(tuple(embedding.shape)))[0]
 
 
 def _optimizer_facts(config: RunConfig, optimizer: SavedOptimizer | None) -> dict[str, Any] | None:
@@ -262,8 +274,9 @@ def _read(
     group: ProcessGroup | None,
 ) -> list[str]:
     """Read all tensors that are wanted, in place; returns notices."""
-    tensors = model_tensors(unwrap(model))
-    _refuse_vocab(opened, tensors, group)
+    weights = _weights(model)
+    tensors = model_tensors(unwrap(model), weights)
+    _refuse_vocab(opened, unwrap(model), group)
     prefixes = [MODEL]
     if optimizer is not None:
         tensors |= optimizer_tensors(optimizer.named_state())
@@ -281,6 +294,8 @@ def _read(
         tensors |= {prefix + name: state for name, state in states.items()}
         prefixes.append(RNG)
     read_tensors(opened.path, tensors, group, prefixes=tuple(prefixes))
+    if optimizer is None and isinstance(model, TorchFullyShardedDataParallel):
+        model.take_weights(weights or ())
     if states:
         restore_rng_state(states)
     if with_rng and not same_world:
@@ -291,10 +306,8 @@ def _read(
     return []
 
 
-def _refuse_vocab(
-    opened: OpenCheckpoint, tensors: dict[str, Storable], group: ProcessGroup | None
-) -> None:
-    sizes = gather(_padded_vocab_size(tensors), group)  # the first pipeline rank has an embedding
+def _refuse_vocab(opened: OpenCheckpoint, model: nn.Module, group: ProcessGroup | None) -> None:
+    sizes = gather(_padded_vocab_size(model), group)  # the first pipeline rank has an embedding
     then, now = opened.common["padded_vocab_size"], next(filter(None, sizes), None)
     if then is not None and now is not None and then != now:
         raise CheckpointError(

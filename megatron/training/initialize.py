@@ -7,6 +7,7 @@ with its reason; everything a user can get wrong is refused before the first col
 import logging
 import os
 import random
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import parallel_state
+from megatron.core.distributed.collective_log import CollectiveChecks, checked_collectives
 from megatron.core.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.config.distributed import DistributedConfig
@@ -172,6 +174,15 @@ def connect(launch: Launch, backend: str, device: torch.device, timeout: timedel
                 "for a run of one process"
             )
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+
+
+def collective_checks(config: RunConfig) -> AbstractContextManager[None]:
+    """Return what compares collectives with ``--check-collectives``, and nothing without."""
+    if not config.distributed.check_collectives:
+        return nullcontext()
+    log.info(" > collectives are compared before they begin: slow, and nothing overlaps")
+    timeout = timedelta(minutes=config.distributed.distributed_timeout_minutes)
+    return checked_collectives(CollectiveChecks.of_world(timeout))
 
 
 def seed_everything(seed: int) -> None:

@@ -83,6 +83,7 @@ _FREE = {
     "moe_expert_chunk_tokens",
     "moe_shared_expert_overlap",
     "overlap_moe_expert_parallel_comm",
+    "delay_wgrad_compute",
     "recompute_granularity",
     "recompute_method",
     "recompute_num_layers",

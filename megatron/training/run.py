@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.executor import PipelineExecutor
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
@@ -31,7 +31,7 @@ class Run:
 
     config: RunConfig
     world: World
-    model: DistributedDataParallel
+    model: DataParallelBase
     optimizer: Any
     """Has ``step()`` and ``param_groups``."""
     scheduler: OptimizerParamScheduler

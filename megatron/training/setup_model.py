@@ -7,7 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.torch_fully_sharded_data_parallel import (
+    TorchFullyShardedDataParallel,
+)
 from megatron.core.errors import ConfigError
 from megatron.core.lanes import Lanes
 from megatron.core.num_microbatches_calculator import NumMicroBatches
@@ -41,9 +45,7 @@ def setup_run(
         model = model_provider(config, groups)
     _refuse_other_stages(model, config, groups)
     init_weights(model, config.training.seed)
-    model = DistributedDataParallel(
-        config.ddp, model.to(world.device), pg_collection=groups, device=world.device
-    )
+    model = share_out(config, world, model)
     model.train()
     num_microbatches = microbatches(config, world).count
     run = Run(
@@ -60,6 +62,16 @@ def setup_run(
     _tell_stages(config, run)
     _tell_parameters(model, world)
     return run
+
+
+def share_out(config: RunConfig, world: World, model: nn.Module) -> DataParallelBase:
+    """Bring ``model`` to the device, with gradients that are summed over data ranks."""
+    groups = world.pg_collection
+    if config.ddp.use_torch_fsdp2:
+        return TorchFullyShardedDataParallel(
+            config.ddp, model, pg_collection=groups, device=world.device
+        )
+    return DistributedDataParallel(config.ddp, model.to(world.device), pg_collection=groups)
 
 
 def microbatches(config: RunConfig, world: World) -> NumMicroBatches:
@@ -81,7 +93,13 @@ def build_pipeline(config: RunConfig, world: World, num_microbatches: int) -> Pi
     shape = (length, config.training.micro_batch_size, model.hidden_size)
     message = Message(shape, params_dtype(model), world.device)
     lanes = Lanes() if model.overlap_moe_expert_parallel_comm else None
-    return PipelineExecutor(schedule_of(model, num_microbatches), groups.pp, message, lanes=lanes)
+    return PipelineExecutor(
+        schedule_of(model, num_microbatches),
+        groups.pp,
+        message,
+        lanes=lanes,
+        weights_while_waiting=model.delay_wgrad_compute,
+    )
 
 
 def _refuse_other_stages(
@@ -128,7 +146,7 @@ def _tell_stages(config: RunConfig, run: Run) -> None:
     )
 
 
-def _tell_parameters(model: DistributedDataParallel, world: World) -> None:
+def _tell_parameters(model: DataParallelBase, world: World) -> None:
     """Say how many parameters this rank and the whole model have."""
     here = sum(param.numel() for _, param in model.trainable_parameters())
     whole = {False: 0, True: 0}  # in experts or not; of this rank's experts, slices made whole
@@ -137,7 +155,8 @@ def _tell_parameters(model: DistributedDataParallel, world: World) -> None:
         role = role_of(param)
         if role.tied_ends == "apart" and stages.rank() > 0:
             continue  # the copy of the last stage
-        shapes = {shard.name: shard.shape for shard in logical_shards(name, param, role)}
+        outline = torch.empty(param.shape, device="meta")  # a shard cannot be cut into experts
+        shapes = {shard.name: shard.shape for shard in logical_shards(name, outline, role)}
         whole[role.is_expert] += sum(math.prod(shape) for shape in shapes.values())
     counts = torch.tensor([whole[False], whole[True]], device=world.device)
     dense, experts = all_reduce_sum(stages, counts).tolist()

@@ -6,6 +6,7 @@ forward step is. The loop itself decides nothing about a layout.
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from megatron.training.dry_run.command import dry_run
 from megatron.training.evaluate import evaluate
 from megatron.training.failure import FailureReport
 from megatron.training.global_vars import set_global_variables
-from megatron.training.initialize import Launch, initialize, shut_down
+from megatron.training.initialize import Launch, collective_checks, initialize, shut_down
 from megatron.training.metrics import MetricsWriter, log_folder
 from megatron.training.progress import Progress
 from megatron.training.reporting import Reporter
@@ -88,7 +89,7 @@ def pretrain(
     timers = Timers()
     timers("setup").start()
     handler = setup_logging(launch.rank, launch.world_size)
-    with FailureReport() as failure:
+    with FailureReport() as failure, ExitStack() as watches:
         config = parse_args() if config is None else config
         if config.dry_run.dry_run:
             raise SystemExit(dry_run(config, model_provider, forward_step_func))
@@ -96,6 +97,7 @@ def pretrain(
         world = initialize(config)
         failure.where = world.place()
         failure.watch()
+        watches.enter_context(collective_checks(config))
         tokenizer = build_tokenizer(config.tokenizer)
         set_global_variables(config, tokenizer, timers)
         tell_options(config)

@@ -1,10 +1,12 @@
 """The table of mistakes: command lines and what the message about them must say."""
 
 from tests.functional.bad_context_input import CONTEXT_CASES
+from tests.functional.bad_dry_run_input import DRY_RUN_CASES
 from tests.functional.bad_moe_input import MOE_CASES
 from tests.functional.bad_optimizer_input import OPTIMIZER_CASES
 from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
+from tests.functional.bad_sharded_input import SHARDED_CASES
 
 SHAPE = "--num-layers 4 --hidden-size 64"
 GOOD = f"{SHAPE} --mock-data"
@@ -22,26 +24,6 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
     **MOE_CASES,
-    "figures without a dry run": (
-        1,
-        f"{GOOD} --dry-run-world-size 8 --dry-run-memory-gib 80",
-        ["--dry-run-world-size 8, --dry-run-memory-gib 80", "no effect without --dry-run"],
-    ),
-    "a dry run of no ranks": (
-        1,
-        f"{GOOD} --dry-run --dry-run-world-size 0",
-        ["--dry-run-world-size 0 must be at least 1"],
-    ),
-    "a device without memory": (
-        1,
-        f"{GOOD} --dry-run --dry-run-memory-gib 0",
-        ["--dry-run-memory-gib 0 must be above 0"],
-    ),
-    "figures in no folder": (
-        1,
-        f"{GOOD} --dry-run --dry-run-json no/such/folder/x.json",
-        ["--dry-run-json no/such/folder/x.json", "is no folder"],
-    ),
     "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
     "tensor parallel positions of experts": (
         2,
@@ -119,9 +101,11 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --overlap-param-gather --use-distributed-optimizer",
         ["--overlap-param-gather needs --overlap-grad-reduce"],
     ),
+    **SHARDED_CASES,
     **CONTEXT_CASES,
     **PIPELINE_CASES,
     **OPTIMIZER_CASES,
+    **DRY_RUN_CASES,
     "ep of experts": (
         4,
         f"{MOE} --expert-model-parallel-size 3",
@@ -268,11 +252,6 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["--moe-routing-trace-capture-logits", "experts and weights of each token"],
     ),
     "losses of no layer": (1, f"{GOOD} --moe-per-layer-logging", ["needs a MoE layer"]),
-    "replicas of one rank": (
-        1,
-        f"{GOOD} --check-replica-hash 10",
-        ["--check-replica-hash 10 has no effect on one rank"],
-    ),
     "replicas every 0 steps": (
         2,
         f"{GOOD} --check-weight-hash-across-dp-replicas-interval 0",

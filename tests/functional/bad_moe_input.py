@@ -38,6 +38,11 @@ MOE_CASES: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --overlap-moe-expert-parallel-comm",
         ["--overlap-moe-expert-parallel-comm needs a MoE layer: add --num-experts"],
     ),
+    "late weight gradients alone": (
+        2,
+        f"{MOE} --delay-wgrad-compute --expert-model-parallel-size 2",
+        ["--delay-wgrad-compute needs --overlap-moe-expert-parallel-comm: add it"],
+    ),
     "hidden dispatch on one rank": (
         2,
         f"{MOE} --overlap-moe-expert-parallel-comm --global-batch-size 8",

@@ -122,6 +122,25 @@ PIPELINES: dict[str, BadLayout] = {
         ),
         "PP 2 EP 4 DP 4; PP 4 EP 2 DP 2; PP 1 EP 4 DP 8; or as asked on 16 ranks",
     ),
+    "virtual stages of a schedule": BadLayout(
+        4,
+        f"{PP4} --pipeline-schedule zb-h1 --num-virtual-stages-per-pipeline-rank 2",
+        ("--pipeline-schedule zb-h1 has 1 virtual stage a rank, and the split of layers makes 2",),
+        None,
+    ),
+    "schedule of one stage": BadLayout(
+        2,
+        f"{DEEP} --pipeline-schedule zb-h1",
+        ("--pipeline-schedule zb-h1 has no effect with --pipeline-model-parallel-size 1",),
+        "PP 2 DP 1",
+    ),
+    "query groups that tp neither divides nor repeats": BadLayout(
+        6,
+        f"{DEEP} --hidden-size 48 --num-attention-heads 12 --group-query-attention "
+        "--num-query-groups 4 --tensor-model-parallel-size 6",
+        ("--tensor-model-parallel-size 6 must divide --num-query-groups 4 or be a multiple of it",),
+        "TP 2 DP 3; TP 1 DP 6",
+    ),
     "trace of stages": BadLayout(
         4,
         f"{PP4} --num-experts 8 --moe-routing-trace-path trace",

@@ -89,6 +89,18 @@ def test_a_folder_below_a_file_is_refused(tmp_path):
         parse_args(f"{GOOD} --save {tmp_path}/file/ck".split(), world_size=1)
 
 
+def test_checks_that_compare_ranks_are_a_notice_on_one():
+    line = f"{GOOD} --check-replica-hash 10 --check-collectives"
+    config = parse_args(line.split(), world_size=1)
+    assert config.distributed.check_replica_hash is None
+    assert not config.distributed.check_collectives
+    assert "--check-replica-hash 10: nothing to compare on one rank" in config.notices
+    assert "--check-collectives: nothing to compare on one rank" in config.notices
+    config = parse_args(line.split(), world_size=2)
+    assert config.distributed.check_replica_hash == 10
+    assert config.distributed.check_collectives
+
+
 def test_evaluation_can_be_turned_off_beside_an_interval():
     config = parse_args(f"{GOOD} --eval-interval 5 --eval-iters 0".split(), world_size=1)
     assert "no evaluation: --eval-iters 0" in config.notices

@@ -46,6 +46,6 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, ...], number: int) -> Tensor:
     ids, positions, labels = batch
     samples = tuple(range(number * len(ids), (number + 1) * len(ids)))
     context = ForwardContext(rng=SampleRng(5, samples), microbatch=number)
-    weights = torch.linspace(0.5, 1.5, labels.numel(), dtype=torch.float64).view(labels.shape)
+    weights = torch.linspace(0.5, 1.5, labels.numel(), dtype=torch.float64, device=labels.device)
     losses: Tensor = model(ids, positions, labels=labels, context=context)
-    return (losses * weights).sum() / labels.numel()
+    return (losses * weights.view(labels.shape)).sum() / labels.numel()

@@ -16,7 +16,9 @@ from tests.helpers.collective_log import Issued, assert_ranks_agree, logged_coll
 from tests.helpers.layouts import make_config, make_run, microbatches, run_layout
 from tests.helpers.ranks import run_ranks
 
+SLOW = pytest.mark.slow
 OVERLAP = {"overlap_moe_expert_parallel_comm": True}
+LATE_WEIGHTS = OVERLAP | {"delay_wgrad_compute": True}
 SHARED = {"moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True}
 CASES: dict[str, dict[str, Any]] = {
     "alltoall": {"moe_layer_freq": [0, 1, 1], "num_layers": 3, "overlap_grad_reduce": True},
@@ -62,6 +64,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sliced_experts": {"expert_tensor_parallel_size": 2},
 }
 STAGES = {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2}
+V = {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev"}
+REST = [case for case in CASES if case != "alltoall"]
 QUICK = [("alltoall", 2, 2, 3), ("dedup", 4, 4, 2), ("balance_of_the_step", 2, 2, 4)]
 WIDE = [
     (case, ranks, ep, microbatches)
@@ -81,11 +85,19 @@ def _options(case: str, ranks: int, ep: int, num_microbatches: int, **more: Any)
     return {"optimizer": "sgd"} | sizes | CASES[case] | more
 
 
-def check_same_bits(case: str, ranks: int, ep: int, num_microbatches: int, **more: Any) -> None:
+def check_same_bits(
+    case: str,
+    ranks: int,
+    ep: int,
+    num_microbatches: int,
+    *,
+    overlap: dict[str, bool] = OVERLAP,
+    **more: Any,
+) -> None:
     """Compare three steps with those of the run without overlap."""
     options = _options(case, ranks, ep, num_microbatches, **more)
     want = run_layout(ranks, steps=3, **options)
-    got = run_layout(ranks, steps=3, **options, **OVERLAP)
+    got = run_layout(ranks, steps=3, **options, **overlap)
     assert torch.equal(got.tokens_per_expert, want.tokens_per_expert)
     assert got.metrics == want.metrics
     for mine, plain in zip(got.steps, want.steps, strict=True):
@@ -102,19 +114,34 @@ def test_overlap_changes_no_bit(case, ranks, ep, num_microbatches):
     check_same_bits(case, ranks, ep, num_microbatches)
 
 
-@pytest.mark.parametrize("num_microbatches", [3, pytest.param(8, marks=pytest.mark.slow)])
-def test_pairs_of_a_pipeline_change_no_bit(num_microbatches):
-    check_same_bits("balance_of_the_step", 4, 2, num_microbatches, num_layers=4, **STAGES)
+@pytest.mark.parametrize("case", ["alltoall", *(pytest.param(c, marks=SLOW) for c in REST)])
+def test_late_weight_gradients_change_no_bit(case):
+    ranks = 2 * CASES[case].get("expert_tensor_parallel_size", 1)
+    check_same_bits(case, ranks, 2, 3, overlap=LATE_WEIGHTS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case != "alltoall"])
-def test_pairs_of_a_pipeline_change_no_bit_in_any_case(case):
+@SLOW
+@pytest.mark.parametrize("stages", [STAGES, V], ids=["interleaved", "dualpipev"])
+@pytest.mark.parametrize("case", ["balance_of_the_step", "sharded_adam"])
+def test_late_weight_gradients_of_a_pipeline_change_no_bit(case, stages):
+    check_same_bits(case, 4, 2, 4, num_layers=4, overlap=LATE_WEIGHTS, **stages)
+
+
+@pytest.mark.parametrize("num_microbatches", [3, pytest.param(8, marks=SLOW)])
+@pytest.mark.parametrize("stages", [STAGES, V], ids=["interleaved", "dualpipev"])
+def test_pairs_of_a_pipeline_change_no_bit(stages, num_microbatches):
+    check_same_bits("balance_of_the_step", 4, 2, num_microbatches, num_layers=4, **stages)
+
+
+@SLOW
+@pytest.mark.parametrize("stages", [STAGES, V], ids=["interleaved", "dualpipev"])
+@pytest.mark.parametrize("case", REST)
+def test_pairs_of_a_pipeline_change_no_bit_in_any_case(case, stages):
     slices = CASES[case].get("expert_tensor_parallel_size", 1)
-    check_same_bits(case, 4 * slices, 2, 4, num_layers=4, **STAGES)
+    check_same_bits(case, 4 * slices, 2, 4, num_layers=4, **stages)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize(("case", "ranks", "ep", "num_microbatches"), WIDE)
 def test_overlap_changes_no_bit_in_any_layout(case, ranks, ep, num_microbatches):
     check_same_bits(case, ranks, ep, num_microbatches)
@@ -152,7 +179,7 @@ def test_every_rank_of_a_pipeline_issues_one_order():
     run_ranks(_ranks_agree, 4, _options("dedup", 4, 2, 4, num_layers=4, **STAGES))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_issue_one_order_in_every_case(case):
     run_ranks(_ranks_agree, 4, _options(case, 4, 2, 3))

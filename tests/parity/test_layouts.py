@@ -12,7 +12,14 @@ from torch import Tensor
 
 from tests.helpers.layouts import LayoutResult, run_layout
 
-LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # (ranks, expert parallel)
+DATA_ONLY = pytest.mark.slow  # every day in test_verify_layouts.py, of one model
+LAYOUTS = [  # (ranks, expert parallel)
+    pytest.param(2, 1, marks=DATA_ONLY),
+    (2, 2),
+    pytest.param(4, 1, marks=DATA_ONLY),
+    (4, 2),
+    (4, 4),
+]
 SHARED = [(2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 1, 2)]  # (ranks, expert parallel, expert tensor)
 RTOL = 1e-12  # of the largest element of each tensor, in fp64
 

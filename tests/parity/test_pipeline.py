@@ -76,15 +76,15 @@ CP = {"context_parallel_size": 2}
 ENDS = {"decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 2}
 
 # (model, ranks, layout)
-QUICK: list[tuple[str, int, dict[str, Any]]] = [
-    ("tied", 2, pipe(2)),
-    ("expert bias", 2, pipe(2, **TWICE)),
-    ("dense first", 4, pipe(4, "E|tt||ttL")),
-    ("tied", 4, pipe(2, **SP)),
-    ("tied", 4, pipe(2, **EP, **SHARDED, **TWICE)),
-    ("untied", 2, pipe(2, pipeline_schedule="zb-h2", **OVERLAP)),
-    ("tied", 4, pipe(2, pipeline_schedule="dualpipev", **EP, **OVERLAP)),
-]
+QUICK: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "two stages": ("tied", 2, pipe(2)),
+    "virtual stages": ("expert bias", 2, pipe(2, **TWICE)),
+    "empty stages": ("dense first", 4, pipe(4, "E|tt||ttL")),
+    "sequence parallel": ("tied", 4, pipe(2, **SP)),
+    "sharded": ("tied", 4, pipe(2, **EP, **SHARDED, **TWICE)),
+    "zero bubble": ("untied", 2, pipe(2, pipeline_schedule="zb-h2", **OVERLAP)),
+    "dualpipev": ("tied", 4, pipe(2, pipeline_schedule="dualpipev", **EP, **OVERLAP)),
+}
 WIDE: list[tuple[str, int, dict[str, Any]]] = [
     *[(model, 2, pipe(2, **TWICE)) for model in MODELS if model != "five layers"],
     *[(model, 4, pipe(4)) for model in MODELS if model != "five layers"],
@@ -154,12 +154,14 @@ def name_of(value: object) -> str:
     return "-".join(f"{key}={item}" for key, item in value.items())
 
 
-@pytest.mark.parametrize(
-    ("model", "ranks", "layout"),
-    [*QUICK, *[pytest.param(*case, marks=SLOW) for case in WIDE]],
-    ids=name_of,
-)
-def test_a_pipeline_equals_one_process(model: str, ranks: int, layout: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", QUICK)
+def test_a_pipeline_equals_one_process(name: str) -> None:
+    check(*QUICK[name])
+
+
+@SLOW
+@pytest.mark.parametrize(("model", "ranks", "layout"), WIDE, ids=name_of)
+def test_every_pipeline_equals_one_process(model: str, ranks: int, layout: dict[str, Any]) -> None:
     check(model, ranks, layout)
 
 

@@ -13,8 +13,9 @@ from megatron.core.distributed.distributed_data_parallel import DistributedDataP
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import regions
+from megatron.core.tensor_parallel import region_entry, regions
 from megatron.core.tensor_parallel.cross_entropy import linear_cross_entropy
+from megatron.core.tensor_parallel.region_entry import RegionEntry
 from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.transformer import transformer_layer
 from megatron.core.transformer.blocked_attention import WeightDropout
@@ -100,12 +101,10 @@ def _norms_that_learn_from_their_share(patch: pytest.MonkeyPatch) -> None:
 
 
 def _partial_gradient_of_inputs(patch: pytest.MonkeyPatch) -> None:
-    class Forgets(regions._CopyTo):
-        @staticmethod
-        def backward(ctx, grad):
-            return None, grad
+    def own_part(self, grad):
+        return region_entry.GradientSum(RegionEntry(), grad)
 
-    patch.setattr(regions, "_CopyTo", Forgets)
+    patch.setattr(RegionEntry, "start_sum", own_part)
 
 
 def _summed_gradient_of_outputs(patch: pytest.MonkeyPatch) -> None:
@@ -152,7 +151,7 @@ def _loss(dtype: torch.dtype) -> None:
     share = vocab // group.size()
     mine = slice(group.rank() * share, (group.rank() + 1) * share)
     part = weight[mine].clone().requires_grad_()
-    loss = linear_cross_entropy(regions.copy_to_region(group, hidden), part, labels, group)
+    loss = linear_cross_entropy(hidden, part, labels, RegionEntry(group))
     loss.square().sum().backward()
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     pairs = [(loss, want), (part.grad, whole.grad[mine]), (hidden.grad, d_hidden)]

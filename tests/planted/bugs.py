@@ -32,6 +32,8 @@ DDP_LAYOUTS = (
 )
 ONE_BIT = "test_replica_check.py::test_one_different_bit_on_one_rank_is_an_error_on_all_ranks"
 
+STAGES = "test_pipeline.py::test_a_pipeline_equals_one_process"
+
 
 class Bug(NamedTuple):
     name: str
@@ -278,5 +280,53 @@ BUGS = (
         "    logits = logits if logits.dtype == torch.float64 else logits.float()\n",
         "",
         ("test_routing.py::test_scores_are_fp32_for_bf16_logits_and_fp64_for_fp64",),
+    ),
+    Bug(
+        "copies of a tied embedding get the gradients of their own stage only",
+        "R2",
+        DDP,
+        "return groups.dp_cp_ends",
+        "return groups.dp_cp",
+        (f"{STAGES}[two stages]", f"{STAGES}[sharded]"),
+    ),
+    Bug(
+        "the norm counts a tied embedding on both stages",
+        "R2",
+        "megatron/core/optimizer/clip_grads.py",
+        'is_copy = key.tied_ends == "apart" and groups.pp.rank() > 0',
+        "is_copy = False",
+        (f"{STAGES}[two stages]", f"{STAGES}[sharded]"),
+    ),
+    Bug(
+        "the norm is that of one stage",
+        "R2",
+        "megatron/core/optimizer/clip_grads.py",
+        "SpreadGradients(groups.mp, dense)",
+        "SpreadGradients(groups.tp, dense)",
+        (f"{STAGES}[two stages]", f"{STAGES}[zero bubble]"),
+    ),
+    Bug(
+        "gradients are reduced after the first backward of a stage",
+        "R2",
+        "megatron/core/pipeline_parallel/executor.py",
+        "return frozenset(last.values())",
+        "return frozenset(steps)",
+        (f"{STAGES}[zero bubble]", f"{STAGES}[dualpipev]"),
+    ),
+    Bug(
+        "the report has the layers of one stage",
+        "R5",
+        f"{MOE}/moe_logging.py",
+        "groups = pg_collection.dp, pg_collection.pp",
+        "groups = (pg_collection.dp,)",
+        (f"{STAGES}[virtual stages]", f"{STAGES}[zero bubble]"),
+    ),
+    Bug(
+        "the held-out loss is known to the last stage only",
+        "R5",
+        "megatron/training/evaluate.py",
+        "    sums = all_reduce_sum(groups.pp, sums)  # zeros where the stage has no loss\n",
+        "",
+        ("test_stages_of_a_run.py::test_every_rank_gets_the_held_out_loss",),
     ),
 )

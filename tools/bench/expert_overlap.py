@@ -28,6 +28,12 @@ from tools.layouts.ranks import run_ranks
 
 RANKS = 2
 VOCABULARY = 1024
+BY_TURNS = {"overlap_moe_expert_parallel_comm": True}
+KINDS: dict[str, dict[str, bool]] = {
+    "one by one": {},
+    "by turns": BY_TURNS,
+    "weights late": BY_TURNS | {"delay_wgrad_compute": True},
+}
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,15 +96,15 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     to_others = tokens * 2 * args.hidden_size * 4 * (RANKS - 1) / RANKS  # top-2, fp32
     network = SlowNetwork(to_others / (1e-3 * args.way_ms))
     runs = {
-        (speed, name): Steps(options | {"overlap_moe_expert_parallel_comm": by_turns}, cable)
+        (speed, name): Steps(options | flags, cable)
         for speed, cable in (("free", None), ("slow", network))
-        for name, by_turns in (("one by one", False), ("by turns", True))
+        for name, flags in KINDS.items()
     }
     timings = alternate({f"{s}, {n}": steps for (s, n), steps in runs.items()}, args.rounds)
     losses = [steps.losses for steps in runs.values()]
     assert all(found == losses[0] for found in losses), f"runs differ: {losses}"
     base = {speed: timings[f"{speed}, one by one"].median for speed in ("free", "slow")}
-    steps_sent = 2 * (args.rounds + 1)
+    steps_sent = len(KINDS) * (args.rounds + 1)
     rows = [
         {
             "network": speed,
@@ -109,7 +115,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
             "cable_ms": 1e3 * network.busy_s / steps_sent if speed == "slow" else None,
             "of_one_by_one": timing.median / base[speed],
             "network_hidden": (base["slow"] - timing.median) / (base["slow"] - base["free"])
-            if (speed, name) == ("slow", "by turns")
+            if speed == "slow"
             else None,
         }
         for (speed, name), timing in zip(runs, timings.values(), strict=True)

@@ -36,7 +36,7 @@ class _Model:
         """Build it.
 
         Args:
-            seconds: How long each attention sleeps; 0 for not at all.
+            seconds: How long each attention, and all experts of a layer, sleep; 0 for not at all.
             sequence: Tokens of a sample.
             options: Beside those that all cases have.
         """
@@ -46,8 +46,8 @@ class _Model:
         self.state = TrainState(dropout_seed=1)
         self._batch_of = _batches(sequence)
         for number, layer in enumerate(_layers(self.run.model) if seconds else ()):
-            hook = pausing(f"attention {number}", seconds)
-            layer.self_attention.register_forward_hook(hook)
+            for what, part in (("attention", layer.self_attention), ("experts", layer.mlp.experts)):
+                part.register_forward_hook(pausing(f"{what} {number}", seconds))
 
     def step(self) -> None:
         data = microbatches(self.run, self.state.consumed_samples, self._batch_of)

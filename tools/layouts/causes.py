@@ -83,7 +83,7 @@ def _output(first: First) -> str:
             "embedding: rows of the vocabulary slices, positions of this rank's part of the "
             "sequence, or dropout that depends on the rank"
         )
-    if name == LOSS:
+    if name in (LOSS, "decoder.final_layernorm"):
         return "final norm, output layer or cross entropy over slices of the vocabulary"
     if name.endswith("self_attention"):
         return (

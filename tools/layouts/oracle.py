@@ -17,6 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.collectives import all_gather_single
+from megatron.core.distributed.data_parallel_base import DataParallelBase
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.torch_fully_sharded_data_parallel import (
+    TorchFullyShardedDataParallel,
+)
 from megatron.core.models.gpt import gpt_layer_specs, gpt_model  # noqa: F401  before the fork: slow
 from megatron.core.param_role import LogicalShard, logical_shards, role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -29,6 +34,7 @@ from megatron.training.setup_model import setup_run
 from megatron.training.train_step import train_step
 from pretrain_gpt import forward_step, model_provider
 from tools.layouts.ranks import run_ranks
+from tools.layouts.sharded_blocks import sharded_gradients, sharded_weights
 from tools.layouts.trace import Piece, Tracer
 from tools.layouts.whole_tensors import Blocks, whole_of_ranks, whole_tensors
 
@@ -238,11 +244,18 @@ def global_tensors(run: Run, of: str = "") -> dict[str, Tensor]:
 
 def _weights(run: Run) -> Blocks:
     """Return copies of this rank's parameters and expert biases."""
-    named = [(n, p.detach().clone(), role_of(p)) for n, p in run.model.trainable_parameters()]
-    blocks = [block for one in named for block in logical_shards(*one)]
+    if isinstance(run.model, TorchFullyShardedDataParallel):
+        blocks = sharded_weights(run.model)
+    else:
+        blocks = _whole_weights(run.model)
     buffers = run.model.module.named_buffers()
     biases = {n: bias.clone() for n, bias in buffers if n.endswith(("expert_bias", "qb_beta"))}
     return [*blocks, *(LogicalShard(n, b, tuple(b.shape), (0,)) for n, b in biases.items())]
+
+
+def _whole_weights(model: DataParallelBase) -> Blocks:
+    named = [(n, p.detach().clone(), role_of(p)) for n, p in model.trainable_parameters()]
+    return [block for one in named for block in logical_shards(*one)]
 
 
 def _gradients(run: Run) -> Blocks:
@@ -250,6 +263,9 @@ def _gradients(run: Run) -> Blocks:
 
     Collective where each rank has the sums of its slices of the buffers only.
     """
+    if isinstance(run.model, TorchFullyShardedDataParallel):
+        return sharded_gradients(run.model)
+    assert isinstance(run.model, DistributedDataParallel), f"{type(run.model)} has no buffers"
     params = list(run.model.trainable_parameters())
     found: dict[int, Blocks] = {}
     for number, buffer in enumerate(run.model.grad_buffers):

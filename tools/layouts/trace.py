@@ -5,6 +5,7 @@ those of all ranks add up to what one process sees, and replicas can be told apa
 """
 
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +18,10 @@ from megatron.core.transformer.forward_context import ForwardContext
 from megatron.training.run import Run
 
 LOSS = "loss of each token"
-_SHOWN = r"embedding|decoder\.layers\.\d+(\.self_attention|\.mlp)?"
+_SHOWN = (
+    r"embedding|decoder\.final_layernorm|"
+    r"decoder\.layers\.\d+(\.self_attention|\.pre_mlp_layernorm|\.mlp)?"
+)
 
 
 class Piece(NamedTuple):
@@ -47,16 +51,24 @@ class Tracer:
         self.pieces: dict[tuple[Any, ...], Piece] = {}
         self._groups = run.world.pg_collection
         self._length = run.seq_length
+        self._now = threading.local()  # two microbatches may be under way, each in its thread
         for name, module in watched(run.model.module):
-            module.register_forward_hook(self._keeper(name), with_kwargs=True)
+            module.register_forward_pre_hook(self._note_context, with_kwargs=True)
+            module.register_forward_hook(self._keeper(name))
+
+    def _note_context(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """Remember whose microbatch it is, for modules within that are not told."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, ForwardContext):
+                self._now.context = value
 
     def _keeper(self, name: str) -> Any:
-        def keep(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            context = next(x for x in (*args, *kwargs.values()) if isinstance(x, ForwardContext))
+        def keep(_: nn.Module, args: Any, output: Any) -> None:
+            rng = self._now.context.rng
             tensor = output[0] if isinstance(output, tuple) else output
-            if context.rng is None or (name == LOSS and tensor.dim() != 2):
-                return  # evaluation; or a stage without the head
-            samples = context.rng.sample_ids
+            if rng is None or tensor.dim() != (2 if name == LOSS else 3):
+                return  # evaluation; or a stage without the head; or the copy of a tied weight
+            samples = rng.sample_ids
             self._keep("output", name, samples, tensor.detach())
             if tensor.requires_grad:
                 tensor.register_hook(

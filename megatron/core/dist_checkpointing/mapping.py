@@ -22,18 +22,25 @@ MODEL = "model."
 OPTIMIZER = "optimizer."
 RNG = "rng."
 
+NamedWeights = Iterable[tuple[str, ParamRole, ParamBlocks]]
 NamedState = Iterable[tuple[str, ParamRole, Mapping[str, Tensor | ParamBlocks]]]
 
 
-def model_tensors(model: nn.Module) -> dict[str, Storable]:
+def model_tensors(model: nn.Module, weights: NamedWeights | None = None) -> dict[str, Storable]:
     """Return views of the weights and persistent buffers of this rank, by global key.
 
     Args:
         model: Every parameter carries a ``ParamRole``.
+        weights: (parameter name, role, the blocks of it that this rank keeps) of a model that is
+            sharded; its parameters when None.
     """
     tensors: dict[str, Storable] = {}
-    for name, param in model.named_parameters():
-        _add_logical(tensors, MODEL, name, param.detach(), role_of(param))
+    if weights is None:
+        for name, param in model.named_parameters():
+            _add_logical(tensors, MODEL, name, param.detach(), role_of(param))
+    else:
+        for name, role, part in weights:
+            _add_blocks(tensors, MODEL, name, part, role)
     for name, buffer in _persistent_buffers(model):
         _add(tensors, MODEL + name, buffer)
     return tensors

@@ -9,6 +9,9 @@ __getattr__ = lazy_exports(
         "DistributedDataParallelConfig": (
             "megatron.core.distributed.distributed_data_parallel_config"
         ),
+        "TorchFullyShardedDataParallel": (
+            "megatron.core.distributed.torch_fully_sharded_data_parallel"
+        ),
         "finalize_model_grads": "megatron.core.distributed.finalize_model_grads",
     },
 )

@@ -7,7 +7,6 @@ bucket in every step, also when some of its parameters got no gradient (they cou
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from megatron.core.distributed.bucket_layout import (
     default_bucket_size,
     plan_buckets,
 )
+from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.grad_reducer import GradReducer, Pending
 from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer
@@ -29,7 +29,7 @@ from megatron.core.param_role import role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 
-class DistributedDataParallel(nn.Module):
+class DistributedDataParallel(DataParallelBase):
     """A model whose parameters and gradients live in flat buffers, shared by data ranks.
 
     Every trainable parameter gets ``param.main_grad``, a view of fp32 (fp64) gradients that
@@ -89,14 +89,18 @@ class DistributedDataParallel(nn.Module):
         self._is_synced = False
         self._accumulators = [self._watch(n, param) for n, param in enumerate(self._params)]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
-        return self.module(*args, **kwargs)
-
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in the model, parameter) in registration order, each parameter once."""
         self.finish_param_sync()
         yield from zip(self._names, self._params, strict=True)
+
+    def replicated_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield all trainable parameters."""
+        yield from self.trainable_parameters()
+
+    def layout_fingerprint(self) -> str:
+        """See DataParallelBase.layout_fingerprint."""
+        return self.bucket_layout.fingerprint()
 
     def zero_grad_buffer(self) -> None:
         """Begin a step: set all gradients to zero."""

@@ -19,5 +19,13 @@ class DistributedDataParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward runs, each bucket just before its first use."""
 
+    use_torch_fsdp2: bool = False
+    """Share weights, gradients and moments out over data-parallel ranks (ZeRO-3): each layer is
+    gathered by torch's fully_shard while it computes, forward and backward."""
+
+    torch_fsdp2_no_reshard_after_forward: bool = False
+    """With --use-torch-fsdp2, keep layers whole between forward and backward: one gather less, for
+    the memory of all layers."""
+
     bucket_size: int | None = field(default=None, metadata=flag("--ddp-bucket-size"))
     """Parameters in a bucket; max(40,000,000, 1,000,000 x data-parallel size) when not set."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import all_gather_single
-from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.errors import MegatronError
 from megatron.core.param_role import logical_tensors, role_of
 
@@ -25,7 +25,7 @@ class ReplicaError(MegatronError):
     """Ranks that hold copies of a tensor do not hold the same bits."""
 
 
-def check_replicas(ddp: DistributedDataParallel, *, iteration: int | None = None) -> None:
+def check_replicas(ddp: DataParallelBase, *, iteration: int | None = None) -> None:
     """Compare every weight and every buffer that is saved, such as an expert bias.
 
     Collective over all ranks; sends 8 bytes a tensor.
@@ -78,13 +78,13 @@ def tensor_hash(tensor: Tensor) -> Tensor:
 
 
 def _replicated(
-    ddp: DistributedDataParallel, is_expert: bool, *, whole: bool = False
+    ddp: DataParallelBase, is_expert: bool, *, whole: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (global name, tensor) of what is replicated alike: experts, or all the rest.
 
     With ``whole`` only what tensor-parallel ranks hold alike, too.
     """
-    for name, param in ddp.trainable_parameters():
+    for name, param in ddp.replicated_parameters():
         role = role_of(param)
         if role.is_expert == is_expert and not (whole and role.split_over):
             yield from logical_tensors(name, param, role)
@@ -92,7 +92,7 @@ def _replicated(
         yield from _saved_buffers(ddp.module)
 
 
-def _on_both_ends(ddp: DistributedDataParallel) -> Iterator[tuple[str, Tensor]]:
+def _on_both_ends(ddp: DataParallelBase) -> Iterator[tuple[str, Tensor]]:
     """Yield what the first and the last stage of a pipeline hold a copy of each."""
     for name, param in ddp.trainable_parameters():
         role = role_of(param)
@@ -144,8 +144,8 @@ def _message(bad: dict[str, list[int]], iteration: int | None) -> str:
     )
 
 
-def _check_layouts(ddp: DistributedDataParallel) -> None:
-    mine = ddp.pg_collection.pp.rank(), ddp.bucket_layout.fingerprint()
+def _check_layouts(ddp: DataParallelBase) -> None:
+    mine = ddp.pg_collection.pp.rank(), ddp.layout_fingerprint()
     world = ddp.pg_collection.world
     every: list[tuple[int, str]] = [mine] * world.size()
     dist.all_gather_object(every, mine, group=world)

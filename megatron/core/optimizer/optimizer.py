@@ -9,13 +9,17 @@ of its slices of the buffers only, steps those, and takes the rest of the weight
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer, main_dtype
+from megatron.core.distributed.torch_fully_sharded_data_parallel import (
+    TorchFullyShardedDataParallel,
+)
+from megatron.core.optimizer.base_optimizer import BaseOptimizer, NamedState, StepResult
 from megatron.core.optimizer.clip_grads import (
     global_grad_norm,
     owned_gradients,
@@ -23,41 +27,19 @@ from megatron.core.optimizer.clip_grads import (
     sum_over_ranks,
 )
 from megatron.core.optimizer.flat_step import FlatStep
+from megatron.core.optimizer.fully_sharded_optimizer import FullyShardedOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import plan_param_groups
 from megatron.core.optimizer.shard_layout import Piece, overlaps, owned_slices, whole_buffers
 from megatron.core.param_blocks import ParamBlocks
-from megatron.core.param_role import ParamRole, role_of
+from megatron.core.param_role import role_of
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-
-class StepResult(NamedTuple):
-    """What became of one step; the same on all ranks."""
-
-    update_successful: bool
-    """False: the gradient was not finite and nothing was changed, on no rank."""
-    grad_norm: float | None
-    """Global L2 norm before clipping."""
+__all__ = ["MegatronOptimizer", "NamedState", "StepResult", "get_megatron_optimizer"]
 
 
-class NamedState(NamedTuple):
-    """The optimizer state of one parameter; writing to ``tensors`` writes the state."""
-
-    name: str
-    """Name of the parameter in the model."""
-    role: ParamRole
-    """Role of the parameter."""
-    tensors: dict[str, Tensor | ParamBlocks]
-    """Views shaped like the parameter: the moments and, of a bf16 model, ``main_param``; sharded,
-    the blocks of it that this rank keeps."""
-
-
-class MegatronOptimizer:
-    """Steps the flat buffers of a model.
-
-    ``param_groups`` are torch's; a schedule sets ``lr`` and ``weight_decay`` in them, the latter
-    times the group's ``wd_mult``.
-    """
+class MegatronOptimizer(BaseOptimizer):
+    """Steps the flat buffers of a model; see BaseOptimizer."""
 
     def __init__(
         self,
@@ -89,27 +71,9 @@ class MegatronOptimizer:
             ],
         )
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The torch parameter groups, over flat tensors."""
-        return self._flat_step.optimizer.param_groups
-
-    @property
-    def step_count(self) -> int:
-        """Steps taken, skipped ones left out; bias corrections depend on it."""
-        return self._flat_step.step_count
-
-    @step_count.setter
-    def step_count(self, count: int) -> None:
-        self._flat_step.step_count = count
-
     @torch.no_grad()
     def step(self) -> StepResult:
-        """Clip the gradient and update the weights, on all ranks or on none.
-
-        Collective over all ranks. ``finish_grad_sync`` was called before; the gradients are used
-        up (clipping scales them in place).
-        """
+        """See BaseOptimizer.step."""
         self._ddp.finish_param_sync()
         norm = self._flat_step.step(self._grad_norm())
         if math.isfinite(norm):
@@ -117,7 +81,7 @@ class MegatronOptimizer:
         return StepResult(math.isfinite(norm), norm)
 
     def named_state(self) -> Iterator[NamedState]:
-        """Yield the state of every trainable parameter once, in registration order."""
+        """See BaseOptimizer.named_state."""
         kept: dict[int, dict[str, Tensor | ParamBlocks]] = {}
         params = list(self._ddp.trainable_parameters())
         for piece, main in zip(self._pieces, self._mains, strict=True):
@@ -140,12 +104,7 @@ class MegatronOptimizer:
 
     @torch.no_grad()
     def after_load(self, *, with_optim: bool = True) -> None:
-        """Make main weights and the model's agree after one of them was loaded.
-
-        Args:
-            with_optim: State was loaded: round main weights into the model. Otherwise only the
-                model was: take main weights from it.
-        """
+        """See BaseOptimizer.after_load."""
         if with_optim:
             self._copy_main_to_model()
             return
@@ -184,11 +143,14 @@ class MegatronOptimizer:
 
 def get_megatron_optimizer(
     optimizer_config: OptimizerConfig,
-    ddp: DistributedDataParallel,
+    ddp: DataParallelBase,
     *,
     pg_collection: ProcessGroupCollection,
-) -> MegatronOptimizer:
-    """Return the optimizer that the options ask for, over the flat buffers of ``ddp``."""
+) -> BaseOptimizer:
+    """Return the optimizer that the options ask for, over what ``ddp`` keeps."""
+    if isinstance(ddp, TorchFullyShardedDataParallel):
+        return FullyShardedOptimizer(optimizer_config, ddp, pg_collection=pg_collection)
+    assert isinstance(ddp, DistributedDataParallel), f"{type(ddp)} has no optimizer"
     return MegatronOptimizer(optimizer_config, ddp, pg_collection=pg_collection)
 
 

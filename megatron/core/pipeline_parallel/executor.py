@@ -7,8 +7,8 @@ and NCCL pair messages of two ranks by order alone, and NCCL runs both direction
 messages of a group, where it makes its communicators eagerly) one after the other.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -58,6 +58,7 @@ class PipelineExecutor:
         message: Message,
         *,
         lanes: Lanes | None = None,
+        weights_while_waiting: bool = False,
     ) -> None:
         """Derive the lists of this rank.
 
@@ -67,11 +68,13 @@ class PipelineExecutor:
             message: The same for all microbatches and stages.
             lanes: Where forwards and backwards run by turns; ``can_pair(schedule)`` then. None for
                 one step after the other.
+            weights_while_waiting: Make weight gradients where a backward waits for the network.
         """
         assert group.size() == schedule.pp, f"{group.size()=} for a schedule of {schedule.pp=}"
         self.schedule, self.group, self.message = schedule, group, message
         self.lanes = lanes
         """For the ``ForwardContext`` of what ``forward_backward`` calls."""
+        self.weights_while_waiting = weights_while_waiting
         plan = with_transfers if lanes is None else with_paired_transfers
         self._actions: Sequence[PairedAction] = plan(schedule)[group.rank()]
         self._forwards = with_transfers(forward_only(schedule))[group.rank()]
@@ -129,7 +132,7 @@ class _Walk:
     ) -> None:
         self.schedule, self.group = executor.schedule, executor.group
         self.rank, self.message = executor.group.rank(), executor.message
-        self.lanes = executor.lanes
+        self.lanes, self.weights_while_waiting = executor.lanes, executor.weights_while_waiting
         self.forward, self.last_backwards, self.no_sync = forward, last_backwards, no_sync
         self.started: dict[Product, Work] = {}
         self.there: dict[Product, Tensor] = {}
@@ -216,16 +219,26 @@ class _Walk:
             # that gradient was made of it: the stage after has it
             sent_forward = Product("activation", step.microbatch, stage)
             self._free_sent(lambda sent: sent.product == sent_forward, keep=_MOST_UNDER_WAY)
-        with self._weights_put_off(step) if step.kind == "I" else nullcontext():
+        with self._weights(step):
             torch.autograd.backward(kept.end, gradient)
         if kept.entry is not None:
             assert kept.entry.grad is not None, f"{step}: the output does not depend on the input"
             self.there[self.schedule.makes(self.rank, step)] = kept.entry.grad
 
-    def _weights_put_off(self, step: Step) -> AbstractContextManager[None]:
-        """Let a backward leave the gradients of weights to the ``W`` of the same microbatch."""
-        queue = self.put_off[step.microbatch, step.chunk] = WeightGradQueue()
-        return queue.collecting()
+    @contextmanager
+    def _weights(self, step: Step) -> Iterator[None]:
+        """Leave the gradients of weights to the ``W`` of the microbatch, or to where it waits."""
+        if step.kind == "I":
+            queue = self.put_off[step.microbatch, step.chunk] = WeightGradQueue()
+            with queue.collecting():
+                yield
+        elif self.weights_while_waiting:
+            queue = WeightGradQueue(while_waiting=True)
+            with queue.collecting():
+                yield
+            queue.run()
+        else:
+            yield
 
 
 def _last_backwards(steps: Sequence[Step]) -> frozenset[Step]:

@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.distributed import ProcessGroup
 
 from megatron.core.grad_sink import grad_sink_of
+from megatron.core.tensor_parallel.region_entry import GatheredAgain, RegionEntry, landed
 from megatron.core.tensor_parallel.regions import all_reduce_
-from megatron.core.weight_grad_queue import weight_gradient
+from megatron.core.weight_grad_queue import LateOperand, is_put_off, weight_gradient
+
+_ALONE = RegionEntry()
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Logits worked on at a time: on the CPU what stays in its cache."""
@@ -39,23 +41,22 @@ def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, group: ProcessGroup | None = None
+    hidden: Tensor, weight: Tensor, target: Tensor, entry: RegionEntry = _ALONE
 ) -> Tensor:
     """Return the cross entropy of each token under the logits ``hidden @ weight.T``.
 
     Args:
-        hidden: [..., h].
-        weight: [v, h]; of ``group`` each rank has an equal slice of its rows, in order.
-        target: [...], int64 in [0, v) of the whole vocabulary.
-        group: Ranks that the vocabulary is split over, if it is. ``hidden`` gets this rank's part
-            of its gradient.
+        hidden: [..., h], whole or as ``entry`` says.
+        weight: [v, h]; of the ranks of ``entry`` each has an equal slice of its rows, in order.
+        target: [...], int64 in [0, v) of the whole vocabulary and sequence.
+        entry: Ranks that the vocabulary is split over, if it is.
 
     Returns:
-        [...], fp32, or fp64 for fp64 input; the same on all ranks of ``group``.
+        [...] like ``target``, fp32, or fp64 for fp64 input; the same on all ranks.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     loss: Tensor = _LinearCrossEntropy.apply(
-        rows, weight, target.reshape(-1), torch.is_grad_enabled(), group
+        rows, weight, target.reshape(-1), torch.is_grad_enabled(), entry
     )
     return loss.view(target.shape)
 
@@ -97,10 +98,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         target: Tensor,
         keep: bool,
-        group: ProcessGroup | None,
+        entry: RegionEntry,
     ) -> Tensor:
+        own, hidden = hidden, entry.whole(hidden)
         n, vocab = len(hidden), len(weight)
-        shares = group if group is not None and group.size() > 1 else None
+        shares = entry.group if entry.ranks > 1 else None
         saved = hidden.new_empty(n if keep else 0, vocab)
         loss = hidden.new_empty(n, dtype=_wide(hidden))
         sums = torch.empty_like(loss)
@@ -126,8 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _subtract_at(exps, label, at_label)
             if exps is not logits:
                 logits.copy_(exps)
-        ctx.save_for_backward(hidden, weight, saved, sums)
-        ctx.sink = grad_sink_of(weight)
+        ctx.save_for_backward(own, weight, saved, sums)
+        ctx.sink, ctx.entry = grad_sink_of(weight), entry
         return loss
 
     @staticmethod
@@ -135,10 +137,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, saved, sums = ctx.saved_tensors
         factor = (grad / sums).unsqueeze(1)
-        d_hidden = (saved @ weight).mul_(factor)
-        scaled = (hidden * factor).to(hidden.dtype)
-        d_weight = weight_gradient(ctx.sink, torch.mm, saved.T, scaled)
+        operand = ctx.entry.operand(hidden)
+        if isinstance(operand, LateOperand) and not is_put_off(ctx.sink):
+            operand.launch()
+        on_its_way = ctx.entry.start_sum((saved @ weight).mul_(factor))
+        try:
+            d_weight = weight_gradient(ctx.sink, _weight_grad, saved, factor, operand)
+        finally:  # nobody may write to freed memory if a product fails
+            d_hidden = on_its_way.land()
         return d_hidden, d_weight, None, None, None
+
+
+def _weight_grad(saved: Tensor, factor: Tensor, operand: Tensor | GatheredAgain) -> Tensor:
+    hidden = landed(operand)
+    return saved.T @ (hidden * factor).to(hidden.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:

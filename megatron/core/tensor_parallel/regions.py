@@ -1,4 +1,4 @@
-"""Where activations enter and leave what tensor-parallel ranks compute in slices.
+"""Where activations leave what tensor-parallel ranks compute in slices; see region_entry too.
 
 Outside, they are replicated on the ranks of the group, or with sequence parallelism each rank has
 an equal share of the sequence, dim 0. A group of one rank is an identity.
@@ -15,24 +15,11 @@ from torch.distributed import ProcessGroup
 from megatron.core.tensor_parallel.mappings import all_gather_rows, reduce_scatter_rows
 
 
-def enter_region(group: ProcessGroup, x: Tensor, *, sequence_parallel: bool) -> Tensor:
-    """Give every rank all of the sequence, for what it multiplies by its slice of a matrix.
-
-    Args:
-        group: Ranks that share the matrix.
-        x: [s, ...], or [s / ranks, ...] with sequence parallelism.
-        sequence_parallel: Whether ``x`` is a share of the sequence.
-
-    Returns:
-        [s, ...]; the gradients of all ranks are summed, and shared out as ``x`` was.
-    """
-    if sequence_parallel:
-        return all_gather_rows(group, x, [x.shape[0]] * group.size())
-    return copy_to_region(group, x)
-
-
 def leave_region(group: ProcessGroup, x: Tensor, *, sequence_parallel: bool) -> Tensor:
-    """Sum the parts ``x`` [s, ...] of all ranks: the mirror image of ``enter_region``."""
+    """Sum the parts ``x`` [s, ...] of all ranks: the mirror image of ``RegionEntry``.
+
+    With sequence parallelism each rank keeps its share of the sum, [s / ranks, ...].
+    """
     if sequence_parallel:
         return reduce_scatter_rows(group, x, [x.shape[0] // group.size()] * group.size())
     return reduce_from_region(group, x)
@@ -54,17 +41,6 @@ def gather_sequence(group: ProcessGroup, x: Tensor) -> Tensor:
     if group.size() == 1:
         return x
     out: Tensor = _GatherShares.apply(group, x)
-    return out
-
-
-def copy_to_region(group: ProcessGroup, x: Tensor) -> Tensor:
-    """Return ``x`` as it is; its gradient is the sum of those of all ranks of ``group``.
-
-    For what every rank multiplies by its own slice of a matrix.
-    """
-    if group.size() == 1:
-        return x
-    out: Tensor = _CopyTo.apply(group, x)
     return out
 
 
@@ -92,18 +68,6 @@ def gather_from_region(group: ProcessGroup, x: Tensor) -> Tensor:
     ]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, dim=-1)
-
-
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, x: Tensor) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, all_reduce_(ctx.group, grad.clone(memory_format=torch.contiguous_format))
 
 
 class _ReduceFrom(torch.autograd.Function):

@@ -264,6 +264,18 @@ def _nodes(run: Derivation) -> None:
         run.use("moe_dispatcher_node_size", size, "ranks that torchrun started on a node")
 
 
+def _checks_of_ranks(run: Derivation) -> None:
+    """Leave out checks that compare ranks where there is one: a script may keep them."""
+    if run.world_size > 1:
+        return
+    for name, nothing in (("check_replica_hash", None), ("check_collectives", False)):
+        if run.get(name):
+            run.notices.append(
+                f"{run.options[name].show(run.get(name))}: nothing to compare on one rank"
+            )
+            run.use(name, nothing)
+
+
 def _sequence_parallelism(run: Derivation) -> None:
     model = run.config.model
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
@@ -314,6 +326,7 @@ _STEPS: tuple[Callable[[Derivation], None], ...] = (
     _heads,
     _sequence,
     _sequence_parallelism,
+    _checks_of_ranks,
     _batches,
     _iterations,
     _schedule,

@@ -26,3 +26,9 @@ class DistributedConfig:
     """Iterations between checks that ranks with copies of a weight or expert bias hold the same
     bits; a difference ends the run and names tensor and ranks. Checked at the start only when not
     set."""
+
+    check_collectives: bool = False
+    """Before each collective, compare it with those of the other ranks: operation, size, dtype,
+    rows to each rank. A difference, or a rank that does not come, ends the run and names both
+    places in the program. For debugging: slow, and nothing overlaps. Sends between stages and in a
+    ring are not compared."""

@@ -106,7 +106,10 @@ _FLEX = (
 )
 _SAMPLES = "the run is counted in iterations of --global-batch-size samples; give "
 _JSONL = "metrics are in metrics.jsonl under --log-dir, and in --tensorboard-dir"
-_SHARDED = "weights are on every rank; --use-distributed-optimizer shares out the optimizer's state"
+_SHARDED = (
+    "use --use-torch-fsdp2, which shares out weights, gradients and the optimizer's state, or "
+    "--use-distributed-optimizer, which shares out the latter"
+)
 
 SUBSTITUTES: dict[str, str] = {
     "--apply-layernorm-1p": "use --normalization RMSNorm or LayerNorm",
@@ -242,7 +245,6 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--lion", "use --optimizer adam or sgd"),
     ("--optimizer-", "the optimizer runs where the model is; leave it out"),
     ("--use-megatron-fsdp", _SHARDED),
-    ("--use-torch-fsdp2", _SHARDED),
     ("--megatron-fsdp", _SHARDED),
     ("--data-parallel-sharding", _SHARDED),
     ("--wandb", _JSONL),

@@ -14,6 +14,8 @@ def expert_overlap(check: Check) -> Iterator[str]:
     """An all-to-all hides behind another microbatch: both must be there."""
     model, training = check.config.model, check.config.training
     if not model.overlap_moe_expert_parallel_comm:
+        if model.delay_wgrad_compute:
+            yield f"--delay-wgrad-compute needs {_FLAG}: add it, or leave the other out"
         return
     if model.num_moe_experts is None:
         yield f"{_FLAG} needs a MoE layer: add --num-experts, or leave it out"
@@ -53,7 +55,7 @@ def _pairs(check: Check, num_microbatches: int) -> Iterator[str]:
         yield (
             f"{_FLAG} with {size} needs several virtual stages a rank: with one, a rank and the "
             "next would wait for each other's halves of a pair; add "
-            "--num-virtual-stages-per-pipeline-rank 2, or leave it out"
+            "--num-virtual-stages-per-pipeline-rank 2, or use --pipeline-schedule dualpipev"
         )
     elif model.pipeline_schedule == "dualpipev":
         yield (
@@ -63,7 +65,7 @@ def _pairs(check: Check, num_microbatches: int) -> Iterator[str]:
     else:
         yield (
             f"{_FLAG} runs whole backwards beside forwards, and {check.show('pipeline_schedule')} "
-            "splits them; use --pipeline-schedule 1f1b with several virtual stages a rank"
+            "splits them; use dualpipev, or 1f1b with several virtual stages a rank"
         )
 
 

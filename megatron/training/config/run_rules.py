@@ -150,8 +150,6 @@ def machine(check: Check) -> Iterator[str]:
     where = check.config.distributed
     if where.device == "cpu" and where.distributed_backend == "nccl":
         yield "--distributed-backend nccl needs --device cuda; on cpu leave it out or say gloo"
-    if check.world_size == 1:
-        yield from check.useless("check_replica_hash", "on one rank, which has no replicas")
     if check.config.logging.tensorboard_dir is None:
         yield from check.useless(
             "tensorboard_log_interval tensorboard_queue_size", "without --tensorboard-dir"
@@ -174,6 +172,39 @@ def sharded_optimizer(check: Check) -> Iterator[str]:
         yield "--overlap-param-gather needs --overlap-grad-reduce"
 
 
+def fully_sharded(check: Check) -> Iterator[str]:
+    """What fully_shard does itself is no option beside it, and it knows data ranks alone."""
+    if not check.config.ddp.use_torch_fsdp2:
+        yield from check.useless(
+            "torch_fsdp2_no_reshard_after_forward", "without --use-torch-fsdp2"
+        )
+        return
+    model = check.config.model
+    if check.config.ddp.use_distributed_optimizer:
+        yield (
+            "--use-torch-fsdp2 and --use-distributed-optimizer exclude each other: the former "
+            "shares out the optimizer's state as well"
+        )
+    yield from check.useless(
+        "overlap_grad_reduce overlap_param_gather bucket_size",
+        "with --use-torch-fsdp2, which gathers and reduces each layer beside its neighbours",
+    )
+    axes = ("tensor_model", "pipeline_model", "expert_tensor")
+    if model.overlap_moe_expert_parallel_comm:
+        yield (
+            "--use-torch-fsdp2 with --overlap-moe-expert-parallel-comm is not offered: two "
+            "microbatches that compute at once would let go of each other's layers"
+        )
+    sizes = [f"{axis}_parallel_size" for axis in axes]
+    split = [name for name in sizes if (getattr(model, name) or 1) > 1]
+    if split:
+        yield (
+            f"--use-torch-fsdp2 with {check.show(*split)} is not offered: it shares parameters out "
+            "over data-parallel ranks; with it use 1 of each, --expert-model-parallel-size and "
+            "--context-parallel-size"
+        )
+
+
 def evaluation(check: Check) -> Iterator[str]:
     """Evaluation needs batches to evaluate on."""
     # --eval-interval beside an explicit --eval-iters 0 is how scripts turn evaluation off
@@ -192,6 +223,11 @@ def dry_run(check: Check) -> Iterator[str]:
         yield (
             f"--dry-run looks at all ranks from one process, and {started} were started: leave out "
             f"torchrun and add --dry-run-world-size {started}"
+        )
+    if check.config.ddp.use_torch_fsdp2:
+        yield (
+            "--dry-run with --use-torch-fsdp2 is not offered: torch gathers its shards by itself, "
+            "unseen; see --use-distributed-optimizer for what the optimizer's state alone saves"
         )
     target = check.config.dry_run.dry_run_json
     if target is not None and not Path(target).resolve().parent.is_dir():
@@ -217,6 +253,7 @@ RUN_RULES: tuple[Rule, ...] = (
     loading,
     machine,
     sharded_optimizer,
+    fully_sharded,
     evaluation,
     dry_run,
 )

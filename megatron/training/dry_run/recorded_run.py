@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.lanes import Lanes
 from megatron.core.parallel_layout import ParallelLayout
 from megatron.core.transformer.forward_context import ForwardContext
@@ -148,6 +149,7 @@ def _run(recipe: Recipe, table: GroupTable, rank: int) -> Run:
 
 def _static(run: Run) -> tuple[int, int, int]:
     """Return the bytes of weights, gradients and optimizer state."""
+    assert isinstance(run.model, DistributedDataParallel), "the rules let no other model come here"
     buffers = run.model.grad_buffers
     weights = {b.param_data for b in buffers} | set(run.model.module.buffers())
     gradients = {b.grad_data for b in buffers}

@@ -92,7 +92,7 @@ class _Products(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("case", CASES.keys() - {"experts_grouped_with_bias"})
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"experts_grouped_with_bias"}))
 def test_the_input_step_makes_no_weight_gradient_and_the_weight_step_nothing_else(case):
     sizes = {"hidden_size": 56, "ffn_hidden_size": 88, "num_attention_heads": 2}
     model = _wrapped(**CASES[case], **sizes)  # no multiples of 16, as numbers of rows may be

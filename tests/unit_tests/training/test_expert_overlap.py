@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import nn
 
 from megatron.core.transformer.moe.experts import GroupedMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.weight_grad_queue import WeightGradQueue
 from megatron.training.run import Run, TrainState
 from megatron.training.train_step import train_step
 from tests.helpers.late_rows import late_rows
@@ -91,6 +93,35 @@ def _order() -> None:
 
 def test_one_microbatch_computes_between_launch_and_landing_of_the_other():
     run_ranks(_order, 2)
+
+
+def _late_weights() -> None:
+    """The order is the same, and behind every launch of a backward come its weight gradients."""
+    events: list[str] = []
+    run = _noted_run(events, **OVERLAP, delay_wgrad_compute=True)
+    plain = _noted_run([])
+    run_so_far = WeightGradQueue.run_so_far
+
+    def noted(queue: WeightGradQueue) -> None:
+        events.append(f"{_lane()} {len(queue)} weights")
+        run_so_far(queue)
+
+    with patch.object(WeightGradQueue, "run_so_far", noted), late_rows(_noting(events)):
+        loss = _step(run)
+    kinds = [event for event in events if not event.endswith("weights")]
+    assert kinds == FORWARD + PAIR + BACKWARD
+    made = {at: int(e.split()[1]) for at, e in enumerate(events) if e.endswith("weights")}
+    assert len(made) == 4  # two ways of the rows of two microbatches
+    for at in made:
+        assert events[at - 1] == f"{events[at][0]} launch"
+    behind_loss, behind_experts = list(made.values())[:2]
+    assert behind_loss >= 1  # the output layer's
+    assert behind_experts >= 1  # those of the experts: both matrices are one entry
+    assert _step(plain) == loss
+
+
+def test_weight_gradients_are_made_between_launch_and_landing():
+    run_ranks(_late_weights, 2)
 
 
 def _computed_under_each(events: list[str]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.distributed.replica_check import ReplicaError, check_replicas
 from megatron.core.errors import ConfigError
 from megatron.training import setup_model
+from megatron.training.checkpoint_model import load_trained_model
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.evaluate import evaluate
 from megatron.training.run import TrainState
@@ -167,3 +169,26 @@ def _stage_of_nothing() -> None:
 
 def test_a_rank_without_a_parameter_takes_part() -> None:
     run_ranks(_stage_of_nothing, 3)
+
+
+def _saves(folder: str) -> None:
+    config = make_config(**STAGES, pipeline_schedule="dualpipev")
+    run = make_run(config)
+    state = TrainState(iteration=1)
+    save_checkpoint(folder, state, config=config, model=run.model, optimizer=run.optimizer)
+
+
+def _reads(folder: str) -> None:
+    trained = load_trained_model(Path(folder))
+    expected = make_run(make_config(num_layers=4)).model.module
+    found = trained.model.state_dict()
+    assert found.keys() == expected.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+    ids = torch.arange(6).unsqueeze(0)
+    expected.eval()
+    assert torch.equal(trained.model(ids, ids), expected(ids, ids))
+
+
+def test_a_model_that_stages_saved_is_whole_for_who_generates(tmp_path) -> None:
+    run_ranks(_saves, 2, str(tmp_path))
+    run_ranks(_reads, 1, str(tmp_path))

@@ -7,7 +7,8 @@ from megatron.core.param_role import ParamRole, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.cross_entropy import linear_cross_entropy
 from megatron.core.tensor_parallel.linear_product import linear
-from megatron.core.tensor_parallel.regions import enter_region, gather_from_region
+from megatron.core.tensor_parallel.region_entry import RegionEntry
+from megatron.core.tensor_parallel.regions import gather_from_region
 from megatron.core.tensor_parallel.weight_split import split_over
 from megatron.core.transformer.init_rules import input_init
 from megatron.core.transformer.precision import params_dtype
@@ -30,7 +31,8 @@ class OutputLayer(nn.Module):
             pg_collection: Its ``tp`` splits the vocabulary.
         """
         super().__init__()
-        self.tp_group, self.sequence_parallel = pg_collection.tp, config.sequence_parallel
+        self.tp_group = pg_collection.tp
+        self.entry = RegionEntry(pg_collection.tp, config.sequence_parallel)
         self.weight = None
         if config.untie_embeddings_and_output_weights:
             split = split_over("tp", pg_collection, dim=0, parts=(vocab_size,))
@@ -47,8 +49,7 @@ class OutputLayer(nn.Module):
             hidden_states: Output of the last norm.
             embedding_weight: [v / tp, h], used when the weights are tied, else None.
         """
-        rows = self._enter(hidden_states)
-        here = linear(rows, self._weight(embedding_weight))
+        here = linear(hidden_states, self._weight(embedding_weight), entry=self.entry)
         return gather_from_region(self.tp_group, here)
 
     def loss(
@@ -57,17 +58,12 @@ class OutputLayer(nn.Module):
         """Return the cross entropy of each token, [b, s]; logits of all are never held twice.
 
         Args:
-            hidden_states: [s, b, h].
-            embedding_weight: [v / tp, h], used when the weights are tied.
+            hidden_states: [s, b, h], or [s / tp, b, h] with sequence parallelism.
+            embedding_weight: [v / tp, h], used when the weights are tied, else None.
             labels: [b, s], int64.
         """
         weight = self._weight(embedding_weight)
-        rows = self._enter(hidden_states)
-        return linear_cross_entropy(rows, weight, labels.T, self.tp_group).T
-
-    def _enter(self, hidden_states: Tensor) -> Tensor:
-        share = self.sequence_parallel
-        return enter_region(self.tp_group, hidden_states, sequence_parallel=share)
+        return linear_cross_entropy(hidden_states, weight, labels.T, self.entry).T
 
     def _weight(self, embedding_weight: Tensor | None) -> Tensor:
         weight = embedding_weight if self.weight is None else self.weight

@@ -174,6 +174,8 @@ class GPTModel(nn.Module):
         return logits.transpose(0, 1)
 
     def _tied_weight(self) -> Tensor | None:
+        if self.config.untie_embeddings_and_output_weights:
+            return None  # not to be asked for where it is not read: it may be a shard
         if isinstance(self.embedding, EmbeddingCopy):
             return self.embedding()
         return None if self.embedding is None else self.embedding.word_embeddings.weight

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from megatron.core.param_role import Init, ParamRole, Split, set_role
 from megatron.core.tensor_parallel.linear_product import linear
+from megatron.core.tensor_parallel.region_entry import RegionEntry
 
 
 class Linear(nn.Module):
@@ -26,6 +27,7 @@ class Linear(nn.Module):
         bias: bool = True,
         skip_bias_add: bool = False,
         split: Split | None = None,
+        entry: RegionEntry = RegionEntry(),  # noqa: B008  immutable
     ) -> None:
         """Make the parameters, or this rank's slices of them.
 
@@ -38,9 +40,10 @@ class Linear(nn.Module):
             skip_bias_add: Return the bias beside the output instead of adding it, so that a
                 caller can fuse the addition.
             split: How the weight is split; the bias is, if it is split along dim 0.
+            entry: Ranks that multiply the same input by their slices.
         """
         super().__init__()
-        self.skip_bias_add = skip_bias_add
+        self.skip_bias_add, self.entry = skip_bias_add, entry
         of_bias = split if split is not None and split.dim == 0 else None
         self.weight = _parameter(
             (output_size, input_size), dtype, ParamRole(init=init, split=split)
@@ -57,8 +60,8 @@ class Linear(nn.Module):
             The product [..., output_size]; and the bias [output_size] if it was not added.
         """
         if self.skip_bias_add:
-            return linear(input_, self.weight), self.bias
-        return linear(input_, self.weight, self.bias), None
+            return linear(input_, self.weight, None, self.entry), self.bias
+        return linear(input_, self.weight, self.bias, self.entry), None
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, role: ParamRole) -> nn.Parameter:

@@ -36,6 +36,7 @@ from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.recompute import recomputed
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.weight_grad_queue import make_while_waiting
 
 _PLAIN = ForwardContext()
 
@@ -281,7 +282,12 @@ def _under(compute: Callable[[], None] | None, lanes: Lanes | None) -> During:
         for step in steps:
             step()
 
-    return Meanwhile(forward, lanes.change if lanes else None)
+    def backward() -> None:
+        make_while_waiting()
+        if lanes is not None:
+            lanes.change()
+
+    return Meanwhile(forward, backward)
 
 
 def _own_positions(context: ForwardContext, tp: ProcessGroup) -> ForwardContext:

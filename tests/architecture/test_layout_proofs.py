@@ -1,0 +1,34 @@
+"""docs/layout_proofs.md is true: each invariant of layouts has tests, and every one exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.node_ids import missing, nodes_in, text_of
+from tests.planted.layout_bugs import LAYOUT_BUGS
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/layout_proofs.md").read_text()
+ROWS = {row[1]: row[2] for row in re.finditer(r"^\| (R\d+) \| (.*) \|$", PAGE, re.MULTILINE)}
+ON_RANKS = re.compile(r"run_ranks|run_layout|verifier\(\)|Verifier")
+
+
+def test_the_page_has_every_invariant_of_layouts():
+    assert list(ROWS) == ["R1", "R2", "R3", "R7", "R8", "R9", "R14", "R18"]
+
+
+@pytest.mark.parametrize("number", ROWS)
+def test_an_invariant_is_shown_on_several_ranks(number):
+    nodes = nodes_in(ROWS[number])
+    assert len(nodes) >= 3
+    assert any(ON_RANKS.search(text_of(node)) for node in nodes)
+
+
+def test_every_test_that_is_named_exists():
+    assert missing(nodes_in(PAGE)) == []
+
+
+def test_bugs_are_planted_against_what_a_layout_can_break_silently():
+    numbers = {bug.invariant for bug in LAYOUT_BUGS}
+    assert {"R1", "R2", "R3", "R7", "R14"} <= numbers <= {*ROWS, "R5"}
