@@ -272,9 +272,9 @@ def order_section(rehearsal: Rehearsal) -> Iterator[str]:
     """Say whether the ranks' collectives go together."""
     total = sum(len(rehearsal.of(rank).events) for rank in range(len(rehearsal.stands_for)))
     yield (
-        f"ORDER OF COLLECTIVES: {total:,} calls and waits of {len(rehearsal.stands_for):,} ranks "
-        f"({rehearsal.closeness.sentence()}; routing taken as even)"
+        f"ORDER OF COLLECTIVES: {total:,} calls and waits of {len(rehearsal.stands_for):,} ranks"
     )
+    yield f"  run: {rehearsal.closeness.sentence()}"
     if rehearsal.problem is None:
         yield "  no deadlock: every rank comes to the end of the step, and nothing is left over"
         return
