@@ -112,7 +112,7 @@ SOUND: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
 }
-QUICK = ("tp and sp", "ring", "overlapped")
+QUICK = ("ep", "overlapped")
 
 
 @pytest.mark.parametrize("name", QUICK)
