@@ -44,10 +44,12 @@ class Lanes:
     def run_pair(
         self, forward: Callable[[], FirstT], backward: Callable[[], SecondT]
     ) -> tuple[FirstT, SecondT]:
-        """Run both, ``forward`` first until it changes; return what they return.
+        """Run both, ``backward`` first until it changes; return what they return.
 
-        ``forward`` runs in the calling thread. ``backward`` runs in one that ends before this
-        returns and has the caller's context variables, grad mode, autocast, device and stream.
+        A backward soon has rows to send, and a forward computes attention before: begun so, each
+        has the other's computation to hide behind, from the first rows to the last. ``forward``
+        runs in the calling thread; ``backward`` in one that ends before this returns and has the
+        caller's context variables, grad mode, autocast, device and stream.
 
         Raises:
             BaseException: What the first of them to fail raised, with its traceback. The other has
@@ -71,8 +73,9 @@ class _Pair(Generic[FirstT, SecondT]):
 
     def __init__(self, first: Callable[[], FirstT], second: Callable[[], SecondT]) -> None:
         self._works: tuple[Callable[[], Any], Callable[[], Any]] = (first, second)
-        self._turns = (threading.Semaphore(1), threading.Semaphore(0))
-        self._running = 0
+        self._turns = (threading.Semaphore(0), threading.Semaphore(0))
+        self._second_left = threading.Event()
+        self._running = 1
         self._is_over = [False, False]
         self._results: list[Any] = [None, None]
         self._errors: list[BaseException] = []
@@ -83,12 +86,17 @@ class _Pair(Generic[FirstT, SecondT]):
         other = threading.Thread(
             target=variables.run, args=(self._walk, 1, state), name="lane", daemon=True
         )
-        other.start()
-        self._walk(0, None)
         try:
-            other.join()
+            other.start()
+            self._turns[1].release()
+            self._walk(0, None)
+            self._second_left.wait()  # not join: interrupted, it takes the thread for ended
         except BaseException as error:  # noqa: BLE001  an interrupt; the other lane ends soon
             self._errors.append(error)
+            self._leave(0)
+            if other.ident is not None:
+                self._second_left.wait()
+        if other.ident is not None:
             other.join()
         if self._errors:
             raise self._errors[0]
@@ -116,9 +124,15 @@ class _Pair(Generic[FirstT, SecondT]):
         except BaseException as error:  # noqa: BLE001  for the caller of run, whatever it is
             self._errors.append(error)
         finally:
-            self._is_over[lane] = True
-            self._running = 1 - lane
-            self._turns[1 - lane].release()
+            self._leave(lane)
+
+    def _leave(self, lane: int) -> None:
+        """Give the baton away for good."""
+        self._is_over[lane] = True
+        self._running = 1 - lane
+        self._turns[1 - lane].release()
+        if lane == 1:
+            self._second_left.set()
 
 
 class _ThreadState(NamedTuple):

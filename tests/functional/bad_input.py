@@ -91,16 +91,6 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         "--sequence-parallel",
         ["--sequence-parallel shares --seq-length 63 over --tensor-model-parallel-size 2"],
     ),
-    "gather of nothing": (
-        2,
-        f"{GOOD} --overlap-param-gather --overlap-grad-reduce",
-        ["--overlap-param-gather needs --use-distributed-optimizer"],
-    ),
-    "gather without overlapped reduction": (
-        2,
-        f"{GOOD} --overlap-param-gather --use-distributed-optimizer",
-        ["--overlap-param-gather needs --overlap-grad-reduce"],
-    ),
     **SHARDED_CASES,
     **CONTEXT_CASES,
     **PIPELINE_CASES,

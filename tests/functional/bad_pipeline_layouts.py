@@ -1,4 +1,4 @@
-"""Pipelines that cannot be, and overlap with nothing to hide; see ``bad_layouts``."""
+"""Pipelines, overlap and ZeRO-3 that cannot be; see ``bad_layouts``."""
 
 from tests.functional.bad_layouts import DEEPSEEK, GOOD, MOE, BadLayout
 
@@ -140,6 +140,24 @@ PIPELINES: dict[str, BadLayout] = {
         "--num-query-groups 4 --tensor-model-parallel-size 6",
         ("--tensor-model-parallel-size 6 must divide --num-query-groups 4 or be a multiple of it",),
         "TP 2 DP 3; TP 1 DP 6",
+    ),
+    "parameters shared out over stages": BadLayout(
+        4,
+        f"{DEEP} --use-torch-fsdp2 --pipeline-model-parallel-size 2",
+        ("--use-torch-fsdp2 with --pipeline-model-parallel-size 2 is not offered",),
+        "PP 1 DP 4",
+    ),
+    "parameters shared out over slices": BadLayout(
+        4,
+        f"{MOE} --use-torch-fsdp2 --tensor-model-parallel-size 2",
+        ("--use-torch-fsdp2 with --tensor-model-parallel-size 2 is not offered",),
+        "TP 1 DP 4",
+    ),
+    "two ways to share out": BadLayout(
+        4,
+        f"{DEEP} --use-torch-fsdp2 --use-distributed-optimizer",
+        ("--use-torch-fsdp2 and --use-distributed-optimizer exclude each other",),
+        None,
     ),
     "trace of stages": BadLayout(
         4,

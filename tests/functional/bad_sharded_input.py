@@ -1,9 +1,19 @@
-"""Mistakes with --use-torch-fsdp2: command lines and what the message about them must say."""
+"""Mistakes with ZeRO-1 and ZeRO-3: command lines and what the message about them must say."""
 
 GOOD = "--num-layers 4 --hidden-size 64 --mock-data"
 MOE = f"{GOOD} --num-experts 8"
 
 SHARDED_CASES: dict[str, tuple[int, str, list[str]]] = {
+    "gather of nothing": (
+        2,
+        f"{GOOD} --overlap-param-gather --overlap-grad-reduce",
+        ["--overlap-param-gather needs --use-distributed-optimizer"],
+    ),
+    "gather without overlapped reduction": (
+        2,
+        f"{GOOD} --overlap-param-gather --use-distributed-optimizer",
+        ["--overlap-param-gather needs --overlap-grad-reduce"],
+    ),
     "fully sharded twice": (
         2,
         f"{GOOD} --use-torch-fsdp2 --use-distributed-optimizer --overlap-grad-reduce",

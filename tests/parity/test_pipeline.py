@@ -173,6 +173,16 @@ def test_counts_of_earlier_microbatches_are_those_of_data_ranks_without_stages()
     compare(run_layout(4, **options, **EP, **pipe(2, **TWICE)), want, weights=True)
 
 
+@SLOW
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_a_pipeline_gives_the_same_bits_twice(schedule: str) -> None:
+    layout = pipe(2, **TWICE, **EP, **SHARDED, pipeline_schedule=schedule)
+    one, two = (run_layout(4, **BASE, **layout, steps=20) for _ in range(2))
+    for first, second in zip(one.steps, two.steps, strict=True):
+        assert (first.lm_loss, first.grad_norm) == (second.lm_loss, second.grad_norm)
+        assert all(torch.equal(second.weights[key], first.weights[key]) for key in first.weights)
+
+
 def test_bf16_goes_down_as_on_one_process() -> None:
     options = BASE | {"fp64": False, "bf16": True, "optimizer": "adam", "lr": 3e-3}
     got = run_layout(2, **options, **pipe(2, **TWICE), steps=4)

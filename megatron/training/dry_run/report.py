@@ -152,7 +152,8 @@ def memory_section(
         figures = (f"{size / GIB:.3f}" for size in (*use, use.total))
         rows.append((stage, ranges(ranks), *figures, f"{kept[stage]:g}"))
     yield from columns(rows, left=2)
-    yield f"  optimizer: {optimizer_text(config)}; {recompute_text(config)}"
+    yield f"  optimizer: {optimizer_text(config)}"
+    yield f"  activations: {recompute_text(config)}; routing is taken as even"
     rank = largest_rank(rehearsal)
     yield from largest(census, rehearsal, kept[table.collection(rank).pp.rank()])
 
@@ -271,9 +272,9 @@ def order_section(rehearsal: Rehearsal) -> Iterator[str]:
     """Say whether the ranks' collectives go together."""
     total = sum(len(rehearsal.of(rank).events) for rank in range(len(rehearsal.stands_for)))
     yield (
-        f"ORDER OF COLLECTIVES: {total:,} calls and waits of {len(rehearsal.stands_for):,} ranks "
-        f"({rehearsal.closeness.sentence()}; routing taken as even)"
+        f"ORDER OF COLLECTIVES: {total:,} calls and waits of {len(rehearsal.stands_for):,} ranks"
     )
+    yield f"  run: {rehearsal.closeness.sentence()}"
     if rehearsal.problem is None:
         yield "  no deadlock: every rank comes to the end of the step, and nothing is left over"
         return

@@ -1,7 +1,7 @@
 """Two lanes: one order of turns, one that runs at a time, and no thread that outlives a failure."""
 
-import _thread
 import contextvars
+import signal
 import threading
 import traceback
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def _expected(first: int, second: int) -> list[str]:
     """Parts in turn; what is left of the longer lane follows at once."""
     order = []
     for part in range(max(first, second) + 1):
-        order += [f"F{part}"] * (part <= first) + [f"B{part}"] * (part <= second)
+        order += [f"B{part}"] * (part <= second) + [f"F{part}"] * (part <= first)
     return order
 
 
@@ -118,7 +118,7 @@ def test_a_failing_lane_ends_both_and_its_own_error_comes_out(is_forward, change
         lanes.run_pair(*pair)
     assert caught.value is error
     assert "fall_over" in {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    never_began = is_forward and changes == 0
+    never_began = not is_forward and changes == 0
     assert ended == ([] if never_began else ["stopped"])
     assert lanes.run_pair(lambda: 1, lambda: 2) == (1, 2)  # usable again
 
@@ -133,7 +133,7 @@ def test_the_first_of_two_errors_comes_out():
             raise RuntimeError("the rows did not land")
 
     with pytest.raises(ValueError, match="first"):
-        lanes.run_pair(worse, _fails(lanes, 0, ValueError("first")))
+        lanes.run_pair(_fails(lanes, 0, ValueError("first")), worse)
 
 
 def test_an_error_in_the_last_part_of_the_second_lane_comes_out():
@@ -142,7 +142,15 @@ def test_an_error_in_the_last_part_of_the_second_lane_comes_out():
         lanes.run_pair(lambda: None, _fails(lanes, 2, ValueError("late")))
 
 
-def test_an_interrupt_while_the_other_lane_computes_ends_both():
+def _interrupt() -> None:
+    """Press Ctrl-C; the main thread wakes up, whatever it waits for."""
+    ident = threading.main_thread().ident
+    assert ident is not None
+    signal.pthread_kill(ident, signal.SIGINT)
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_an_interrupt_while_the_other_lane_computes_ends_both(began):
     lanes, parts = Lanes(), []
 
     def forward() -> None:
@@ -150,7 +158,9 @@ def test_an_interrupt_while_the_other_lane_computes_ends_both():
         raise AssertionError("the interrupt came before")
 
     def backward() -> None:
-        _thread.interrupt_main()
+        if began:
+            lanes.change()  # the forward then waits in its own change
+        _interrupt()
         for part in range(1000):
             parts.append(part)
             threading.Event().wait(0.001)
@@ -160,6 +170,30 @@ def test_an_interrupt_while_the_other_lane_computes_ends_both():
     with pytest.raises(KeyboardInterrupt):
         lanes.run_pair(forward, backward)
     assert len(parts) < 1000
+
+
+def test_an_interrupt_behind_the_first_lane_waits_for_the_second():
+    lanes = Lanes()
+
+    def backward() -> None:
+        lanes.change()
+        _interrupt()
+        for _ in range(1000):  # an end, should the main thread be about to wait just now
+            threading.Event().wait(0.001)
+            lanes.change()
+
+    with pytest.raises(KeyboardInterrupt):
+        lanes.run_pair(lambda: None, backward)
+
+
+def test_no_thread_to_be_had_is_an_error_and_no_hang(monkeypatch):
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            Lanes().run_pair(lambda: 1, lambda: 2)
 
 
 def test_a_lane_has_no_lanes_of_its_own():

@@ -61,18 +61,18 @@ def _step(run: Run) -> float:
 
 
 PAIR = [
+    "B launch",  # behind loss and head: the gradient of the way back
     "F attention",
     *["F launch"] * 2,  # rows and their probs
-    "B launch",  # behind loss and head: the gradient of the way back
-    *["F wait"] * 2,
-    "F experts",
-    "F launch",
     "B wait",
     "B experts back",
     *["B launch"] * 2,
-    "F wait",  # then its loss, to the end of the lane
+    *["F wait"] * 2,
+    "F experts",
+    "F launch",
     *["B wait"] * 2,
     "B attention back",
+    "F wait",  # then its loss
 ]
 FORWARD = [line for line in PAIR if line.startswith("F")]
 BACKWARD = [line.replace("B ", "F ") for line in PAIR if line.startswith("B")]
@@ -140,11 +140,11 @@ def _deep() -> None:
     run = _noted_run(events, num_layers=3, **OVERLAP)
     with late_rows(_noting(events)):
         _step(run)
-    first = next(at for at, event in enumerate(events) if event[0] == "B")
-    last = max(at for at, event in enumerate(events) if event[0] == "B")
-    under = _computed_under_each(events[first:last])
-    assert len(under) == 11  # ways out and back of three layers, but the first, and of gradients
-    assert all(under[:-1]), under  # the last: only the loss and the head are left
+    of_backward = [at for at, event in enumerate(events) if event[0] == "B"]
+    end = events.index("F wait", of_backward[-1]) + 1
+    under = _computed_under_each(events[of_backward[0] : end])
+    assert len(under) == 12  # out and back, of rows and of gradients, in three layers
+    assert all(under), under
 
 
 def test_every_way_of_the_rows_has_attention_or_experts_of_the_other_lane_under_it():

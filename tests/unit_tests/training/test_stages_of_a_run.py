@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer
 from megatron.core.distributed.replica_check import ReplicaError, check_replicas
 from megatron.core.errors import ConfigError
+from megatron.core.pipeline_parallel.executor import _Walk
+from megatron.core.pipeline_parallel.schedule_step import Step
 from megatron.training import setup_model
 from megatron.training.checkpoint_model import load_trained_model
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
@@ -192,3 +195,31 @@ def _reads(folder: str) -> None:
 def test_a_model_that_stages_saved_is_whole_for_who_generates(tmp_path) -> None:
     run_ranks(_saves, 2, str(tmp_path))
     run_ranks(_reads, 1, str(tmp_path))
+
+
+def _reduces_early() -> None:
+    run = make_run(make_config(**STAGES, overlap_grad_reduce=True, bucket_size=700))
+    events: list[str] = []
+    backward, reduce = _Walk._run_backward, ParamAndGradBuffer.start_reduce
+
+    def noted_backward(walk: _Walk, step: Step) -> None:
+        backward(walk, step)
+        events.append(f"backward {step.chunk}")
+
+    def noted_reduce(buffer: ParamAndGradBuffer, start: int, end: int) -> object:
+        events.append("reduce" if buffer.layout.key.tied_ends == "no" else "reduce ends")
+        return reduce(buffer, start, end)
+
+    _Walk._run_backward, ParamAndGradBuffer.start_reduce = noted_backward, noted_reduce
+    assert train_step(run, TrainState(), microbatches(run, 0)).updated
+    first = events.index("reduce")
+    last_of_chunk = len(events) - 1 - events[::-1].index("backward 1")
+    assert events[:first].count("backward 1") == 3  # in the fourth, the last of this stage
+    assert first < last_of_chunk
+    assert "backward 0" in events[first:]  # the other stage goes on meanwhile
+    assert events[-1] == "reduce ends"  # of the tied embedding, complete only now
+    assert events.count("reduce ends") == 1
+
+
+def test_a_stage_is_reduced_while_the_other_goes_backward() -> None:
+    run_ranks(_reduces_early, 2)

@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training.dry_run.recorded_run import MemoryUse, Recipe, record_step
 from megatron.training.dry_run.replay import Replay
+from megatron.training.dry_run.stand_ins import even_logits
 from megatron.training.run import TrainState
 from megatron.training.train_step import train_step
 from pretrain_gpt import forward_step, model_provider
@@ -57,6 +60,16 @@ def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
+def _evenly(choose: Any) -> Any:
+    """Route as a dry run supposes; experts that get more rows keep more."""
+
+    def chosen(router: TopKRouter, logits: torch.Tensor, context: Any) -> Any:
+        even = even_logits(*logits.shape, router.topk, logits.dtype)
+        return choose(router, logits + (even - logits).detach(), context)
+
+    return chosen
+
+
 def _count_real(folder: Path, options: dict[str, Any]) -> None:
     """Train a step and note the bytes of this rank."""
     run = make_run(make_config(**options))
@@ -68,7 +81,8 @@ def _count_real(folder: Path, options: dict[str, Any]) -> None:
         state += [value for value in entry.values() if isinstance(value, torch.Tensor)]
     rest = {key: size for key, size in _storages(state).items() if key not in known}
     batches = list(microbatches(run, 0))
-    with LiveBytes() as live:
+    chosen = mock.patch.object(TopKRouter, "_choose", _evenly(TopKRouter._choose))
+    with chosen, LiveBytes() as live:
         train_step(run, TrainState(dropout_seed=run.config.training.seed), iter(batches))
     use = MemoryUse(*(sum(part.values()) for part in (weights, gradients, rest)), live.peak)
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(use._asdict()))
