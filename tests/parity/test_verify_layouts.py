@@ -27,6 +27,28 @@ def test_layout_equals_one_process(layout):
     assert bool(row.reasons) == (outcome.verdict == REFUSED)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp2 sp cp2-p2p ep2 etp1",
+        *[
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in (
+                "pp2 dualpipev",
+                "pp2 zb-h1 untied",
+                "pp2 interleaved ep2 expert-comm",
+                "dp2 recompute-block zero3",
+                "ep2 etp2 dedup recompute-full",
+            )
+        ],
+    ],
+)
+def test_what_flows_through_an_equal_layout_differs_nowhere(layout):
+    (row,) = chosen([layout], verifier().axes, verifier().judge)
+    assert row.reasons == ()
+    assert verifier().first_difference(row.levels) is None
+
+
 def test_a_refused_layout_is_told_with_what_the_rules_say(capsys):
     words = ["--layouts", "quick", "--only", "tp2 rope", *DEFAULT_WORDS]
     words += ["--num-attention-heads", "1"]

@@ -151,9 +151,9 @@ LAYOUT_BUGS = (
     LayoutBug(
         "inputs learn from one slice of a matrix",
         "R2",
-        f"{TP}/regions.py",
-        "return None, all_reduce_(ctx.group, grad.clone(memory_format=torch.contiguous_format))",
-        "return None, grad * ctx.group.size()",
+        f"{TP}/region_entry.py",
+        "self._work = dist.all_reduce(grad, group=entry.group, async_op=True)",
+        "grad *= self._ranks",
         "tp2",
         r"gradient of decoder\.final_layernorm",
         "no single factor",

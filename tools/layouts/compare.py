@@ -21,14 +21,16 @@ class Tolerance(NamedTuple):
 TOLERANCES = {
     "fp64": Tolerance(1e-12, 1e-12),
     "fp32": Tolerance(2.0**-15, 2.0**-15),
-    "bf16": Tolerance(2.0**-3, 2.0**-5),
+    "bf16": Tolerance(2.0**-2, 2.0**-5),
 }
-"""By dtype, as multiples of its rounding 2^-53, 2^-24 and 2^-9: about 2^13, 2^9 and 2^6, so that
+"""By dtype, as multiples of its rounding 2^-53, 2^-24 and 2^-9: about 2^13, 2^9 and 2^7, so that
 sums of hundreds of terms in another order, through all layers of two steps, stay below (measured:
-8e-15, 3e-6, 0.07). So much of one element would hide a factor of 1.05 in bf16. The factor of a
+1e-14, 3e-6, 0.1). So much of one element would hide a factor of 1.05 in bf16. The factor of a
 whole tensor averages over its elements and was measured to stay within 0.016 of 1: beyond 2^-5 it
 is no rounding.
 """
+COUNTS = "tokens per expert"
+"""Whole numbers: equal or not."""
 _FLOOR = 1e-3
 """Tensors smaller than this, of the largest of their kind, are compared on its scale: what is zero
 by symmetry, such as the gradient of the bias of keys, is made of rounding alone."""
@@ -59,6 +61,8 @@ class Difference(NamedTuple):
 
     def is_beyond(self, tolerance: Tolerance) -> bool:
         """Return whether rounding cannot explain it."""
+        if self.what == COUNTS:
+            return self.error > 0.0
         off = abs(self.ratio - 1.0) if self.ratio == self.ratio else 0.0
         return not self.error <= tolerance.error or off > max(tolerance.ratio, 1e-300)
 
@@ -98,7 +102,7 @@ def differences(got: LayoutResult, want: LayoutResult) -> Iterator[Difference]:
         yield of_numbers(step, "grad norm", "", mine.grad_norm, theirs.grad_norm)
         yield from _of_tensors(step, "weight", mine.weights, theirs.weights)
     last = len(want.steps) - 1
-    yield measure(last, "tokens per expert", "", got.tokens_per_expert, want.tokens_per_expert)
+    yield measure(last, COUNTS, "", got.tokens_per_expert, want.tokens_per_expert)
     for name, value in want.metrics.items():
         yield of_numbers(last, "metric", name, got.metrics.get(name, float("inf")), value)
 

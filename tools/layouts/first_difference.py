@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.param_role import LogicalShard
-from tools.layouts.compare import Difference, Tolerance, measure, of_numbers
+from tools.layouts.compare import COUNTS, Difference, Tolerance, measure, of_numbers
 from tools.layouts.oracle import LayoutResult, RankRecord
 from tools.layouts.trace import Piece, put_together
 from tools.layouts.whole_tensors import Blocks
@@ -144,7 +144,7 @@ def _both(block: LogicalShard, whole: Tensor) -> tuple[Tensor, Tensor]:
 def _of_reports(ranks: Sequence[RankRecord], want: LayoutResult) -> Iterator[First]:
     last = len(want.steps) - 1
     for number, rank in enumerate(ranks):
-        counts = measure(last, "tokens per expert", "", rank.counts, want.tokens_per_expert)
+        counts = measure(last, COUNTS, "", rank.counts, want.tokens_per_expert)
         yield First(counts, (), (number,), ())
         for name, value in want.metrics.items():
             got = rank.metrics.get(name, float("inf"))
