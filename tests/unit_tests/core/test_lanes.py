@@ -4,7 +4,7 @@ import contextvars
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -142,6 +142,14 @@ def test_an_error_in_the_last_part_of_the_second_lane_comes_out():
         lanes.run_pair(lambda: None, _fails(lanes, 2, ValueError("late")))
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let SIGINT raise; a shell that starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def _interrupt() -> None:
     """Press Ctrl-C; the main thread wakes up, whatever it waits for."""
     ident = threading.main_thread().ident
@@ -150,6 +158,7 @@ def _interrupt() -> None:
 
 
 @pytest.mark.parametrize("began", [False, True])
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_while_the_other_lane_computes_ends_both(began):
     lanes, parts = Lanes(), []
 
@@ -172,6 +181,7 @@ def test_an_interrupt_while_the_other_lane_computes_ends_both(began):
     assert len(parts) < 1000
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_behind_the_first_lane_waits_for_the_second():
     lanes = Lanes()
 

@@ -101,8 +101,8 @@ def test_the_rules_of_the_configuration_are_what_refuses():
     verifier = Verifier(read_base(DEFAULT_WORDS, "fp64").values, dtype="fp64")
     rows = {row.levels: row for row in alone(verifier.axes, verifier.judge)}
     assert rows["tp2",].reasons == ()
-    (odd,) = chosen(["tp4 one-group"], verifier.axes, verifier.judge)
-    assert "--num-query-groups 1" in odd.reasons[0] or not odd.reasons
+    (odd,) = chosen(["tp2 dp2 zero3"], verifier.axes, verifier.judge)
+    assert "--use-torch-fsdp2 with --tensor-model-parallel-size 2" in odd.reasons[0]
     (large,) = chosen(["tp4 cp4-p2p"], verifier.axes, verifier.judge)
     assert large.reasons == ("needs 16 ranks, --max-ranks is 8",)
 
