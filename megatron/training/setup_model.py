@@ -71,7 +71,9 @@ def share_out(config: RunConfig, world: World, model: nn.Module) -> DataParallel
         return TorchFullyShardedDataParallel(
             config.ddp, model, pg_collection=groups, device=world.device
         )
-    return DistributedDataParallel(config.ddp, model.to(world.device), pg_collection=groups)
+    return DistributedDataParallel(
+        config.ddp, model.to(world.device), pg_collection=groups, device=world.device
+    )
 
 
 def microbatches(config: RunConfig, world: World) -> NumMicroBatches:

@@ -5,7 +5,7 @@ gradients are summed over ``dp_cp``, those of experts over ``expt_dp``. Every ra
 bucket in every step, also when some of its parameters got no gradient (they count as zero).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from megatron.core.distributed.bucket_layout import (
     Bucket,
     BufferKey,
     ParamSpec,
+    Span,
     default_bucket_size,
     plan_buckets,
 )
@@ -147,19 +148,20 @@ class DistributedDataParallel(DataParallelBase):
 
         Collective over all ranks: replicas name the same, and so do the stages of a pipeline.
         """
-        bad = torch.zeros(len(self._params), dtype=torch.int32)
+        mine: list[int] = []
         for number, buffer in enumerate(self.grad_buffers):
             here = [b for b in self.bucket_layout.buckets if b.buffer == number]
-            for start, end in (buffer.own(bucket.start, bucket.end) for bucket in here):
-                for param, low, high in buffer.layout.spans:
-                    part = buffer.grad_data[max(low, start) : max(start, min(high, end))]
-                    bad[param] += int(not torch.isfinite(part).all())
-        bad = bad.to(self.device)
-        if self.is_sharded:
-            for buffer in self.grad_buffers:  # a parameter is in one buffer
-                torch.distributed.all_reduce(bad, group=buffer.group)
-        mine = [name for name, count in zip(self._names, bad.tolist(), strict=True) if count]
-        return _of_all_stages(mine, self.pg_collection.pp)
+            own = [buffer.own(bucket.start, bucket.end) for bucket in here]
+            counts = torch.tensor(
+                [_count_nonfinite(buffer.grad_data, span, own) for span in buffer.layout.spans],
+                device=self.device,
+            )
+            if self.is_sharded:  # of this buffer alone: its ranks may differ in all others
+                torch.distributed.all_reduce(counts, group=buffer.group)
+            found = zip(buffer.layout.spans, counts.tolist(), strict=True)
+            mine += [span.param for span, count in found if count]
+        names = [self._names[param] for param in sorted(mine)]
+        return _of_all_stages(names, self.pg_collection.pp)
 
     def _expect_settled(self, call: str) -> None:
         names = [self._names[param] for param in self._reducer.unsettled()]
@@ -246,6 +248,12 @@ def _accumulator(param: nn.Parameter) -> Node:
 def _trainable(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
     named = [(name, param) for name, param in module.named_parameters() if param.requires_grad]
     return [name for name, _ in named], [param for _, param in named]
+
+
+def _count_nonfinite(flat: Tensor, span: Span, owned: Sequence[tuple[int, int]]) -> int:
+    """Count the stretches [start, end) of ``owned`` where ``span`` holds an inf or a NaN."""
+    parts = [flat[max(span.start, start) : max(start, min(span.end, end))] for start, end in owned]
+    return sum(int(not torch.isfinite(part).all()) for part in parts)
 
 
 def _of_all_stages(names: list[str], group: torch.distributed.ProcessGroup) -> list[str]:

@@ -50,8 +50,8 @@ def test_every_rank_gets_the_held_out_loss(tmp_path, monkeypatch):
     run_ranks(_evaluates, 2, [torch.load("loss.pt")])
 
 
-def _skips(where: str) -> None:
-    run = make_run(make_config(**STAGES, fp64=False))
+def _skips(where: str, options: dict) -> None:
+    run = make_run(make_config(**options, fp64=False))
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
@@ -85,7 +85,13 @@ def _skips(where: str) -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_on_one_stage_skips_the_update_of_all(where: str) -> None:
-    run_ranks(_skips, 2, where)
+    run_ranks(_skips, 2, where, STAGES)
+
+
+def test_ends_that_share_out_a_tied_embedding_name_parameters_of_their_own() -> None:
+    # the stages have not the same number of parameters: only the last has the final norm
+    options = {"num_layers": 2, "pipeline_model_parallel_size": 2}
+    run_ranks(_skips, 2, "gradient", options | {"use_distributed_optimizer": True})
 
 
 def _copies_differ() -> None:
@@ -172,6 +178,16 @@ def _stage_of_nothing() -> None:
 
 def test_a_rank_without_a_parameter_takes_part() -> None:
     run_ranks(_stage_of_nothing, 3)
+
+
+def _shares_out_nothing() -> None:
+    config = make_config()
+    world = replace(make_run(config).world, device=torch.device("meta"))
+    assert setup_model.share_out(config, world, torch.nn.Module()).device.type == "meta"
+
+
+def test_a_rank_without_a_parameter_knows_its_device() -> None:
+    run_ranks(_shares_out_nothing, 1)
 
 
 def _saves(folder: str) -> None:
