@@ -47,6 +47,8 @@ class Post(NamedTuple):
     """Of a message: place of the other end in the group."""
     itemsize: int = 1
     """Bytes of an element."""
+    is_batched: bool = False
+    """Of a message: one of a batch, whose messages may begin in any order."""
     site: CallSite = ()
 
     def agrees(self, other: "Post") -> bool:

@@ -2,7 +2,8 @@
 
 The rule is that of NCCL and gloo: in one group the n-th collective of every rank is one and the
 same, and messages between two ranks arrive in the order they are sent. A post never blocks, a wait
-does. So a step is sound if each rank reaches its end, and nothing is left over.
+does. So a step is sound if each rank reaches its end, and nothing is left over. NCCL asks for more:
+it runs both directions of two ranks one after the other, but for batches.
 """
 
 from collections import defaultdict, deque
@@ -63,14 +64,17 @@ class _Channel:
 
 
 _Key = tuple[str, int, int, int]
-"""Group, which of its rank lists, and for messages sender and receiver (else -1, -1)."""
+"""Group, which of its rank lists, and for messages sender and receiver (else -1, -1); the two ranks
+in ascending order where both directions are one."""
 
 
 class Matcher:
     """One play of all ranks; ``play`` may be called once."""
 
-    def __init__(self, sequences: Sequence[Sequence[Event]], groups: Groups) -> None:
-        self._events = sequences
+    def __init__(
+        self, sequences: Sequence[Sequence[Event]], groups: Groups, *, is_nccl: bool = False
+    ) -> None:
+        self._events, self._is_nccl = sequences, is_nccl
         self._groups = groups
         self._list_of = {
             name: {rank: number for number, ranks in enumerate(lists) for rank in ranks}
@@ -148,6 +152,8 @@ class Matcher:
             ends = (rank, ranks[post.peer])
             if post.op == "recv":
                 ends = (ends[1], ends[0])
+            if self._is_nccl and not post.is_batched:
+                ends = (min(ends), max(ends))
             key, ranks = (name, number, *ends), ends
         channel = self._channels.get(key)
         if channel is None:
@@ -213,14 +219,18 @@ def _fit(first: Post, second: Post) -> bool:
     return first.agrees(second)
 
 
-def find_problem(sequences: Sequence[Sequence[Event]], groups: Groups) -> Problem | None:
+def find_problem(
+    sequences: Sequence[Sequence[Event]], groups: Groups, *, is_nccl: bool = False
+) -> Problem | None:
     """Return the first place where ranks cannot go on together, or None.
 
     Args:
         sequences: Events of each rank; ranks that do the same may share one list.
         groups: Rank lists of every group that an event names.
+        is_nccl: Two ranks must begin their messages to each other in one order, sends and receives
+            together; batches apart.
     """
-    return Matcher(sequences, groups).play()
+    return Matcher(sequences, groups, is_nccl=is_nccl).play()
 
 
 def describe(problem: Problem, most: int = 4) -> list[str]:

@@ -101,7 +101,7 @@ def rehearse(
         stands_for=tuple(stands_for),
         closeness=closeness,
         seconds=time.monotonic() - begun,
-        problem=find_problem(sequences, table.lists),
+        problem=find_problem(sequences, table.lists, is_nccl=recipe.device == "cuda"),
     )
 
 

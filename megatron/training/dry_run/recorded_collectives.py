@@ -187,9 +187,11 @@ class RecordedCollectives:
         group: Any = None,
         tag: int = 0,
         group_dst: int | None = None,
+        *,
+        is_batched: bool = False,
     ) -> RecordedWork:
         """See ``torch.distributed.isend``."""
-        return self._message("send", tensor, group, dst, group_dst, tag)
+        return self._message("send", tensor, group, dst, group_dst, tag, is_batched)
 
     def irecv(
         self,
@@ -198,10 +200,12 @@ class RecordedCollectives:
         group: Any = None,
         tag: int = 0,
         group_src: int | None = None,
+        *,
+        is_batched: bool = False,
     ) -> RecordedWork:
         """See ``torch.distributed.irecv``."""
         write_known(tensor, None)
-        return self._message("recv", tensor, group, src, group_src, tag)
+        return self._message("recv", tensor, group, src, group_src, tag, is_batched)
 
     def send(self, *args: Any, **kwargs: Any) -> None:
         """See ``torch.distributed.send``."""
@@ -220,7 +224,7 @@ class RecordedCollectives:
             if op.group_peer is None:
                 ends = {"dst" if op.sends else "src": op.peer}
             send = cast(Callable[..., RecordedWork], ways[op.sends])
-            works.append(send(op.tensor, group=op.group, tag=op.tag, **ends))
+            works.append(send(op.tensor, group=op.group, tag=op.tag, is_batched=True, **ends))
         return works
 
     def get_rank(self, group: Any = None) -> int:
@@ -246,11 +250,14 @@ class RecordedCollectives:
         rank: int | None,
         place: int | None,
         tag: int,
+        is_batched: bool,
     ) -> RecordedWork:
         group = self._group(group)
         peer = place if rank is None else group.ranks.index(rank)
         assert peer is not None, "a message has a rank at its other end"
-        work = self._done(op, group, tensor, True, peer=peer, detail=f"tag {tag}" if tag else "")
+        detail = f"tag {tag}" if tag else ""
+        more = {"peer": peer, "detail": detail, "is_batched": is_batched}
+        work = self._done(op, group, tensor, True, **more)
         assert work is not None, "a message is asynchronous"
         return work
 

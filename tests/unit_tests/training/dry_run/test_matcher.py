@@ -143,6 +143,20 @@ def test_two_ranks_that_both_receive_first_stand_still() -> None:
     assert {standing.rank for standing in problem.standings} == {0, 1}
 
 
+@pytest.mark.parametrize("is_nccl", [False, True])
+@pytest.mark.parametrize("is_batched", [False, True])
+def test_two_ranks_that_both_send_first_stand_still_over_nccl(
+    is_nccl: bool, is_batched: bool
+) -> None:
+    def rank(peer: int) -> list[Event]:
+        ways = [_message(way, peer)._replace(is_batched=is_batched) for way in ("send", "recv")]
+        return [*ways, Wait(1), Wait(0)]
+
+    world = [rank(1), rank(0), *([] for _ in range(6))]
+    problem = find_problem(world, TABLE.lists, is_nccl=is_nccl)
+    assert (problem is not None) == (is_nccl and not is_batched)
+
+
 @pytest.mark.parametrize(("recv", "is_sound"), [((2, 6), True), ((3, 6), False)])
 def test_an_all_to_all_expects_what_is_sent(recv: tuple[int, int], is_sound: bool) -> None:
     def rank(send: tuple[int, int], recv: tuple[int, int]) -> list[Event]:

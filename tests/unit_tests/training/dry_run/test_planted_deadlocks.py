@@ -35,14 +35,16 @@ TP = {"num_layers": 1, "tensor_model_parallel_size": 2, "global_batch_size": 4}
 CLOSE = Closeness(every_rank=True, every_pass=True, every_layer=True)
 
 
-def _problem(world_size: int, closeness: Closeness = CLOSE, **options: Any) -> Problem | None:
+def _problem(
+    world_size: int, closeness: Closeness = CLOSE, device: str = "cpu", **options: Any
+) -> Problem | None:
     config = make_config(**options)
     recipe = Recipe(
         config=config,
         layout=config.model.layout(world_size),
         model_provider=model_provider,
         forward_step=forward_step,
-        device="cpu",
+        device=device,
     )
     table = recipe.groups()
     census = take_census(config, model_provider, table)
@@ -122,10 +124,14 @@ def test_a_legal_layout_has_no_deadlock(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SOUND if name not in QUICK])
-def test_other_legal_layouts_have_none_either(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [(name, "cpu") for name in SOUND if name not in QUICK]
+    + [(name, "cuda") for name in SOUND if "pipeline_model_parallel_size" in SOUND[name][1]],
+)
+def test_other_legal_layouts_have_none_either(name: str, device: str) -> None:
     world_size, options = SOUND[name]
-    assert _problem(world_size, **options) is None
+    assert _problem(world_size, device=device, **options) is None
 
 
 _permutation = MoEAlltoAllTokenDispatcher.token_permutation
@@ -214,6 +220,28 @@ def test_a_message_that_one_stage_does_not_send(monkeypatch: pytest.MonkeyPatch)
     assert "rank 0: recv" in text
     assert "executor.py" in text
     assert "rank 1" in text
+
+
+def test_messages_that_two_ranks_begin_in_different_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = executor_module.with_transfers
+
+    def sends_first(schedule: Any) -> Any:
+        """Let each rank begin what it sends as soon as it is made, and ask for others' later."""
+        lists = []
+        for actions in map(list, plain(schedule)):
+            for place, action in enumerate(actions[1:], 1):
+                before = actions[place - 1]
+                if getattr(action, "direction", "") == "send" and hasattr(before, "direction"):
+                    actions[place - 1 : place + 1] = [action, before]
+            lists.append(tuple(actions))
+        return tuple(lists)
+
+    monkeypatch.setattr(executor_module, "with_transfers", sends_first)
+    options = {"num_layers": 2, "pipeline_model_parallel_size": 2, "global_batch_size": 8}
+    assert _problem(2, **options) is None
+    problem = _problem(2, device="cuda", **options)
+    assert problem is not None
+    assert "executor.py" in "\n".join(describe(problem))
 
 
 def test_another_size_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
