@@ -32,6 +32,8 @@ GRACE_SECONDS = 4.0
 """How long a rank may take to notice by itself that another one failed."""
 DYING_SECONDS = 8
 """How long a failing process may take to end; destructors of communicators can hang."""
+ASKING_SECONDS = 5.0
+"""How long the end of a run waits for the watching thread, which may be asking the store."""
 
 
 class FailureReport:
@@ -50,6 +52,7 @@ class FailureReport:
         self._key = f"megatron/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         self._store = store
         self._done = threading.Event()
+        self._watching: threading.Thread | None = None
 
     def __enter__(self) -> "FailureReport":
         return self
@@ -60,7 +63,7 @@ class FailureReport:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._done.set()
+        self._end_watch()
         if error is None or not isinstance(error, Exception):
             return
         lost = _is_lost_connection(error)
@@ -84,7 +87,8 @@ class FailureReport:
         if self._store is None:
             self._store = _own_connection()
         if self._store is not None:
-            threading.Thread(target=self._watch, name="failure watch", daemon=True).start()
+            self._watching = threading.Thread(target=self._watch, name="failure watch", daemon=True)
+            self._watching.start()
 
     def place(self) -> str:
         """Name rank and step, such as ``rank 1 (dp 1, ep 1), iteration 7``."""
@@ -110,6 +114,12 @@ class FailureReport:
             return str(json.loads(self._store.get(self._key))["text"])
         except dist.DistError:
             return None
+
+    def _end_watch(self) -> None:
+        """End the watching thread: one inside the store while Python ends aborts the process."""
+        self._done.set()
+        if self._watching is not None:
+            self._watching.join(ASKING_SECONDS)
 
     def _watch(self) -> None:
         assert self._store is not None, "watching needs a store"

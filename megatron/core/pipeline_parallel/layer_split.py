@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel.layer_split_rules import (
     layout_problems,
     legal_ends,
     legal_even_splits,
+    legal_units,
 )
 from megatron.core.pipeline_parallel.layout_string import FLAG, format_layout, parse_layout
 from megatron.core.stage_layers import StageLayers
@@ -104,12 +105,15 @@ def _evenly(options: SplitOptions) -> tuple[StageLayers, ...]:
     per_stage = options.num_layers_per_virtual_pipeline_stage
     # Either the layers of a stage are given, or the stages of a rank.
     unit, what = (per_stage, "layers") if per_stage else (vpp, "virtual stages")
+    given = per_stage or options.num_virtual_stages_per_pipeline_rank
     if (layers + extra) % (pp * unit):
         counted = f" + {extra} for embedding or loss = {layers + extra}" if extra else ""
         raise ConfigError(
             f"--num-layers {layers}{counted} must be a multiple of --pipeline-model-parallel-size "
             f"{pp} x {unit} {what} = {pp * unit}; legal: "
-            f"{legal_even_splits(layers, extra, pp, unit)}; or say with {FLAG} what each stage has"
+            f"{legal_even_splits(layers, extra, pp, unit)}"
+            f"{legal_units(layers + extra, pp, unit, is_layers=bool(per_stage)) if given else ''}"
+            f"; or say with {FLAG} what each stage has"
         )
     per_stage = per_stage or (layers + extra) // (pp * vpp)
     counts = [per_stage] * ((layers + extra) // per_stage)

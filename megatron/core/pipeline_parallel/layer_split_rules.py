@@ -95,6 +95,13 @@ def legal_even_splits(num_layers: int, extra: int, pp: int, unit: int) -> str:
     )
 
 
+def legal_units(total: int, pp: int, unit: int, *, is_layers: bool) -> str:
+    """Name the nearest layers of a stage, or stages of a rank, with which ``total`` goes evenly."""
+    fitting = nearest(unit, [u for u in range(1, total // pp + 1) if total % (pp * u) == 0])
+    flag = "--num-layers-per-virtual-pipeline-stage" if is_layers else _PER_RANK
+    return f", {flag} {' or '.join(map(str, fitting))}" if fitting else ""
+
+
 def nearest(wanted: int, legal: Iterable[int]) -> list[int]:
     """Return of ``legal`` the next below and the next above ``wanted``."""
     values = sorted(legal)

@@ -1,4 +1,6 @@
 import signal
+import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -57,3 +59,25 @@ def test_a_run_without_errors_says_nothing(capsys) -> None:
     with FailureReport():
         pass
     assert capsys.readouterr() == ("", "")
+
+
+class _SlowStore(dist.HashStore):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+        self.answers = 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked.set()
+        time.sleep(0.3)
+        self.answers += 1
+        return False
+
+
+def test_no_thread_is_left_inside_the_store_when_a_run_ends() -> None:
+    store = _SlowStore()
+    with FailureReport(store) as report:
+        report.watch()
+        assert store.asked.wait(20)
+    assert store.answers > 0
+    assert "failure watch" not in [thread.name for thread in threading.enumerate()]

@@ -171,6 +171,10 @@ def test_uneven_numbers_are_answered_with_the_nearest_that_divide():
     assert "--num-layers 13 must be a multiple of --pipeline-model-parallel-size 4 x 2" in text
     assert "virtual stages = 8; legal" in text
     assert "--num-layers 8 or 16" in text
+    text = error_of(12, 2, num_layers_per_virtual_pipeline_stage=4)
+    assert ", --num-layers-per-virtual-pipeline-stage 3 or 6; or say with" in text
+    text = error_of(12, 2, num_virtual_stages_per_pipeline_rank=5)
+    assert ", --num-virtual-stages-per-pipeline-rank 3 or 6; or say with" in text
     text = error_of(14, 4)
     assert "--num-layers 12 or 16, --pipeline-model-parallel-size 2 or 7" in text
     text = error_of(9, 4, account_for_loss_in_pipeline_split=True)
