@@ -6,7 +6,6 @@ evaluation, so that losses compare along a run and over a resume.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from megatron.core.tensor_parallel.mappings import all_reduce_sum
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.training.datasets.batch import Batch
 from megatron.training.run import Run
-from megatron.training.train_step import checked_loss
+from megatron.training.train_step import checked_loss, next_batches
 
 
 @torch.no_grad()
@@ -32,8 +31,7 @@ def evaluate(run: Run, data_iterator: Iterator[Batch], num_batches: int) -> floa
     groups = run.world.pg_collection
     sums = torch.zeros(2, dtype=torch.float64, device=run.world.device)
     for _ in range(num_batches):
-        whole = islice(data_iterator, run.num_microbatches)
-        batches = [b.of_positions(groups.cp.rank(), groups.cp.size()) for b in whole]
+        batches = next_batches(run, data_iterator)
         _add_losses(run, [batch.to(run.world.device) for batch in batches], sums)
     run.model.train()
     dist.all_reduce(sums, group=groups.dp_cp)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.errors import ConfigError
+from megatron.core.errors import ConfigError, DataError
 from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.router import update_expert_biases, update_quantile_betas
@@ -58,9 +58,7 @@ def train_step(
         data_iterator: Microbatches of this rank, of whole sequences.
         notes: This rank's reasons to stop, to be agreed on with the losses.
     """
-    cp = run.world.pg_collection.cp
-    whole = islice(data_iterator, run.num_microbatches)
-    cpu_batches = [batch.of_positions(cp.rank(), cp.size()) for batch in whole]
+    cpu_batches = next_batches(run, data_iterator)
     counts = count_tokens(cpu_batches, run.world)  # over the global batch
     batches = [batch.to(run.world.device) for batch in cpu_batches]
     run.scheduler.step(run.optimizer, state.consumed_samples)
@@ -95,6 +93,23 @@ def train_step(
             state.consumed_samples + run.global_batch_size - 1,
         )
     return StepOutcome(loss, grad_norm, run.optimizer.param_groups[0]["lr"], updated, agreed)
+
+
+def next_batches(run: Run, data_iterator: Iterator[Batch]) -> list[Batch]:
+    """Return this rank's positions of the microbatches of one global batch, on the CPU.
+
+    Raises:
+        DataError: The iterator ended before. Told here, since other stages of a pipeline would
+            wait for what cannot come.
+    """
+    cp = run.world.pg_collection.cp
+    whole = list(islice(data_iterator, run.num_microbatches))
+    if len(whole) < run.num_microbatches:
+        raise DataError(
+            f"{run.world.place()}: the data iterator ended after {len(whole)} of the "
+            f"{run.num_microbatches} microbatches of a global batch"
+        )
+    return [batch.of_positions(cp.rank(), cp.size()) for batch in whole]
 
 
 class TokenCounts(NamedTuple):

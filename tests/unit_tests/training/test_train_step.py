@@ -1,12 +1,13 @@
 """R14 and the agreement to skip: the same numbers for every split over ranks and microbatches."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.core.errors import ConfigError
+from megatron.core.errors import ConfigError, DataError
 from megatron.training.loss import MaskedLoss
 from megatron.training.run import TrainState
 from megatron.training.train_step import agree, checked_loss, count_tokens, train_step
@@ -166,3 +167,14 @@ def test_a_loss_function_in_another_form_is_refused_by_name() -> None:
     assert checked_loss(loss) is loss
     with pytest.raises(ConfigError, match=r"returned a tuple; .*MaskedLoss"):
         checked_loss((torch.zeros(()), {"lm loss": 0.0}))
+
+
+def _too_few_batches() -> None:
+    run = tiny_run("--micro-batch-size 1")
+    batches = islice(tiny_batches(run), SAMPLES - 1)
+    with pytest.raises(DataError, match=f"ended after {SAMPLES - 1} of the {SAMPLES} microbatches"):
+        train_step(run, TrainState(), batches)
+
+
+def test_data_that_ends_within_a_global_batch_is_an_error_before_anything_is_sent():
+    run_ranks(_too_few_batches, 1)
