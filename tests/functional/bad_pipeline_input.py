@@ -28,7 +28,7 @@ PIPELINE_CASES: dict[str, tuple[int, str, list[str]]] = {
     "virtual stages": (
         2,
         f"{GOOD} {PP} 2 --num-virtual-stages-per-pipeline-rank 3",
-        ["x 3 virtual stages = 6", "legal: --num-layers 6;"],
+        ["x 3 virtual stages = 6", "--num-layers 6, --num-virtual-stages-per-pipeline-rank 2;"],
     ),
     "two ways to say stages": (
         2,
