@@ -7,6 +7,7 @@ a checkpoint are refused is in resume_rules.py. Every rank calls these functions
 import hashlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron.core.dist_checkpointing.agreement import attempt, gather, rank_in, size_of
+from megatron.core.dist_checkpointing.agreement import (
+    attempt,
+    broadcast,
+    gather,
+    rank_in,
+    size_of,
+)
 from megatron.core.dist_checkpointing.mapping import (
     MODEL,
     OPTIMIZER,
@@ -45,6 +52,7 @@ from megatron.training.checkpoint_state import (
     SaveResult,
     TrainState,
 )
+from megatron.training.config.checkpoint import CheckpointConfig
 from megatron.training.config.run_config import RunConfig
 from megatron.training.resume_rules import (
     architecture,
@@ -55,6 +63,7 @@ from megatron.training.resume_rules import (
     schedule_problems,
     tokenizer_problem,
 )
+from megatron.training.starting_point import StartingPoint, starting_point
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _LARGEST_COPY_BYTES = 64 << 20
@@ -75,8 +84,8 @@ def save_checkpoint(
     Args:
         folder: ``--save``; gets ``iter_0000010`` for iteration 10 and the tracker file.
         state: Where training stands.
-        config: Of the run; saved whole. ``--no-save-optim``, ``--no-save-rng`` and ``--keep-last``
-            are read from it.
+        config: Of the run; saved whole. ``--no-save-optim``, ``--no-save-rng``, ``--keep-last``
+            and ``--save-retain-interval`` are read from it.
         model: The model, or the DataParallelBase around it.
         optimizer: None when there is none (then its state is left out).
         tokenizer: Its fingerprint is saved and its files are copied; None with mock data.
@@ -112,7 +121,12 @@ def save_checkpoint(
     content = CheckpointContent(tensors=tensors, common=common, files=files)
     try:
         path, size = write_checkpoint(
-            Path(folder), state.iteration, content, group, keep_last=config.checkpoint.keep_last
+            Path(folder),
+            state.iteration,
+            content,
+            group,
+            keep_last=config.checkpoint.keep_last,
+            retain_interval=config.checkpoint.save_retain_interval,
         )
     except CheckpointError as error:
         return SaveResult(iteration=state.iteration, path=None, error=str(error))
@@ -133,8 +147,9 @@ def load_checkpoint(
     The number of ranks and all parallel sizes may differ from those that saved.
 
     Args:
-        folder: ``--load``; None begins a fresh run.
-        config: Of this run; ``--ckpt-step``, ``--finetune``, ``--no-load-optim``,
+        folder: ``--load``; None begins a fresh run, or one with ``--pretrained-checkpoint``.
+        config: Of this run; ``--ckpt-step``, ``--pretrained-checkpoint`` (taken where ``folder``
+            holds no checkpoint, as with ``--finetune``), ``--finetune``, ``--no-load-optim``,
             ``--no-load-rng``, ``--override-opt_param-scheduler`` and ``--allow-fresh-start`` are
             read from it. ``--skip-train`` needs no optimizer: its state and the schedule are not
             compared and not loaded.
@@ -148,16 +163,19 @@ def load_checkpoint(
     """
     options, group = config.checkpoint, _world()
     fresh = LoadedState(iteration=0, consumed_train_samples=0, dropout_seed=config.training.seed)
-    if folder is None:
-        return fresh
-    opened = open_checkpoint(Path(folder), group, iteration=options.ckpt_step)
-    if opened is None:
-        if options.allow_fresh_start:
+    start = _start(folder, options, group)
+    if start is None:
+        if folder is None or options.allow_fresh_start:
             return fresh
         raise CheckpointError(
             f"--load {folder} holds no checkpoint; to start from the beginning there, "
             "add --allow-fresh-start"
         )
+    if start.weights_only:
+        options = replace(options, finetune=True)
+        config = replace(config, checkpoint=options)
+    opened = open_checkpoint(start.folder, group, iteration=start.iteration)
+    assert opened is not None, f"{start} was found and then was not"
     without_optim = options.finetune or options.no_load_optim or config.training.skip_train
     with_optim = optimizer is not None and not without_optim
     with_rng = not (options.finetune or options.no_load_rng)
@@ -168,6 +186,15 @@ def load_checkpoint(
         if with_optim:
             optimizer.step_count = opened.common["optimizer"]["step_count"]
     return _loaded_state(opened, config, notices)
+
+
+def _start(
+    folder: str | Path | None, options: CheckpointConfig, group: ProcessGroup | None
+) -> StartingPoint | None:
+    """Find the checkpoint to begin with: the first rank looks, all take what it finds."""
+    options = replace(options, load=None if folder is None else str(folder))
+    found = attempt(lambda: starting_point(options) if rank_in(group) == 0 else None, group)
+    return broadcast(found, group)
 
 
 def tokenizer_facts(tokenizer: SavedTokenizer | None) -> dict[str, Any] | None:

@@ -19,6 +19,10 @@ class CheckpointConfig:
     """Keep only this many of the newest checkpoints, not counting those of later iterations that
     an earlier run left; all when not set."""
 
+    save_retain_interval: int | None = None
+    """Keep checkpoints whose iteration is a multiple of this for good. The one saved before goes
+    when a new one is there, or with --keep-last all but that many of the newest."""
+
     load: str | None = None
     """Folder to resume from, at its newest checkpoint. The run ends if there is none, unless
     --allow-fresh-start."""
@@ -28,6 +32,21 @@ class CheckpointConfig:
 
     allow_fresh_start: bool = False
     """Start from the beginning when --load holds no checkpoint yet."""
+
+    pretrained_checkpoint: str | None = None
+    """Begin with the weights of this checkpoint, or of the newest in this folder, as long as --load
+    holds none: as --finetune does, but only at the first start."""
+
+    use_checkpoint_args: bool = False
+    """Take from the checkpoint that the run begins with what its model and tokenizer are; options
+    given on the command line or by --yaml-cfg stay."""
+
+    use_mp_args_from_checkpoint_args: bool = False
+    """Take the sizes and ways of model parallelism too, with --use-checkpoint-args."""
+
+    use_tokenizer_model_from_checkpoint_args: bool = True
+    """Taking the tokenizer's files with --use-checkpoint-args; without, they are those that are
+    given or noted beside the data."""
 
     finetune: bool = False
     """Load weights only: iteration, optimizer, data position and random state start anew."""
@@ -50,3 +69,12 @@ class CheckpointConfig:
     )
     """On resume, take learning-rate and weight-decay settings from the command line instead of
     refusing settings that differ from the checkpoint's."""
+
+    use_checkpoint_opt_param_scheduler: bool = field(
+        default=False,
+        metadata=flag(
+            "--use-checkpoint-opt_param-scheduler", "--use-checkpoint-opt-param-scheduler"
+        ),
+    )
+    """On resume, take learning-rate and weight-decay settings from the checkpoint, whatever the
+    command line says."""
