@@ -165,6 +165,10 @@ def load_checkpoint(
     fresh = LoadedState(iteration=0, consumed_train_samples=0, dropout_seed=config.training.seed)
     start = _start(folder, options, group)
     if start is None:
+        if options.pretrained_checkpoint is not None:
+            raise CheckpointError(
+                f"--pretrained-checkpoint {options.pretrained_checkpoint} holds no checkpoint"
+            )
         if folder is None or options.allow_fresh_start:
             return fresh
         raise CheckpointError(

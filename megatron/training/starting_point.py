@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.folders import (
+    COMMON,
     complete_iterations,
     find_checkpoint,
     latest_iteration,
 )
 from megatron.core.errors import CheckpointError
 from megatron.training.config.checkpoint import CheckpointConfig
-
-_COMMON = "common.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ def stored_facts(start: StartingPoint) -> dict[str, Any]:
     Raises:
         CheckpointError: It is not there or damaged.
     """
-    file = start.path / _COMMON
+    file = start.path / COMMON
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -14,6 +14,8 @@ from megatron.core.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
+COMMON = "common.json"
+"""Everything of a checkpoint that is no tensor."""
 _NUMBERED = re.compile(r"\.?iter_(\d{7,})")
 _HIDDEN = re.compile(r"\.iter_\d{7,}\.(tmp|old|pruned)")
 

@@ -25,7 +25,7 @@ from megatron.core.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-COMMON = "common.json"
+COMMON = folders.COMMON
 FORMAT_VERSION = 2
 ResultT = TypeVar("ResultT")
 

@@ -49,7 +49,8 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--disable-jit-fuser": NoEffect(_FUSED),
     "--empty-unused-memory-level": NoEffect("PyTorch's allocator keeps its cache", ("0",)),
     "--exit-on-missing-checkpoint": NoEffect(
-        "--load without a checkpoint always ends the run, unless --allow-fresh-start"
+        "--load without a checkpoint always ends the run, unless --allow-fresh-start or "
+        "--pretrained-checkpoint"
     ),
     "--exit-signal": NoEffect("SIGTERM saves and ends the run", ("15", "SIGTERM")),
     "--exit-signal-handler": NoEffect("SIGTERM always saves and ends the run"),
