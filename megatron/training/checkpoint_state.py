@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megatron.core.dist_checkpointing.mapping import NamedState
 
@@ -46,6 +46,15 @@ class TrainState:
     """Seed of the stream of dropout masks."""
 
 
+class Retention(NamedTuple):
+    """Which persistent checkpoints stay when a new one is there; see ``folders.prune``."""
+
+    keep_last: int | None = None
+    """--keep-last."""
+    interval: int | None = None
+    """--save-retain-interval."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaveResult:
     """How a save went. A failed one leaves earlier checkpoints as they were."""
@@ -55,6 +64,8 @@ class SaveResult:
     """None when nothing was saved."""
     size_bytes: int = 0
     seconds: float = 0.0
+    in_background: bool = False
+    """Training went on meanwhile."""
     error: str = ""
     """Why nothing was saved; empty after success."""
 
@@ -66,9 +77,10 @@ class SaveResult:
                 f"checkpoint of iteration {self.iteration} was NOT saved: {reason}; earlier "
                 "checkpoints are untouched"
             )
+        how = ", in the background" if self.in_background else ""
         return (
             f"saved checkpoint of iteration {self.iteration} to {self.path} "
-            f"({self.size_bytes / 2**20:.1f} MiB in {self.seconds:.2f} s)"
+            f"({self.size_bytes / 2**20:.1f} MiB in {self.seconds:.2f} s{how})"
         )
 
 
