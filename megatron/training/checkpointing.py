@@ -65,9 +65,9 @@ from megatron.training.resume_rules import (
     tokenizer_problem,
 )
 from megatron.training.starting_point import StartingPoint, starting_point
+from megatron.training.tokenizer_facts import tokenizer_copies, tokenizer_facts
 
 _EMBEDDING = "embedding.word_embeddings.weight"
-_LARGEST_COPY_BYTES = 64 << 20
 _KEEP_ALL = Retention()
 
 
@@ -104,13 +104,8 @@ def save_checkpoint(
         tokenizer=tokenizer,
         data_fingerprint=data_fingerprint,
     )
-    keep = retention(config.checkpoint)
+    keep = Retention.of(config.checkpoint)
     return publish(Path(folder), state.iteration, content, world_group(), keep)
-
-
-def retention(options: CheckpointConfig) -> Retention:
-    """Return which persistent checkpoints the options keep."""
-    return Retention(options.keep_last, options.save_retain_interval)
 
 
 def publish(
@@ -119,6 +114,8 @@ def publish(
     content: CheckpointContent,
     group: ProcessGroup | None,
     keep: Retention = _KEEP_ALL,
+    *,
+    is_complete: bool = True,
 ) -> SaveResult:
     """Write ``content`` as the newest checkpoint; see ``write_checkpoint``.
 
@@ -133,6 +130,7 @@ def publish(
             group,
             keep_last=keep.keep_last,
             retain_interval=keep.interval,
+            is_complete=is_complete,
         )
     except CheckpointError as error:
         return SaveResult(iteration=iteration, path=None, error=str(error))
@@ -175,7 +173,7 @@ def checkpoint_content(
         "torch": torch.__version__,
         "config": config_data(config),
     }
-    copies = _copies(tokenizer) if tokenizer is not None else {}
+    copies = tokenizer_copies(tokenizer) if tokenizer is not None else {}
     files = {name: path for name, (_, path) in copies.items()}
     return CheckpointContent(tensors=tensors, common=common, files=files)
 
@@ -187,6 +185,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: SavedOptimizer | None,
     tokenizer: SavedTokenizer | None = None,
+    group: ProcessGroup | None = None,
 ) -> LoadedState:
     """Load a run into model and optimizer, in place; on every rank.
 
@@ -202,12 +201,13 @@ def load_checkpoint(
         model: The model, or the DataParallelBase around it.
         optimizer: None when there is none (evaluation).
         tokenizer: Of this run, compared with the checkpoint's.
+        group: The ranks that find one folder together; all when None.
 
     Raises:
         CheckpointError: Nothing there, damaged, or it does not fit this run; every rank raises the
             same, and model and optimizer are as before unless reading itself failed.
     """
-    options, group = config.checkpoint, world_group()
+    options, group = config.checkpoint, group or world_group()
     fresh = LoadedState(iteration=0, consumed_train_samples=0, dropout_seed=config.training.seed)
     start = _start(folder, options, group)
     if start is None:
@@ -245,29 +245,6 @@ def _start(
     options = replace(options, load=None if folder is None else str(folder))
     found = attempt(lambda: starting_point(options) if rank_in(group) == 0 else None, group)
     return broadcast(found, group)
-
-
-def tokenizer_facts(tokenizer: SavedTokenizer | None) -> dict[str, Any] | None:
-    """Return what is saved of a tokenizer: enough to compare it and to build it again."""
-    if tokenizer is None:
-        return None
-    return {
-        "type": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "fingerprint": tokenizer.fingerprint(),
-        "settings": dict(tokenizer.settings),
-        "files": {role: str(path.absolute()) for role, path in tokenizer.files.items()},
-        "copies": {role: name for name, (role, _) in _copies(tokenizer).items()},
-    }
-
-
-def _copies(tokenizer: SavedTokenizer) -> dict[str, tuple[str, Path]]:
-    """Return name in the checkpoint -> (role, file) of the tokenizer's files that are small."""
-    return {
-        f"tokenizer/{role}/{path.name}": (role, path)
-        for role, path in tokenizer.files.items()
-        if path.is_file() and path.stat().st_size <= _LARGEST_COPY_BYTES
-    }
 
 
 def restart_seed(seed: int, iteration: int) -> int:
@@ -360,9 +337,10 @@ def _read(
         tensors |= optimizer_tensors(optimizer.named_state())
         prefixes.append(OPTIMIZER)
     states: dict[str, Tensor] = {}
-    same_world = opened.common["world_size"] == size_of(group)
+    world = world_group()
+    same_world = opened.common["world_size"] == size_of(world)
     if with_rng and same_world:
-        prefix = f"{RNG}{rank_in(group)}."
+        prefix = f"{RNG}{rank_in(world)}."
         stored = attempt(lambda: stored_tensors(opened.path), group)
         states = {
             key.removeprefix(prefix): torch.empty(facts.shape, dtype=facts.dtype)
@@ -378,7 +356,7 @@ def _read(
         restore_rng_state(states)
     if with_rng and not same_world:
         return [
-            f"saved by {opened.common['world_size']} ranks, resumed on {size_of(group)}: torch's "
+            f"saved by {opened.common['world_size']} ranks, resumed on {size_of(world)}: torch's "
             "global generators start anew (dropout and data order do not use them)"
         ]
     return []

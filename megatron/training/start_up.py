@@ -27,7 +27,8 @@ def start_line(config: RunConfig) -> str:
         return f"finetuning at iteration 0 with the weights of {start.path} ({why})"
     if options.finetune:
         return f"finetuning at iteration 0 with the weights of {start.path}"
-    return f"resuming at iteration {start.iteration} from {start.path}"
+    newer = "" if options.non_persistent_ckpt_type is None else ", or from a newer one between"
+    return f"resuming at iteration {start.iteration} from {start.path}{newer}"
 
 
 def tell_options(config: RunConfig) -> None:

@@ -85,4 +85,54 @@ CHECKPOINT_CASES: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --load /no/own --pretrained-checkpoint /no/folder --allow-fresh-start",
         ["--allow-fresh-start has no effect with --pretrained-checkpoint", "has no checkpoint"],
     ),
+    "between without a place": (
+        1,
+        f"{GOOD} --save x --non-persistent-save-interval 2",
+        ["--non-persistent-save-interval 2 needs --non-persistent-ckpt-type"],
+    ),
+    "between without a folder": (
+        1,
+        f"{GOOD} --non-persistent-save-interval 2 --non-persistent-ckpt-type global",
+        ["--non-persistent-save-interval 2 has no effect without --save"],
+    ),
+    "between every 0": (
+        1,
+        f"{_SAVE} --non-persistent-save-interval 0 --non-persistent-ckpt-type global",
+        ["--non-persistent-save-interval 0 must be at least 1"],
+    ),
+    "between and persistent at once": (
+        1,
+        f"{_SAVE} --non-persistent-save-interval 8 --non-persistent-ckpt-type global",
+        ["--non-persistent-save-interval 8 has no effect with --save-interval 4"],
+    ),
+    "a place and nothing between": (
+        1,
+        f"{_SAVE} --non-persistent-ckpt-type in_memory",
+        ["no effect without --non-persistent-save-interval or --load"],
+    ),
+    "an unknown place": (
+        1,
+        f"{_SAVE} --non-persistent-save-interval 2 --non-persistent-ckpt-type in-memory",
+        ["--non-persistent-ckpt-type in-memory: must be one of", "did you mean in_memory?"],
+    ),
+    "local without a disk": (
+        1,
+        f"{_SAVE} --non-persistent-save-interval 2 --non-persistent-ckpt-type local",
+        ["--non-persistent-ckpt-type local needs --non-persistent-local-ckpt-dir"],
+    ),
+    "folders of other kinds": (
+        1,
+        f"{_SAVE} --non-persistent-save-interval 2 --non-persistent-ckpt-type in_memory "
+        "--non-persistent-local-ckpt-dir x --non-persistent-global-ckpt-dir y",
+        [
+            "--non-persistent-local-ckpt-dir x has no effect without",
+            "--non-persistent-global-ckpt-dir y has no effect without",
+        ],
+    ),
+    "a folder that is a file": (
+        1,
+        f"{_SAVE} --non-persistent-save-interval 2 --non-persistent-ckpt-type global "
+        "--non-persistent-global-ckpt-dir /dev/null",
+        ["--non-persistent-global-ckpt-dir /dev/null is a file"],
+    ),
 }

@@ -1,9 +1,12 @@
 """A run that takes its options from a checkpoint is the run that saved it, to the bit."""
 
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.folders import complete_iterations
@@ -22,19 +25,23 @@ OF_THE_MODEL = (
 OF_THE_SCHEDULE = "--lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 2"
 
 
-def train(flags: str) -> str:
+def start(flags: str) -> subprocess.Popen[str]:
     free = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, str(ROOT / "pretrain_gpt.py"), *OF_THE_RUN.split(), *flags.split()],
         env=free | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=180,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+
+
+def train(flags: str) -> str:
+    process = start(flags)
+    out, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors[-3000:]
+    return out
 
 
 def steps(folder: Path) -> dict[int, dict]:
@@ -59,3 +66,37 @@ def test_a_run_with_the_options_of_its_checkpoint_is_the_unbroken_run(tmp_path: 
     unbroken, resumed = steps(whole), steps(rest)
     assert sorted(resumed) == [4, 5, 6]
     assert all(resumed[iteration] == unbroken[iteration] for iteration in resumed)
+
+
+def test_a_killed_run_goes_on_from_memory(tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    flags = (
+        f"{OF_THE_MODEL} {OF_THE_SCHEDULE} --train-iters 60 --save {save} --load {save} "
+        "--allow-fresh-start --non-persistent-save-interval 4 --non-persistent-ckpt-type in_memory"
+    )
+    process = start(flags)
+    metrics = save / "metrics.jsonl"
+    while process.poll() is None and (
+        not metrics.is_file() or '"iteration": 7' not in metrics.read_text()
+    ):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    text = metrics.read_text()
+    metrics.write_text(text[: text.rindex("\n") + 1])  # a line that was cut short
+    before = steps(save)
+    out = train(flags)
+    (line,) = [line for line in out.splitlines() if "the in_memory checkpoint of iteration" in line]
+    begin = int(line.split("iteration ")[1].split()[0])
+    assert begin >= 4
+    assert begin % 4 == 0
+    after = steps(save)
+    again = [iteration for iteration in before if iteration > begin]
+    assert max(before) - begin < 8
+    assert all(before[iteration] == after[iteration] for iteration in again)
+    assert complete_iterations(save) == [60]
+    assert not list(Path("/dev/shm").glob(f"megatron-{os.getuid()}-run-{mark_of(save)}*"))
+
+
+def mark_of(save: Path) -> str:
+    return hashlib.sha256(str(save.resolve()).encode()).hexdigest()[:12]

@@ -7,9 +7,9 @@ from typing import Any
 from megatron.core.dist_checkpointing import folders
 from megatron.core.tokenizers.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
-from megatron.training.checkpointing import tokenizer_facts
 from megatron.training.config.run_config import RunConfig
 from megatron.training.resume_rules import architecture, config_data, schedule
+from megatron.training.tokenizer_facts import tokenizer_facts
 
 
 def store_run(folder: Path, iteration: int, flags: str, *, world_size: int = 1) -> RunConfig:

@@ -8,6 +8,7 @@ Readers change nothing: folders may be read-only, or a writer at work in them.
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron.core.errors import CheckpointError
@@ -120,11 +121,16 @@ def prune(
         The iterations that were deleted.
     """
     doomed = superfluous(complete_iterations(folder), keep_last, current, retain_interval)
-    for iteration in doomed:
+    delete(folder, doomed)
+    return doomed
+
+
+def delete(folder: Path, iterations: Iterable[int]) -> None:
+    """Delete complete checkpoints."""
+    for iteration in iterations:
         hidden = _hidden(folder, iteration, "pruned")
         checkpoint_path(folder, iteration).rename(hidden)  # never half a checkpoint by its name
         shutil.rmtree(hidden)
-    return doomed
 
 
 def superfluous(

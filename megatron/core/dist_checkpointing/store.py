@@ -58,6 +58,7 @@ def write_checkpoint(
     *,
     keep_last: int | None = None,
     retain_interval: int | None = None,
+    is_complete: bool = True,
 ) -> tuple[Path, int]:
     """Add a checkpoint to ``folder`` and make it the latest; every rank must call this.
 
@@ -70,6 +71,7 @@ def write_checkpoint(
             a run that was given up, stay and are told once.
         retain_interval: Iterations that are multiples of it stay and are not counted; without
             ``keep_last`` the one before goes; see ``folders.prune``.
+        is_complete: The ranks hold every element of every tensor; see ``write_tensors``.
 
     Returns:
         Path and size in bytes.
@@ -82,7 +84,7 @@ def write_checkpoint(
     try:
         _on_first(lambda: folders.begin(folder, iteration), group)
         attempt(lambda: _must_see(temporary), group)
-        write_tensors(temporary, content.tensors, group)
+        write_tensors(temporary, content.tensors, group, complete=is_complete)
         _on_first(lambda: _write_documents(temporary, content), group)
         size = _on_first(lambda: write_manifest(temporary), group)
         final = _on_first(lambda: folders.publish(temporary, folder, iteration), group)

@@ -1,6 +1,7 @@
 """Options of checkpoints."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron.core.config_field import flag
 
@@ -25,6 +26,22 @@ class CheckpointConfig:
     save_retain_interval: int | None = None
     """Keep checkpoints whose iteration is a multiple of this for good. The one saved before goes
     when a new one is there, or with --keep-last all but that many of the newest."""
+
+    non_persistent_save_interval: int | None = None
+    """Iterations between checkpoints of which only the newest is kept, beside those of
+    --save-interval: less work is lost when a process dies. None when not set."""
+
+    non_persistent_ckpt_type: Literal["global", "local", "in_memory"] | None = None
+    """Where those go: global is a folder that all nodes share; local a folder of each node, which
+    gets what its own ranks hold; in_memory the same in /dev/shm, which outlives a process but not
+    its node. On --load the newest of them is taken if it is newer than the persistent ones; local
+    and in_memory ones only with the same ranks and parallel sizes."""
+
+    non_persistent_global_ckpt_dir: str | None = None
+    """Folder of --non-persistent-ckpt-type global; non_persistent in --save when not set."""
+
+    non_persistent_local_ckpt_dir: str | None = None
+    """Folder of --non-persistent-ckpt-type local, on a disk of each node."""
 
     load: str | None = None
     """Folder to resume from, at its newest checkpoint. The run ends if there is none, unless

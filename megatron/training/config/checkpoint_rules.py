@@ -1,10 +1,14 @@
 """Rules of what is kept of checkpoints, and of what is taken from one; each yields sentences."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from megatron.core.errors import CheckpointError
 from megatron.training.config.checks import Check, Rule
 from megatron.training.starting_point import starting_point
+
+MEMORY = Path("/dev/shm")
+"""A file system in memory, on every Linux."""
 
 
 def retention(check: Check) -> Iterator[str]:
@@ -21,6 +25,38 @@ def retention(check: Check) -> Iterator[str]:
         yield (
             f"{check.show('save_retain_interval')} must be a multiple of "
             f"{check.show('save_interval')}: others are never saved"
+        )
+
+
+def between(check: Check) -> Iterator[str]:
+    """Checkpoints between the persistent ones have a time and a place."""
+    options = check.config.checkpoint
+    kind, every = options.non_persistent_ckpt_type, options.non_persistent_save_interval
+    for wanted in ("global", "local"):
+        if kind != wanted:
+            yield from check.useless(
+                f"non_persistent_{wanted}_ckpt_dir", f"without --non-persistent-ckpt-type {wanted}"
+            )
+    if every is not None and kind is None:
+        yield (
+            f"{check.show('non_persistent_save_interval')} needs --non-persistent-ckpt-type: "
+            "global (a shared folder), local (a folder of each node) or in_memory"
+        )
+    if every is not None and options.save_interval and every % options.save_interval == 0:
+        yield (
+            f"{check.show('non_persistent_save_interval')} has no effect with "
+            f"{check.show('save_interval')}, which saves at all of them; make it smaller"
+        )
+    if every is None and options.load is None:
+        yield from check.useless(
+            "non_persistent_ckpt_type", "without --non-persistent-save-interval or --load"
+        )
+    if kind == "local" and options.non_persistent_local_ckpt_dir is None:
+        yield "--non-persistent-ckpt-type local needs --non-persistent-local-ckpt-dir"
+    if kind == "in_memory" and not MEMORY.is_dir():
+        yield (
+            f"--non-persistent-ckpt-type in_memory needs {MEMORY}, a file system in memory, which "
+            "this machine does not have; local takes any folder"
         )
 
 
@@ -74,7 +110,13 @@ def pretrained_is_there(check: Check) -> Iterator[str]:
         yield f"{check.show('pretrained_checkpoint')} has no checkpoint"
 
 
-CHECKPOINT_RULES: tuple[Rule, ...] = (retention, taken_options, pretrained, pretrained_is_there)
+CHECKPOINT_RULES: tuple[Rule, ...] = (
+    retention,
+    between,
+    taken_options,
+    pretrained,
+    pretrained_is_there,
+)
 
 CHECKPOINT_RULES_OF_FOLDERS: tuple[Rule, ...] = (pretrained_is_there,)
 """Those that read disks. What they say is the same for every layout."""

@@ -80,7 +80,8 @@ def saving(check: Check) -> Iterator[str]:
     folder = check.config.checkpoint.save
     if folder is None:
         yield from check.useless(
-            "save_interval async_save keep_last save_retain_interval no_save_optim no_save_rng",
+            "save_interval async_save keep_last save_retain_interval no_save_optim no_save_rng "
+            "non_persistent_save_interval",
             "without --save",
         )
     if check.config.logging.moe_routing_trace_path is None:
@@ -94,6 +95,8 @@ def saving(check: Check) -> Iterator[str]:
         "tensorboard_dir",
         "data_cache_path",
         "moe_routing_trace_path",
+        "non_persistent_global_ckpt_dir",
+        "non_persistent_local_ckpt_dir",
     ):
         if check.value(name) is not None:
             yield from _unusable_folder(check, name)
