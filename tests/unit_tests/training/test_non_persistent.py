@@ -1,5 +1,7 @@
 """Non-persistent checkpoints: the newest alone is kept, and taken only where all nodes have it."""
 
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.dist_checkpointing import folders
+from megatron.core.dist_checkpointing.agreement import gather
 from megatron.core.dist_checkpointing.mapping import model_tensors, optimizer_tensors
 from megatron.core.dist_checkpointing.tensor_shards import TensorShards
 from megatron.core.errors import CheckpointError
@@ -36,7 +39,9 @@ KINDS = ("global", "local", "in_memory")
 class Node:
     """A rank that thinks that it has a node of its own, or shares one."""
 
-    def __init__(self, folder: Path, kind: str, *, ep: int = 1, alone: bool = True) -> None:
+    def __init__(
+        self, folder: Path, kind: str, *, ep: int = 1, alone: bool = True, **how: Any
+    ) -> None:
         values = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "lr": 1e-3}
         values |= {"num_moe_experts": 4, "train_iters": 99, "lr_decay_iters": 99}
         values |= {"global_batch_size": 8, "expert_model_parallel_size": ep}
@@ -50,7 +55,7 @@ class Node:
         between = NonPersistent.create(self.config, launch)
         assert between is not None
         self.between = between
-        self.model, self.optimizer = build(ep)
+        self.model, self.optimizer = build(ep, **how)
         self.optimizer.step_count = 3
 
     @property
@@ -117,6 +122,31 @@ def test_the_newest_is_kept_and_taken_while_it_is_newer(
     tmp_path: Path, kind: str, world_size: int, ep: int
 ) -> None:
     run_ranks(_the_newest_is_kept_and_loaded, world_size, tmp_path, kind, ep)
+
+
+def _parts_of_tensors(folder: Path, how: dict[str, Any]) -> None:
+    node = Node(folder, "local", **how)
+    assert node.keep(2).error == ""
+    index = node.between.folder(f"{folder}/run") / "iter_0000002" / "index.json"
+    stored = json.loads(index.read_text())
+    there = {
+        key: sum(math.prod(block["shape"]) for block in entry["blocks"]) / math.prod(entry["shape"])
+        for key, entry in stored.items()
+        if not key.startswith("rng.")
+    }
+    all_there = gather(there, dist.group.WORLD)
+    is_part = min(share for part in all_there for share in part.values()) < 1
+    assert is_part or all_there[0] != all_there[1]  # some tensors are elsewhere
+    again = Node(folder, "local", **how)
+    assert again.load().iteration == 2
+    assert wrong_keys(again.tensors()) == []
+
+
+@pytest.mark.parametrize("how", [{"etp": 2}, {"sharded": True}], ids=["ETP 2", "ZeRO"])
+def test_a_node_that_holds_parts_of_tensors_keeps_those(
+    tmp_path: Path, how: dict[str, Any]
+) -> None:
+    run_ranks(_parts_of_tensors, 2, tmp_path, how)
 
 
 def _nodes_share_nothing(folder: Path) -> None:
