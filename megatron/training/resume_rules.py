@@ -137,13 +137,13 @@ def schedule(config: RunConfig) -> dict[str, Any]:
     scheduler, optimizer, training = config.scheduler, config.optimizer, config.training
     batch = training.global_batch_size or 1
     decay = scheduler.lr_decay_iters or training.train_iters or 0
-    warmup: float = scheduler.lr_warmup_iters
+    warmup: float = scheduler.lr_warmup_iters * batch
     if scheduler.lr_warmup_fraction is not None:
-        warmup = scheduler.lr_warmup_fraction * decay
+        warmup = scheduler.lr_warmup_fraction * (decay * batch)  # the same for any batch
     found: dict[str, Any] = {
         "--lr": optimizer.lr,
         "--lr-decay-style": scheduler.lr_decay_style,
-        "--lr-warmup-iters": warmup * batch,
+        "--lr-warmup-iters": warmup,
         "--weight-decay-incr-style": scheduler.weight_decay_incr_style,
     }
     if scheduler.weight_decay_incr_style == "constant":

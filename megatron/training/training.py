@@ -4,6 +4,7 @@ Users' scripts call it with three functions of their own: which data, which mode
 forward step is. The loop itself decides nothing about a layout.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from megatron.training.failure import FailureReport
 from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import Launch, collective_checks, initialize, shut_down
 from megatron.training.metrics import MetricsWriter, log_folder
+from megatron.training.non_persistent import NonPersistent
 from megatron.training.progress import Progress
 from megatron.training.reporting import Reporter
 from megatron.training.routing_trace import open_tracer
@@ -102,7 +104,7 @@ def pretrain(
         set_global_variables(config, tokenizer, timers)
         tell_options(config)
         run = setup_run(config, world, model_provider, forward_step_func)
-        loaded = load(run, tokenizer)
+        loaded, between = load(run, tokenizer, launch)
         state = loaded.state()
         run = replace(run, router_tracer=open_tracer(run, state.iteration))
         check_replicas(run.model)
@@ -119,7 +121,7 @@ def pretrain(
             reporter=Reporter(run, writer, vocab_size=tokenizer.vocab_size),
             timers=timers,
             failure=failure,
-            saver=Saver(run, tokenizer, fingerprint(datasets), saved_already(config, state)),
+            saver=make_saver(run, tokenizer, datasets, loaded, between),
         )
         timers("setup").stop()
         go(session, handler)
@@ -155,6 +157,7 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
     """Go through the remaining iterations; return why it stopped early, None at the end."""
     run, state, timers = session.run, session.state, session.timers
     every_save = run.config.checkpoint.save_interval
+    every_between = run.config.checkpoint.non_persistent_save_interval
     every_eval = run.config.validation.eval_interval
     if state.iteration >= run.train_iters:
         log.info("nothing to train: %d of %d iterations are done", state.iteration, run.train_iters)
@@ -180,7 +183,9 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         if is_last:
             break  # what is due now comes after the last save
         if every_save and state.iteration % every_save == 0:
-            save(session)
+            save(session, session.saver.save)
+        elif every_between and state.iteration % every_between == 0:
+            save(session, session.saver.save_between)
         in_time = reason is None or not reason.hurry
         if every_eval and state.iteration % every_eval == 0 and in_time:
             validate(session)
@@ -264,28 +269,47 @@ def held_out_loss(session: Session, which: int) -> float:
     return loss
 
 
-def save(session: Session) -> None:
-    """Save a checkpoint of the state, unless it is saved already or --save is not set."""
+def save(session: Session, saving: Callable[[TrainState], None]) -> None:
+    """Save a checkpoint of the state by a method of the saver."""
     session.timers("save").start()
-    session.saver.save(session.state)
+    saving(session.state)
     session.timers("save").stop()
     session.reporter.resume_clock()
 
 
-def load(run: Run, tokenizer: Tokenizer) -> LoadedState:
-    """Load the checkpoint of --load, if any, into the run; return where training begins."""
-    loaded = load_checkpoint(
-        run.config.checkpoint.load,
-        config=run.config,
-        model=run.model,
-        optimizer=run.optimizer,
-        tokenizer=tokenizer,
+def load(
+    run: Run, tokenizer: Tokenizer, launch: Launch
+) -> tuple[LoadedState, NonPersistent | None]:
+    """Load the checkpoint of --load, if any, into the run.
+
+    Returns:
+        Where training begins, and where non-persistent checkpoints are, if there are any.
+    """
+    between = NonPersistent.create(run.config, launch)
+    reader = functools.partial(
+        load_checkpoint, model=run.model, optimizer=run.optimizer, tokenizer=tokenizer
     )
+    if between is None:
+        loaded = reader(run.config.checkpoint.load, config=run.config)
+    else:
+        loaded = between.load(run.config, reader)
     if loaded.path is not None:
         log.info("%s", loaded.line())
     for notice in loaded.notices:
         log.info(" > %s", notice)
-    return loaded
+    return loaded, between
+
+
+def make_saver(
+    run: Run,
+    tokenizer: Tokenizer,
+    datasets: Datasets,
+    loaded: LoadedState,
+    between: NonPersistent | None,
+) -> Saver:
+    """Return what saves the run, which knows what lies in --save already."""
+    already = saved_already(run.config, loaded)
+    return Saver(run, tokenizer, fingerprint(datasets), already, between)
 
 
 def fingerprint(datasets: Datasets) -> str | None:
@@ -304,11 +328,11 @@ def tell_changed_data(loaded: LoadedState, datasets: Datasets) -> None:
         )
 
 
-def saved_already(config: RunConfig, state: TrainState) -> int | None:
+def saved_already(config: RunConfig, loaded: LoadedState) -> int | None:
     """Return the iteration that lies in --save because it was loaded from there, or None."""
-    save, load = config.checkpoint.save, config.checkpoint.load
-    same = save is not None and load is not None and Path(save).resolve() == Path(load).resolve()
-    return state.iteration if same and state.iteration else None
+    save, path = config.checkpoint.save, loaded.path
+    same = save is not None and path is not None and Path(save).resolve() == path.parent.resolve()
+    return loaded.iteration if same and loaded.iteration else None
 
 
 def num_samples(run: Run, state: TrainState) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """The table of mistakes: command lines and what the message about them must say."""
 
+from tests.functional.bad_checkpoint_input import CHECKPOINT_CASES
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
 from tests.functional.bad_moe_input import MOE_CASES
@@ -96,6 +97,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     **PIPELINE_CASES,
     **OPTIMIZER_CASES,
     **DRY_RUN_CASES,
+    **CHECKPOINT_CASES,
     "ep of experts": (
         4,
         f"{MOE} --expert-model-parallel-size 3",

@@ -49,7 +49,8 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--disable-jit-fuser": NoEffect(_FUSED),
     "--empty-unused-memory-level": NoEffect("PyTorch's allocator keeps its cache", ("0",)),
     "--exit-on-missing-checkpoint": NoEffect(
-        "--load without a checkpoint always ends the run, unless --allow-fresh-start"
+        "--load without a checkpoint always ends the run, unless --allow-fresh-start or "
+        "--pretrained-checkpoint"
     ),
     "--exit-signal": NoEffect("SIGTERM saves and ends the run", ("15", "SIGTERM")),
     "--exit-signal-handler": NoEffect("SIGTERM always saves and ends the run"),
@@ -153,22 +154,16 @@ SUBSTITUTES: dict[str, str] = {
     "--no-mmap-bin-files": "data files are always memory-mapped; leave it out",
     "--no-pad-vocab-size": "use --make-vocab-size-divisible-by 1",
     "--openai-gelu": "leave it out for GELU, or use --swiglu",
-    "--pretrained-checkpoint": "use --load with --finetune",
     "--qk-layernorm": "queries and keys are not normalised yet",
     "--quick-geglu": "use --swiglu",
     "--rampup-batch-size": "the batch size is constant; use --global-batch-size",
     "--recompute-activations": _RECOMPUTE + "selective",
     "--rope-type": "use --position-embedding-type rope",
-    "--save-retain-interval": "use --keep-last",
     "--spec": "the layers follow from the options of --help",
     "--squared-relu": "leave it out for GELU, or use --swiglu",
     "--step-batch-size-schedule": "the batch size is constant; use --global-batch-size",
     "--test-mode": "use --skip-train",
     "--train-samples": _SAMPLES + "--train-iters",
-    "--use-checkpoint-args": "give the model's flags again",
-    "--use-checkpoint-opt_param-scheduler": (
-        "give the settings of the checkpoint again, or --override-opt_param-scheduler"
-    ),
     "--use-precision-aware-optimizer": "moments are always fp32",
     "--use-rotary-position-embeddings": "use --position-embedding-type rope",
     "--warmup": "use --lr-warmup-fraction, a share and not a percentage",

@@ -80,7 +80,9 @@ def saving(check: Check) -> Iterator[str]:
     folder = check.config.checkpoint.save
     if folder is None:
         yield from check.useless(
-            "save_interval async_save keep_last no_save_optim no_save_rng", "without --save"
+            "save_interval async_save keep_last save_retain_interval no_save_optim no_save_rng "
+            "non_persistent_save_interval",
+            "without --save",
         )
     if check.config.logging.moe_routing_trace_path is None:
         yield from check.useless(
@@ -93,6 +95,8 @@ def saving(check: Check) -> Iterator[str]:
         "tensorboard_dir",
         "data_cache_path",
         "moe_routing_trace_path",
+        "non_persistent_global_ckpt_dir",
+        "non_persistent_local_ckpt_dir",
     ):
         if check.value(name) is not None:
             yield from _unusable_folder(check, name)
@@ -129,20 +133,22 @@ def loading(check: Check) -> Iterator[str]:
     if wanted.load is None:
         yield from check.useless(
             "ckpt_step allow_fresh_start finetune no_load_optim no_load_rng "
-            "override_opt_param_scheduler",
+            "override_opt_param_scheduler use_checkpoint_opt_param_scheduler",
             "without --load",
         )
         return
     folder = Path(wanted.load)
     there = (folder / TRACKER).is_file() or bool(complete_iterations(folder))
-    if not wanted.allow_fresh_start and not there:
+    if not wanted.allow_fresh_start and not there and wanted.pretrained_checkpoint is None:
         what = "has no checkpoint" if folder.is_dir() else "is no folder"
         yield (
             f"{check.show('load')} {what} (looked for {folder / TRACKER}); for the "
             "first run of a job that resumes itself add --allow-fresh-start"
         )
     if wanted.finetune:
-        yield from check.useless("override_opt_param_scheduler", "with --finetune")
+        yield from check.useless(
+            "override_opt_param_scheduler use_checkpoint_opt_param_scheduler", "with --finetune"
+        )
 
 
 def machine(check: Check) -> Iterator[str]:
