@@ -128,6 +128,21 @@ def _samples_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(checkpointing, "LoadedState", loaded)
 
 
+def _buffers_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(mapping, "_persistent_buffers", lambda model: iter(()))
+
+
+def _one_rank_raises(patch: pytest.MonkeyPatch) -> None:
+    right = checkpointing.read_tensors
+
+    def read(*args: Any, **options: Any) -> None:
+        right(*args, **options)
+        if torch.distributed.get_rank() == 1:
+            raise ValueError("a rank that fails alone")
+
+    patch.setattr(checkpointing, "read_tensors", read)
+
+
 ON_LOAD: dict[str, tuple[Plant, str, str]] = {  # what, loaded at, what must be said
     "second moment left out": (
         _elsewhere("optimizer.exp_avg_sq."),
@@ -147,7 +162,7 @@ ON_LOAD: dict[str, tuple[Plant, str, str]] = {  # what, loaded at, what must be 
     "experts shifted by EP rank": (
         _blocks(_ids_shifted),
         EP,
-        r"after loading: model\.\S+\.local_experts\.4\.linear_fc1\.gate\.\S+\] is .* on rank 1",
+        r"after loading: model\.\S+\.local_experts\.4\.linear_fc1\.gate\.\S+, 0\] is .* on rank 1",
     ),
     "gate and up swapped": (
         _blocks(_halves_swapped),
@@ -174,6 +189,12 @@ ON_LOAD: dict[str, tuple[Plant, str, str]] = {  # what, loaded at, what must be 
         ONE,
         r"step 4: lm loss is \S+ on rank 0, must be ",  # step 3 is made of what was loaded
     ),
+    "buffers not asked for": (
+        _buffers_forgotten,
+        ONE,
+        r"(?s)refused: .*2 tensors in the checkpoint, but no rank of this run wants them:.*_bias",
+    ),
+    "a rank that raises": (_one_rank_raises, TP, r"^ValueError: a rank that fails alone$"),
 }
 QUICK = ("second moment left out", "gate and up swapped", "slice of ZeRO misplaced")
 NAMED = [

@@ -134,6 +134,17 @@ pp4 sequential                    | 4 | 6
 tp2 sp cp2 ep4 etp1 sequential    | 4 | 4
 pp2 dualpipev dp2 ep2             | 4 | 1
 """
+_OF_BF16 = """
+one                               | 1 | 6
+dp3 zero1                         | 3 | 2
+dp3 zero3                         | 3 | 4
+dp2 ep2 zero3                     | 2 | 3
+tp2 sp sequential                 | 2 | 6
+tp4 sp ep2 etp2 zero1             | 4 | 6
+pp4 sequential                    | 4 | 6
+pp2 vpp2 dp2 ep2 zero1            | 4 | 3
+tp2 sp pp2 dp2 ep4 etp1 zero1     | 8 | 6
+"""
 _OTHERWISE = """
     --untie-embeddings-and-output-weights --group-query-attention --num-query-groups 2
     --position-embedding-type rope --normalization RMSNorm --disable-bias-linear --add-qkv-bias
@@ -154,7 +165,7 @@ TIED = Model("tied", (*_SHARED.split(), "--fp64"), _layouts(_LAYOUTS), is_exact=
 UNTIED = Model(
     "untied", (*_SHARED.split(), "--fp64", *_OTHERWISE.split()), _layouts(_OF_UNTIED), is_exact=True
 )
-BF16 = Model("bf16", (*_SHARED.split(), "--bf16"), _layouts(_LAYOUTS), is_exact=False)
+BF16 = Model("bf16", (*_SHARED.split(), "--bf16"), _layouts(_OF_BF16), is_exact=False)
 MODELS = {model.name: model for model in (TIED, UNTIED, BF16)}
 
 

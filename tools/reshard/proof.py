@@ -95,11 +95,12 @@ class Proof:
     def run(self) -> Iterator[str]:
         """Do everything; yield a line for each layout that saved and each that loaded."""
         start = time.monotonic()
-        ends = {name for pair in self.pairs for name in pair} | {self.model.layouts[0].name}
-        wanted = [layout for layout in self.model.layouts if layout.name in ends]
-        for layout in wanted:
-            yield _line_of_saved(self.save(layout))
-        for layout in wanted:
+        layouts = self.model.layouts
+        sources = {source for source, _ in self.pairs} | {layouts[0].name}
+        for layout in layouts:
+            if layout.name in sources:
+                yield _line_of_saved(self.save(layout))
+        for layout in layouts:
             if names := [a for a, b in self.pairs if b == layout.name]:
                 begin = time.monotonic()
                 found = self.load(layout, names)
