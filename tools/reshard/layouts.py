@@ -17,9 +17,8 @@ from megatron.training.config.run_config import RunConfig
 _SHARED = """
     --num-layers 4 --hidden-size 16 --num-attention-heads 4 --ffn-hidden-size 24 --swiglu
     --num-experts 8 --moe-layer-freq [0,1,0,1] --moe-router-topk 2
-    --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.02
-    --moe-z-loss-coeff 0.001 --moe-router-score-function sigmoid --moe-router-enable-expert-bias
-    --moe-router-bias-update-rate 0.01 --moe-shared-expert-intermediate-size 16
+    --moe-router-score-function sigmoid --moe-z-loss-coeff 0.001
+    --moe-shared-expert-intermediate-size 16
     --moe-shared-expert-gate --init-method-std 0.2 --hidden-dropout 0.1 --attention-dropout 0.1
     --seq-length 12 --mock-data --tokenizer-type NullTokenizer --vocab-size 60
     --padded-vocab-size 64 --global-batch-size 12 --train-iters 8
@@ -98,6 +97,7 @@ _SHORT = {
     "etp1": f"{_ETP} 1",
     "etp2": f"{_ETP} 2",
     "zero1": "--use-distributed-optimizer",
+    "overlap": "--overlap-param-gather --overlap-grad-reduce --ddp-bucket-size 700",
     "zero3": "--use-torch-fsdp2",
     "sequential": "--moe-experts-type sequential",
 }
@@ -114,7 +114,7 @@ tp2 sp sequential                 | 2 | 6
 tp4 sp ep2 etp2 zero1             | 4 | 6
 tp4 ep4 etp1                      | 4 | 4
 dp4 ep2 etp2                      | 4 | 3
-cp2 dp2 ep4 zero1                 | 4 | 6
+cp2 dp2 ep4 zero1 overlap         | 4 | 6
 pp2 uneven cp2 ep2                | 4 | 3
 pp3                               | 3 | 4
 pp4 sequential                    | 4 | 6
@@ -124,19 +124,20 @@ tp2 sp pp2 dp2 ep4 etp1 zero1     | 8 | 6
 tp2 sp cp2 pp2 vpp2 ep2 etp2      | 8 | 6
 tp2 sp dp4 ep8 etp1 zero1         | 8 | 3
 """
+# prices of quantile balancing are means over microbatches: all must have as many samples
 _OF_UNTIED = """
-one                               | 1 | 6
-dp3 zero1                         | 3 | 2
+one                               | 1 | 3
+dp4 ep2 etp2 zero1 overlap        | 4 | 3
 dp2 ep2 zero3                     | 2 | 3
-tp4 sp ep2 etp2 zero1             | 4 | 6
+tp4 sp ep2 etp2 zero1             | 4 | 3
 pp2 vpp2 dp2 ep2 zero1            | 4 | 3
-pp4 sequential                    | 4 | 6
-tp2 sp cp2 ep4 etp1 sequential    | 4 | 4
-pp2 dualpipev dp2 ep2             | 4 | 1
+pp2 uneven cp2 ep2                | 4 | 3
+pp4 sequential                    | 4 | 3
+tp2 sp cp2 ep4 etp1 sequential    | 4 | 3
 """
 _OF_BF16 = """
 one                               | 1 | 6
-dp3 zero1                         | 3 | 2
+dp3 zero1 overlap                 | 3 | 2
 dp3 zero3                         | 3 | 4
 dp2 ep2 zero3                     | 2 | 3
 tp2 sp sequential                 | 2 | 6
@@ -145,9 +146,14 @@ pp4 sequential                    | 4 | 6
 pp2 vpp2 dp2 ep2 zero1            | 4 | 3
 tp2 sp pp2 dp2 ep4 etp1 zero1     | 8 | 6
 """
+_BIASED = """
+    --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.02
+    --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.01
+"""
 _OTHERWISE = """
-    --untie-embeddings-and-output-weights --group-query-attention --num-query-groups 2
-    --position-embedding-type rope --normalization RMSNorm --disable-bias-linear --add-qkv-bias
+    --moe-router-load-balancing-type quantile_balancing --untie-embeddings-and-output-weights
+    --group-query-attention --num-query-groups 2 --position-embedding-type rope
+    --normalization RMSNorm --disable-bias-linear --add-qkv-bias
     --moe-latent-size 8 --moe-num-experts-per-layer [0,8,0,4]
 """
 
@@ -161,11 +167,12 @@ def _layout(name: str, ranks: str, samples: str) -> Layout:
     return Layout(name.strip(), int(ranks), (*words.split(), "--micro-batch-size", samples.strip()))
 
 
-TIED = Model("tied", (*_SHARED.split(), "--fp64"), _layouts(_LAYOUTS), is_exact=True)
+_WORDS = (*_SHARED.split(), *_BIASED.split())
+TIED = Model("tied", (*_WORDS, "--fp64"), _layouts(_LAYOUTS), is_exact=True)
 UNTIED = Model(
     "untied", (*_SHARED.split(), "--fp64", *_OTHERWISE.split()), _layouts(_OF_UNTIED), is_exact=True
 )
-BF16 = Model("bf16", (*_SHARED.split(), "--bf16"), _layouts(_OF_BF16), is_exact=False)
+BF16 = Model("bf16", (*_WORDS, "--bf16"), _layouts(_OF_BF16), is_exact=False)
 MODELS = {model.name: model for model in (TIED, UNTIED, BF16)}
 
 
@@ -182,7 +189,7 @@ QUICK = {
         pp2 uneven cp2 ep2 <-> tp2 sp sequential
     """),
     "untied": _both_ways("tp4 sp ep2 etp2 zero1 <-> dp2 ep2 zero3"),
-    "bf16": _both_ways("dp3 zero1 <-> dp2 ep2 zero3"),
+    "bf16": _both_ways("dp3 zero1 overlap <-> dp2 ep2 zero3"),
 }
 """Pairs for every day: every one of ``AXES`` changes in both directions."""
 
