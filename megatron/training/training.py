@@ -5,7 +5,7 @@ forward step is. The loop itself decides nothing about a layout.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from megatron.training.failure import FailureReport
 from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import Launch, collective_checks, initialize, shut_down
 from megatron.training.metrics import MetricsWriter, log_folder
+from megatron.training.observer import RunObserver
 from megatron.training.progress import Progress
 from megatron.training.reporting import Reporter
 from megatron.training.routing_trace import open_tracer
@@ -61,6 +62,7 @@ class Session:
     reporter: Reporter
     timers: Timers
     failure: FailureReport
+    observers: Sequence[RunObserver] = ()
     saved_iteration: int | None = None
     """Iteration of the newest checkpoint that this process wrote or read."""
     evaluated_iteration: int | None = None
@@ -73,6 +75,7 @@ def pretrain(
     forward_step_func: ForwardStep,
     *,
     config: RunConfig | None = None,
+    observers: Sequence[RunObserver] = (),
 ) -> None:
     """Train a model as the options say; every rank calls this once.
 
@@ -84,6 +87,7 @@ def pretrain(
         forward_step_func: ``(data_iterator, model) -> (output, loss_func)`` for one microbatch;
             ``loss_func(output)`` gives the sum of losses and the number of tokens.
         config: Parsed options; the command line is parsed when None.
+        observers: Told where the run begins and of every step.
     """
     launch = Launch.from_environment()
     timers = Timers()
@@ -119,9 +123,12 @@ def pretrain(
             reporter=Reporter(run, writer, vocab_size=tokenizer.vocab_size),
             timers=timers,
             failure=failure,
+            observers=observers,
             saved_iteration=saved_already(config, state),
         )
         timers("setup").stop()
+        for observer in observers:
+            observer.after_load(run, state)
         go(session, handler)
         if writer is not None:
             writer.close()
@@ -170,6 +177,8 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         is_last = state.iteration == run.train_iters
         reason = None if is_last else stop.reason(outcome.notes, state.iteration)
         check_replicas_in_time(run, state)
+        for observer in session.observers:
+            observer.after_step(run, state, outcome)
         session.reporter.record(state, outcome, is_last=is_last or reason is not None)
         progress.update(outcome.lm_loss)
         skipped = 0 if outcome.updated else skipped + 1
