@@ -170,8 +170,9 @@ def _resume_elsewhere(
         )
     seconds = time.monotonic() - began
     got = read_record(Path(plan.record), other.world_size)
+    span = other_layouts.Span(begin, end)
     return other_layouts.judge(
-        unbroken, got, other.text, begin, end, settings.precision, seconds=seconds
+        unbroken, got, span, settings.precision, layout=other.text, seconds=seconds
     )
 
 
@@ -191,11 +192,12 @@ def _plan(
     keep_loaded: bool = False,
     keep_after: list[int] | None = None,
 ) -> RecordPlan:
+    record = str(settings.folder / name)
     return RecordPlan(
         script=str(settings.script),
         words=settings.words,
-        values=values,
-        record=str(settings.folder / name),
+        values=values | {"log_dir": record, "log_interval": 1},
+        record=record,
         keep_loaded=keep_loaded,
         keep_after=keep_after or [],
     )

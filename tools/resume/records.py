@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron.training.metrics import EXPERT_LOAD, read_lines
 from tools.resume.record_names import LOADED, STEP, steps_file
 from tools.resume.state_files import SavedState
 
@@ -20,6 +21,8 @@ class Record(NamedTuple):
     """Of each rank: where it stood before its first step."""
     steps: list[dict[int, Line]]
     """Of each rank: iteration -> line of the step."""
+    tokens_per_expert: dict[int, list[list[int]]]
+    """Iteration -> [MoE layers][experts], of all ranks; empty without MoE layers."""
 
     @property
     def world_size(self) -> int:
@@ -61,7 +64,10 @@ def read_record(folder: Path, world_size: int) -> Record:
     steps = [
         {line["iteration"]: line for line in of_rank if line["event"] == STEP} for of_rank in lines
     ]
-    return Record(folder, loaded, steps)
+    loads = {
+        line["iteration"]: line["tokens_per_expert"] for line in read_lines(folder / EXPERT_LOAD)
+    }
+    return Record(folder, loaded, steps, loads)
 
 
 def steps_done(folder: Path) -> int:

@@ -82,22 +82,26 @@ def _layouts(others: Sequence[Outcome]) -> Iterator[str]:
     if not others:
         return
     yield ""
-    yield (
-        "The same checkpoint on other layouts: what is loaded, samples and rates bit for bit; "
-        "sums in another order within a tolerance"
-    )
+    yield ("The same checkpoint on other layouts: what is loaded, samples and rates bit for bit;")
+    yield "losses, gradient norms and weights, whose sums have another order, within (a tolerance)"
     yield ""
-    head = ["layout", "loaded, read", "loss (at most)", "norm (at most)", "weights (at most)", ""]
-    rows = [head]
+    rows = [["layout", "loaded, read", "loss", "norm", "weights", "experts of tokens", "verdict"]]
     for other in others:
-        errors = [
-            f"{error:.1e} ({most:.0e})"
-            for error, most in zip(other.errors, other.tolerance, strict=True)
-        ]
+        errors = list(map(_error, other.errors[:3], other.tolerance[:3]))
         exact = DIFFERS if other.exact.differences else f"{_count(other.exact)} {SAME}"
-        cells = [NOT_THERE] * 4 if other.failure else [exact, *errors]
+        cells = [NOT_THERE] * 5 if other.failure else [exact, *errors, _tie(other)]
         rows.append([other.layout, *cells, "pass" if other.passes else "FAIL"])
     yield from table(rows)
+
+
+def _error(error: float, most: float) -> str:
+    return f"{error:.0e} ({most:.0e})"
+
+
+def _tie(other: Outcome) -> str:
+    if other.tie is None:
+        return SAME
+    return f"{other.errors.moved:.0e} ({other.tolerance.moved:.0e}) from step {other.tie}"
 
 
 def _first(proof: Proof) -> Iterator[str]:
@@ -198,6 +202,7 @@ def data(settings: Settings, proof: Proof) -> dict[str, Any]:
                 "failure": other.failure,
                 "errors": other.errors._asdict() if not other.failure else None,
                 "tolerance": other.tolerance._asdict(),
+                "first_tie": other.tie,
                 "differences": [_plain(one) for one in other.exact.causes()],
                 "seconds": other.seconds,
             }

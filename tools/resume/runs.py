@@ -34,6 +34,7 @@ _IMPORTED_BEFORE = [
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.models.gpt.moe_module_specs",
     "megatron.training.training",
+    "matplotlib.backends.backend_agg",  # if it is there: runs draw a picture when they end
     "tools.resume.record",
     "tools.resume.recorder",
 ]

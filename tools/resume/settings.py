@@ -20,7 +20,7 @@ _REPLACED = """
     save load ckpt_step save_interval save_retain_interval keep_last allow_fresh_start
     exit_on_missing_checkpoint use_checkpoint_args non_persistent_save_interval
     non_persistent_ckpt_type non_persistent_local_ckpt_dir
-    exit_interval exit_duration_in_mins log_dir tensorboard_dir moe_routing_trace_path
+    exit_interval exit_duration_in_mins log_interval log_dir tensorboard_dir moe_routing_trace_path
     moe_routing_trace_max_training_iters
 """
 REPLACED = frozenset(_REPLACED.split())
