@@ -117,7 +117,14 @@ def _others(args: argparse.Namespace, run: Asked) -> list[Other]:
         return []
     if args.layouts == ["auto"]:
         return propose(run, args.max_ranks)
-    return [parse(run, text) for text in args.layouts]
+    found, problems = [], []
+    for text in args.layouts:
+        try:
+            found.append(parse(run, text))
+        except ConfigError as error:
+            problems.append(str(error))
+    ConfigError.raise_if_any(problems)
+    return found
 
 
 def _check(args: argparse.Namespace, run: Asked) -> None:

@@ -218,7 +218,8 @@ def compare_completeness(
         iteration: After which both were written.
     """
     stepped = [name.removeprefix(f"{WEIGHT}.") for name in want.names() if _kind(name) == WEIGHT]
-    others = {_kind(name) for name in want.names()} - {WEIGHT, FROZEN, BUFFER, SCRATCH}
+    known = {WEIGHT, FROZEN, BUFFER, SCRATCH, "main_param"}  # some weights are their own main ones
+    others = {_kind(name) for name in want.names()} - known
     for kind in sorted(others | set(moments)):
         for name in sorted((f"{kind}.{name}" for name in stepped), key=_natural):
             if not want.has(name) and not got.has(name):

@@ -89,7 +89,7 @@ def propose(own: Asked, max_ranks: int) -> list[Other]:
 
 
 def parse(own: Asked, text: str) -> Other:
-    """Read a layout such as ``4`` or ``4,tp=2,ep=1``: ranks, then sizes that are not the user's.
+    """Read ``4,tp=2,ep=1``, ranks and sizes that are not the user's, or ``4``, the nearest legal.
 
     Raises:
         ConfigError: It cannot be read, or the rules refuse it.
@@ -102,14 +102,21 @@ def parse(own: Asked, text: str) -> Other:
             f"--layouts {text}: write the number of ranks and then sizes of axes, such as "
             f"4,tp=2,ep=2; axes are {', '.join(OPTION_OF_AXIS)}"
         )
+    if not sizes:
+        near = tilings(own.layout._replace(world_size=int(ranks)), has_experts=_has_experts(own))
+        for layout in islice(near, _MOST_TRIED):
+            if (found := _legal(own, layout)) is not None:
+                return found
     changed: dict[str, Any] = {axis: int(size) for axis, _, size in pairs}
     layout = own.layout._replace(world_size=int(ranks), **changed)
-    problems: list[str] = []
-    for values in _variants(own, layout):
-        problems = _problems(own, values, layout.world_size)
-        if not problems:
-            return Other(_text(own, layout), layout.world_size, values)
+    if (found := _legal(own, layout)) is not None:
+        return found
+    problems = _problems(own, next(_variants(own, layout)), layout.world_size)
     raise ConfigError("".join([f"--layouts {text}:", *(f"\n  {problem}" for problem in problems)]))
+
+
+def _has_experts(own: Asked) -> bool:
+    return own.config.model.num_moe_experts is not None
 
 
 def _is_size(text: str) -> bool:
@@ -125,10 +132,9 @@ def _changes(own: Layout, axis: str) -> Callable[[Layout], bool]:
 def _around(own: Asked, max_ranks: int, wanted: Callable[[Layout], bool]) -> Iterator[Layout]:
     """Yield layouts on half, the same and double the ranks that are ``wanted``, nearest first."""
     world = own.layout.world_size
-    has_experts = own.config.model.num_moe_experts is not None
     for ranks in sorted({max(world // 2, 1), world, 2 * world}):
         if ranks <= max(max_ranks, world):
-            near = tilings(own.layout._replace(world_size=ranks), has_experts=has_experts)
+            near = tilings(own.layout._replace(world_size=ranks), has_experts=_has_experts(own))
             yield from islice(filter(wanted, near), _MOST_TRIED)
 
 

@@ -35,7 +35,8 @@ class Errors(NamedTuple):
     weights: float
     """Of all weights together, after the last step."""
     moved: float
-    """Share of the pairs of token and expert, in a step, that are other pairs."""
+    """Share of the pairs of token and expert that are other pairs, in the first step with any: what
+    is learned from them changes other choices later."""
 
 
 TOLERANCES = {
@@ -114,9 +115,11 @@ def judge(
     steps = range(span.begin + 1, span.end + 1)
     for iteration in steps:
         _compare_reading(exact, want, got, iteration)
-    moved = {step: _moved(want, got, step) for step in steps}
-    outcome.tie = next((step for step, share in moved.items() if share), None)
-    errors = {step: _errors(want, got, step, moved[step]) for step in steps}
+    outcome.tie = next((step for step in steps if _moved(want, got, step)), None)
+    errors = {step: _errors(want, got, step) for step in steps}
+    if outcome.tie is not None:
+        moved = _moved(want, got, outcome.tie)
+        errors[outcome.tie] = errors[outcome.tie]._replace(moved=moved)
     end = (after_step_folder(span.end),)
     weights, outcome.worst = _weights(want.state(*end), got.state(*end))
     errors[span.end] = errors[span.end]._replace(weights=weights)
@@ -135,13 +138,13 @@ def _within(errors: Errors, limits: Errors) -> bool:
     return all(error <= limit for error, limit in zip(errors, limits, strict=True))
 
 
-def _errors(want: Record, got: Record, step: int, moved: float) -> Errors:
+def _errors(want: Record, got: Record, step: int) -> Errors:
     """Return how far apart one step is, on the rank that is farthest."""
     then = want.steps[0][step]
     lines = [steps[step] for steps in got.steps]
     loss = max(_apart(then["loss"], line["loss"]) for line in lines)
     norm = max(_apart(then["grad_norm"], line["grad_norm"]) for line in lines)
-    return Errors(loss, norm, 0.0, moved)
+    return Errors(loss, norm, 0.0, 0.0)
 
 
 def _moved(want: Record, got: Record, step: int) -> float:

@@ -101,7 +101,7 @@ def _error(error: float, most: float) -> str:
 def _tie(other: Outcome) -> str:
     if other.tie is None:
         return SAME
-    return f"{other.errors.moved:.0e} ({other.tolerance.moved:.0e}) from step {other.tie}"
+    return f"{other.errors.moved:.0e} ({other.tolerance.moved:.0e}) at step {other.tie}"
 
 
 def _first(proof: Proof) -> Iterator[str]:

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from dataclasses import asdict
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
+
+import torch.distributed as dist
 
 from megatron.core.dist_checkpointing import folders
 from megatron.core.errors import MegatronError
@@ -27,8 +28,17 @@ from tools.resume.settings import RecordPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 _LOOK_S = 0.002
+_HOST = "127.0.0.1"
 _SHOWN_LINES = 12
-_OF_ONE_RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_ONE_RUN = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
 _IMPORTED_BEFORE = [
     "torch._dynamo",  # every optimizer imports it
     "megatron.core.models.gpt.gpt_layer_specs",
@@ -132,10 +142,12 @@ def _started(plan: RecordPlan, world_size: int) -> Iterator[list[ForkServerProce
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plan.json"
     path.write_text(json.dumps(asdict(plan), indent=1))
-    port, ranks = _free_port(), []
+    ranks: list[ForkServerProcess] = []
+    # the ranks meet at a store of this process: it takes a port that is free, they do not look
+    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     try:
         for rank in range(world_size):
-            ranks.append(_start(path, rank, world_size, port))
+            ranks.append(_start(path, rank, world_size, store.port))
         yield ranks
     finally:
         for process in ranks:
@@ -149,8 +161,9 @@ def _start(plan: Path, rank: int, world_size: int, port: int) -> ForkServerProce
         "LOCAL_RANK": rank,
         "WORLD_SIZE": world_size,
         "LOCAL_WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": _HOST,
         "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,  # as torchrun says it: the store is there already
     }
     environment = {name: str(value) for name, value in told.items()} if world_size > 1 else {}
     process = _server().Process(
@@ -195,9 +208,3 @@ def _kill(process: ForkServerProcess) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:  # it is no session yet
             process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
