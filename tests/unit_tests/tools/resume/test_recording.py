@@ -90,7 +90,7 @@ def test_blocks_that_leave_a_hole_do_not_tile(tmp_path: Path) -> None:
 LAYOUTS = {
     "sharded": "--use-distributed-optimizer --expert-model-parallel-size 2",
     "fully sharded": "--use-torch-fsdp2",
-    "slices": "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
+    "slices": "--tensor-model-parallel-size 2 --sequence-parallel --padded-vocab-size 128",
 }
 
 
