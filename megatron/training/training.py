@@ -126,9 +126,6 @@ def pretrain(
             saver=Saver(run, tokenizer, fingerprint(datasets), saved_already(config, state)),
             observers=observers,
         )
-        timers("setup").stop()
-        for observer in observers:
-            observer.after_load(run, state)
         go(session, handler)
         if writer is not None:
             writer.close()
@@ -139,6 +136,9 @@ def pretrain(
 def go(session: Session, handler: RankHandler) -> None:
     """Train and evaluate, watching for signals; the last state is saved."""
     run, state = session.run, session.state
+    session.timers("setup").stop()
+    for observer in session.observers:
+        observer.after_load(run, state)
     with StopRequest(run.config.training) as stop:
         reason = None
         if not run.config.training.skip_train:

@@ -25,6 +25,8 @@ _REPLACED = """
 """
 REPLACED = frozenset(_REPLACED.split())
 """Options whose place the tool takes, or that would write into the user's folders."""
+_OF_SAVING = frozenset({"async_save"})
+"""Options that are refused where nothing is saved."""
 _PART_OF_A_RUN = {
     "no_save_optim": "a checkpoint without the optimizer cannot give back the unbroken run",
     "no_save_rng": "a checkpoint without the random state cannot give back the unbroken run",
@@ -68,7 +70,7 @@ def config_of(words: Sequence[str], values: Mapping[str, Any], world_size: int) 
     options = options_of(RunConfig)
     sources = _sources(words, options)
     for given in sources.values():
-        for name in REPLACED | values.keys():
+        for name in REPLACED | values.keys() | (set() if "save" in values else _OF_SAVING):
             given.values.pop(name, None)
     sources["cli"].values |= {name: value for name, value in values.items() if value is not None}
     return resolve(sources, options, world_size)

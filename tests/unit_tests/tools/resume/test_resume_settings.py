@@ -26,6 +26,12 @@ def test_the_tool_takes_the_place_of_folders_and_ends_and_leaves_the_schedule() 
     assert left_out(read_flags(words)) == ["--save", "--save-interval", "--exit-interval"]
 
 
+def test_options_of_saving_stay_where_something_is_saved() -> None:
+    words = [*WORDS, "--async-save"]
+    assert config_of(words, {"save": "its"}, 2).checkpoint.async_save
+    assert not config_of(words, {}, 2).checkpoint.async_save
+
+
 def test_a_yaml_file_is_read_and_its_folders_are_replaced_too(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("num-layers: 2\nhidden-size: 32\nmock-data: true\nsave: mine\nlr: 0.5\n")
