@@ -6,7 +6,7 @@ forward step is. The loop itself decides nothing about a layout.
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,12 @@ from megatron.training.failure import FailureReport
 from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import Launch, collective_checks, initialize, shut_down
 from megatron.training.metrics import MetricsWriter, log_folder
+<<<<<<< HEAD
 from megatron.training.non_persistent import NonPersistent
+||||||| bf362a6
+=======
+from megatron.training.observer import RunObserver
+>>>>>>> 81bc72a80010987b85a411b858f99fd3b6591965
 from megatron.training.progress import Progress
 from megatron.training.reporting import Reporter
 from megatron.training.routing_trace import open_tracer
@@ -65,6 +70,7 @@ class Session:
     timers: Timers
     failure: FailureReport
     saver: Saver
+    observers: Sequence[RunObserver] = ()
     evaluated_iteration: int | None = None
     """Iteration of the newest validation."""
 
@@ -75,6 +81,7 @@ def pretrain(
     forward_step_func: ForwardStep,
     *,
     config: RunConfig | None = None,
+    observers: Sequence[RunObserver] = (),
 ) -> None:
     """Train a model as the options say; every rank calls this once.
 
@@ -86,6 +93,7 @@ def pretrain(
         forward_step_func: ``(data_iterator, model) -> (output, loss_func)`` for one microbatch;
             ``loss_func(output)`` gives the sum of losses and the number of tokens.
         config: Parsed options; the command line is parsed when None.
+        observers: Told where the run begins and of every step.
     """
     launch = Launch.from_environment()
     timers = Timers()
@@ -121,9 +129,15 @@ def pretrain(
             reporter=Reporter(run, writer, vocab_size=tokenizer.vocab_size),
             timers=timers,
             failure=failure,
+<<<<<<< HEAD
             saver=make_saver(run, tokenizer, datasets, loaded, between),
+||||||| bf362a6
+            saver=Saver(run, tokenizer, fingerprint(datasets), saved_already(config, state)),
+=======
+            saver=Saver(run, tokenizer, fingerprint(datasets), saved_already(config, state)),
+            observers=observers,
+>>>>>>> 81bc72a80010987b85a411b858f99fd3b6591965
         )
-        timers("setup").stop()
         go(session, handler)
         if writer is not None:
             writer.close()
@@ -134,6 +148,9 @@ def pretrain(
 def go(session: Session, handler: RankHandler) -> None:
     """Train and evaluate, watching for signals; the last state is saved."""
     run, state = session.run, session.state
+    session.timers("setup").stop()
+    for observer in session.observers:
+        observer.after_load(run, state)
     with StopRequest(run.config.training) as stop:
         reason = None
         if not run.config.training.skip_train:
@@ -175,6 +192,8 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         is_last = state.iteration == run.train_iters
         reason = None if is_last else stop.reason(outcome.notes, state.iteration)
         check_replicas_in_time(run, state)
+        for observer in session.observers:
+            observer.after_step(run, state, outcome)
         session.saver.look()
         session.reporter.record(state, outcome, is_last=is_last or reason is not None)
         progress.update(outcome.lm_loss)
