@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron.core.dist_checkpointing.mapping import NamedState
+from megatron.core.optimizer.grad_scaler import GradScaler
 
 
 class SavedOptimizer(Protocol):
     """What checkpoints need of an optimizer."""
 
     step_count: int
+    grad_scaler: GradScaler
 
     def named_state(self) -> NamedState:
         """Yield (parameter name, role, state name -> tensor that is written and read in place)."""

@@ -42,7 +42,8 @@ from megatron.training.wrap_up import finish
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
-"""Updates skipped one after the other before a run is ended."""
+"""Updates skipped one after the other before a run is ended; those that lower the loss scale, or
+use up its hysteresis, do not count."""
 
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
 DatasetsProvider = Callable[[tuple[int, int, int], RunConfig, Tokenizer], Datasets]
@@ -172,8 +173,8 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         check_replicas_in_time(run, state)
         session.reporter.record(state, outcome, is_last=is_last or reason is not None)
         progress.update(outcome.lm_loss)
-        skipped = 0 if outcome.updated else skipped + 1
-        refuse_divergence(skipped, state)
+        skipped = 0 if outcome.updated else skipped + (not outcome.is_search)
+        refuse_divergence(skipped, run, state)
         if is_last:
             break  # what is due now comes after the last save
         if every_save and state.iteration % every_save == 0:
@@ -197,19 +198,25 @@ def check_replicas_in_time(run: Run, state: TrainState) -> None:
         check_replicas(run.model, iteration=state.iteration)
 
 
-def refuse_divergence(skipped: int, state: TrainState) -> None:
+def refuse_divergence(skipped: int, run: Run, state: TrainState) -> None:
     """End a run that only skips: it would go on to its end for nothing, and save that.
 
     Raises:
         DivergedError: On every rank, since all skip together.
     """
-    if skipped == MAX_SKIPPED_IN_A_ROW:
-        raise DivergedError(
-            f"the last {skipped} updates, up to iteration {state.iteration}, were all skipped "
-            "because loss or gradient was not finite; nothing is saved. Go back to a checkpoint "
-            "from before (--load, --ckpt-step) with a lower --lr, or look at the samples that the "
-            "warnings name"
-        )
+    if skipped < MAX_SKIPPED_IN_A_ROW:
+        return
+    optimizer = run.config.optimizer
+    advice = "with a lower --lr"
+    if run.config.model.fp16 and optimizer.loss_scale is not None:
+        advice = f"with less than --loss-scale {optimizer.loss_scale:g}, without it"
+    elif run.config.model.fp16:
+        advice += f", with less than --min-loss-scale {optimizer.min_loss_scale:g}, with --bf16"
+    raise DivergedError(
+        f"the last {skipped} updates, up to iteration {state.iteration}, were all skipped "
+        "because loss or gradient was not finite; nothing is saved. Go back to a checkpoint "
+        f"from before (--load, --ckpt-step) {advice}, or look at the samples that the warnings name"
+    )
 
 
 def batches(
