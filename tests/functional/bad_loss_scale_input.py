@@ -40,9 +40,7 @@ LOSS_SCALE_CASES: dict[str, tuple[int, str, list[str]]] = {
     "smallest loss scale": (
         1,
         f"{FP16} --initial-loss-scale 16 --min-loss-scale 32",
-        [
-            "--min-loss-scale 32 must be at most --initial-loss-scale 16, where the loss scale begins"
-        ],
+        ["--min-loss-scale 32 must be at most --initial-loss-scale 16"],
     ),
     "part of an update": (
         1,

@@ -88,9 +88,7 @@ def test_flags_that_change_nothing_are_accepted_with_a_notice(line):
 
 
 def test_all_problems_are_found_at_once():
-    assert (
-        len(_read("--num-layerz 2 --lr x --quick-geglu --bf16 1 --normalization z").problems) == 5
-    )
+    assert len(_read("--num-layerz 2 --lr x --spec 1 --bf16 1 --normalization z").problems) == 5
 
 
 def test_flags_whose_value_is_unknown_are_doubtful():
