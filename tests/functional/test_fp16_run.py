@@ -25,7 +25,7 @@ FLAGS = """
     --fp16
 """
 WINDOW = "--loss-scale-window 8"
-SEARCHING, FOUND = 12, 32
+SEARCHING, FOUND = 8, 32
 """Iterations to resume from: in the first the scale falls, in the second it has risen."""
 LINE = re.compile(
     r"iteration +(\d+)/ +40 .* loss scale: ([\d.]+) \|( grad norm: \S+ \|)? number of skipped "
@@ -96,7 +96,7 @@ def run(folder: Path, *commands: str) -> list[Finished]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    (done,) = run(tmp_path_factory.mktemp("unbroken"), f"{WINDOW} --save-interval 4")
+    (done,) = run(tmp_path_factory.mktemp("unbroken"), f"{WINDOW} --save-interval 8")
     assert done.code == 0, done.err
     return done
 
