@@ -87,7 +87,7 @@ def run(folder: Path, *commands: str) -> list[Finished]:
         )
         for flags, place in zip(commands, places, strict=True)
     ]
-    ended = [process.communicate(timeout=120) for process in started]
+    ended = [process.communicate(timeout=300) for process in started]
     return [
         Finished(process.returncode, out, err, place)
         for process, (out, err), place in zip(started, ended, places, strict=True)
