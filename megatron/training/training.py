@@ -209,12 +209,11 @@ def refuse_divergence(skipped: int, run: Run, state: TrainState) -> None:
     """
     if skipped < MAX_SKIPPED_IN_A_ROW:
         return
-    optimizer = run.config.optimizer
-    advice = "with a lower --lr"
+    advice, optimizer = "with a lower --lr", run.config.optimizer
     if run.config.model.fp16 and optimizer.loss_scale is not None:
-        advice = f"with less than --loss-scale {optimizer.loss_scale:g}, without it"
+        advice += f", with less than --loss-scale {optimizer.loss_scale:g} or without it"
     elif run.config.model.fp16:
-        advice += f", with less than --min-loss-scale {optimizer.min_loss_scale:g}, with --bf16"
+        advice += f", with less than --min-loss-scale {optimizer.min_loss_scale:g}"
     raise DivergedError(
         f"the last {skipped} updates, up to iteration {state.iteration}, were all skipped "
         "because loss or gradient was not finite; nothing is saved. Go back to a checkpoint "
