@@ -4,6 +4,7 @@ Exact where the arithmetic is: a scale of a power of two changes no bit of fp32 
 """
 
 import functools
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.dist_checkpointing.serialization import read_tensors, stored_tensors
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.run import Run, TrainState
 from megatron.training.train_step import train_step
@@ -166,10 +168,7 @@ def _resume(folder: Path, saved_after: int) -> None:
     config = make_config(**FP16, loss_scale_window=3, expert_model_parallel_size=2)
     unbroken, state = make_run(config), TrainState(dropout_seed=1)
     _go_on(unbroken, state, saved_after)
-    result = save_checkpoint(
-        folder, state, config=config, model=unbroken.model, optimizer=unbroken.optimizer
-    )
-    assert result.path is not None, result.error
+    _save(folder, unbroken, state)
     before = unbroken.optimizer.grad_scaler.state_dict()
     assert before["scale"] < 2.0**22
     assert (before["growth_tracker"] > 0) == (saved_after == 8)
@@ -184,6 +183,63 @@ def _resume(folder: Path, saved_after: int) -> None:
     found = dict(_state(resumed))
     for key, tensor in _state(unbroken):
         assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"use_distributed_optimizer": True, "expert_model_parallel_size": 2},
+        {"use_torch_fsdp2": True},
+        {"tensor_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2},
+    ],
+)
+def test_what_a_layout_saved_in_fp16_one_process_has_to_the_bit(layout, tmp_path):
+    run_ranks(_train_and_save, 2, tmp_path / "of_layout", layout)
+    run_ranks(_load_and_save, 1, tmp_path / "of_layout", tmp_path / "of_one")
+    one, other = (_stored(tmp_path / name / "iter_0000006") for name in ("of_layout", "of_one"))
+    assert one.keys() == other.keys()
+    assert sum(key.startswith("optimizer.main_param.") for key in one) > 10
+    for key, tensor in one.items():
+        assert torch.equal(other[key], tensor), key
+
+
+def _train_and_save(folder: Path, layout: dict[str, Any]) -> None:
+    config = make_config(**FP16, **layout)
+    run, state = make_run(config), TrainState(dropout_seed=1)
+    _go_on(run, state, 6)
+    assert run.optimizer.step_count > 0
+    _save(folder, run, state)
+
+
+def _load_and_save(folder: Path, other: Path) -> None:
+    run = make_run(make_config(**FP16))
+    loaded = load_checkpoint(folder, config=run.config, model=run.model, optimizer=run.optimizer)
+    saved = json.loads((folder / "iter_0000006" / "common.json").read_text())["loss_scale"]
+    assert run.optimizer.grad_scaler.state_dict() == saved
+    assert saved["scale"] < 2.0**22
+    weights = dict(run.model.trainable_parameters())
+    for name, _, tensors in run.optimizer.named_state():
+        assert torch.equal(weights[name], tensors["main_param"].half()), name
+    _save(other, run, loaded.state())
+
+
+def _save(folder: Path, run: Run, state: TrainState) -> None:
+    result = save_checkpoint(
+        folder, state, config=run.config, model=run.model, optimizer=run.optimizer
+    )
+    assert result.path is not None, result.error
+
+
+def _stored(path: Path) -> dict[str, Tensor]:
+    tensors = {
+        key: torch.empty(fact.shape, dtype=fact.dtype)
+        for key, fact in stored_tensors(path).items()
+        if not key.startswith("rng.")
+    }
+    read_tensors(path, tensors, None, prefixes=("model.", "optimizer."))
+    return tensors
 
 
 def _go_on(run: Run, state: TrainState, steps: int) -> list[tuple[float, str, float]]:
