@@ -165,6 +165,7 @@ def checkpoint_content(
         "data_fingerprint": data_fingerprint,
         "dropout_seed": None if config.checkpoint.no_save_rng else state.dropout_seed,
         "optimizer": _optimizer_facts(config, optimizer),
+        "loss_scale": _loss_scale(config, optimizer),
         "world_size": size_of(group),
         "padded_vocab_size": _padded_vocab_size(unwrap(model)),
         "architecture": architecture(config.model),
@@ -235,6 +236,7 @@ def load_checkpoint(
         optimizer.after_load(with_optim=with_optim)
         if with_optim:
             optimizer.step_count = opened.common["optimizer"]["step_count"]
+            optimizer.grad_scaler.load_state_dict(opened.common.get("loss_scale"))
     return _loaded_state(opened, config, notices)
 
 
@@ -284,6 +286,12 @@ def _optimizer_facts(config: RunConfig, optimizer: SavedOptimizer | None) -> dic
     if optimizer is None or config.checkpoint.no_save_optim:
         return None
     return {"kind": config.optimizer.optimizer, "step_count": optimizer.step_count}
+
+
+def _loss_scale(config: RunConfig, optimizer: SavedOptimizer | None) -> dict[str, float] | None:
+    if optimizer is None or config.checkpoint.no_save_optim:
+        return None
+    return optimizer.grad_scaler.state_dict()
 
 
 def _refuse_misfits(

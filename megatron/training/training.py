@@ -29,12 +29,8 @@ from megatron.training.failure import FailureReport
 from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import Launch, collective_checks, initialize, shut_down
 from megatron.training.metrics import MetricsWriter, log_folder
-<<<<<<< HEAD
 from megatron.training.non_persistent import NonPersistent
-||||||| bf362a6
-=======
 from megatron.training.observer import RunObserver
->>>>>>> 81bc72a80010987b85a411b858f99fd3b6591965
 from megatron.training.progress import Progress
 from megatron.training.reporting import Reporter
 from megatron.training.routing_trace import open_tracer
@@ -50,7 +46,8 @@ from megatron.training.wrap_up import finish
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
-"""Updates skipped one after the other before a run is ended."""
+"""Updates skipped one after the other before a run is ended; those that lower the loss scale, or
+use up its hysteresis, do not count."""
 
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
 DatasetsProvider = Callable[[tuple[int, int, int], RunConfig, Tokenizer], Datasets]
@@ -129,14 +126,8 @@ def pretrain(
             reporter=Reporter(run, writer, vocab_size=tokenizer.vocab_size),
             timers=timers,
             failure=failure,
-<<<<<<< HEAD
             saver=make_saver(run, tokenizer, datasets, loaded, between),
-||||||| bf362a6
-            saver=Saver(run, tokenizer, fingerprint(datasets), saved_already(config, state)),
-=======
-            saver=Saver(run, tokenizer, fingerprint(datasets), saved_already(config, state)),
             observers=observers,
->>>>>>> 81bc72a80010987b85a411b858f99fd3b6591965
         )
         go(session, handler)
         if writer is not None:
@@ -197,8 +188,8 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         session.saver.look()
         session.reporter.record(state, outcome, is_last=is_last or reason is not None)
         progress.update(outcome.lm_loss)
-        skipped = 0 if outcome.updated else skipped + 1
-        refuse_divergence(skipped, state)
+        skipped = 0 if outcome.updated else skipped + (not outcome.is_search)
+        refuse_divergence(skipped, run, state)
         if is_last:
             break  # what is due now comes after the last save
         if every_save and state.iteration % every_save == 0:
@@ -224,19 +215,24 @@ def check_replicas_in_time(run: Run, state: TrainState) -> None:
         check_replicas(run.model, iteration=state.iteration)
 
 
-def refuse_divergence(skipped: int, state: TrainState) -> None:
+def refuse_divergence(skipped: int, run: Run, state: TrainState) -> None:
     """End a run that only skips: it would go on to its end for nothing, and save that.
 
     Raises:
         DivergedError: On every rank, since all skip together.
     """
-    if skipped == MAX_SKIPPED_IN_A_ROW:
-        raise DivergedError(
-            f"the last {skipped} updates, up to iteration {state.iteration}, were all skipped "
-            "because loss or gradient was not finite; nothing is saved. Go back to a checkpoint "
-            "from before (--load, --ckpt-step) with a lower --lr, or look at the samples that the "
-            "warnings name"
-        )
+    if skipped < MAX_SKIPPED_IN_A_ROW:
+        return
+    advice, optimizer = "with a lower --lr", run.config.optimizer
+    if run.config.model.fp16 and optimizer.loss_scale is not None:
+        advice += f", with less than --loss-scale {optimizer.loss_scale:g} or without it"
+    elif run.config.model.fp16:
+        advice += f", with less than --min-loss-scale {optimizer.min_loss_scale:g}"
+    raise DivergedError(
+        f"the last {skipped} updates, up to iteration {state.iteration}, were all skipped "
+        "because loss or gradient was not finite; nothing is saved. Go back to a checkpoint "
+        f"from before (--load, --ckpt-step) {advice}, or look at the samples that the warnings name"
+    )
 
 
 def batches(
