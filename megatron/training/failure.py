@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megatron.core.errors import MegatronError
+from megatron.training.rendezvous import launcher_store
 from megatron.training.user_errors import EXIT_CODE
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class FailureReport:
         """Place of this rank in the layout, for messages."""
         self.iteration: int | None = None
         """The step in progress; None before and after training."""
-        self._key = f"megatron/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._key = "megatron/failure/"
         self._store = store
         self._done = threading.Event()
         self._watching: threading.Thread | None = None
@@ -74,16 +75,22 @@ class FailureReport:
             log.error("%s stops because %s", self.where, first)
             raise SystemExit(1) from None
         if lost:
-            error.add_note(f"{self.place()}: {LOST}")
-            return
+            log.error("%s: %s (%s)", self.place(), LOST, str(error).partition("\n")[0])
+            raise SystemExit(1) from None
         error.add_note(f"First failure of the run: {self.place()}")
         get_error_handler().record_exception(error)  # torchrun shows it at its very end
         if isinstance(error, MegatronError):
             sys.stderr.write(f"{error}\n")
             raise SystemExit(EXIT_CODE) from None
 
-    def watch(self) -> None:
-        """Begin to end this process when another rank fails. Call after connecting."""
+    def watch(self, start: str = "") -> None:
+        """Begin to end this process when another rank fails. Call after connecting.
+
+        Args:
+            start: Name of this start of all ranks: what ranks of an earlier one noted in the
+                launcher's store is no failure of these.
+        """
+        self._key += start
         if self._store is None:
             self._store = _own_connection()
         if self._store is not None:
@@ -134,7 +141,12 @@ class FailureReport:
 def _is_lost_connection(error: Exception) -> bool:
     """Tell whether a collective failed because another process is gone."""
     text = str(error)
-    known = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    known = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "connectFullMesh failed",  # it ended while the ranks were meeting
+    )
     return isinstance(error, RuntimeError) and any(phrase in text for phrase in known)
 
 
@@ -149,10 +161,4 @@ def _own_connection() -> Store | None:
     """Connect to torchrun's store apart from the process groups, whose calls may block it."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
         return None
-    return dist.TCPStore(  # type: ignore[attr-defined, no-any-return]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=20),
-    )
+    return launcher_store(timedelta(seconds=20))

@@ -1,0 +1,86 @@
+"""A run that loses ranks goes on by itself under torchrun, and ends as if nothing had happened."""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from megatron.training import pretrain, training
+from megatron.training.arguments import parse_args
+from pretrain_gpt import forward_step, model_provider, train_valid_test_datasets_provider
+from tests.helpers.dying_runs import Death, DyingRun, Ended, steps, tensors
+from tests.helpers.ranks import run_ranks
+
+LAYERS = (
+    "--mock-data --num-layers 2 --hidden-size 32 --num-attention-heads 2 --num-experts 4 "
+    "--moe-router-topk 2 --moe-router-enable-expert-bias --moe-router-score-function sigmoid "
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 8 --hidden-dropout 0.1 "
+    "--attention-dropout 0.1 --lr 1e-2 --lr-decay-style cosine --min-lr 1e-3 --lr-warmup-iters 2 "
+    "--log-interval 1 --eval-interval 3 --eval-iters 1 --device cpu --num-workers 0"
+)
+ITERATIONS = 8
+EVERY = 3
+RUN = (
+    f"{LAYERS} --expert-model-parallel-size 2 --train-iters {ITERATIONS} --save-interval {EVERY} "
+    "--save {0} --load {0} --allow-fresh-start"
+)
+"""Every start has these flags: the first, and those that torchrun makes."""
+A_STEP = 2
+"""Microbatches of a rank in a step; an evaluation has as many."""
+
+
+class Unbroken(NamedTuple):
+    """What every run here must end with."""
+
+    steps: list[dict]
+    tensors: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+    folder = tmp_path_factory.mktemp("unbroken")
+    run_ranks(unbroken_rank, 2, RUN.format(folder).split())
+    return Unbroken(steps(folder), tensors(folder))
+
+
+def unbroken_rank(flags: list[str]) -> None:
+    """Train on a forked rank, which need not import torch again as one of torchrun's must."""
+    training.shut_down = lambda: None  # run_ranks does it
+    config = parse_args(flags, world_size=2)
+    pretrain(train_valid_test_datasets_provider, model_provider, forward_step, config=config)
+
+
+def starts(out: str) -> list[str]:
+    """Return the first line of each start."""
+    return re.findall(r"^(?:starting a fresh run|resuming at iteration) .*", out, re.MULTILINE)
+
+
+def assert_same_end(folder: Path, ended: Ended, unbroken: Unbroken) -> None:
+    assert ended.code == 0, ended.out + ended.err
+    assert [line["iteration"] for line in steps(folder)] == list(range(1, ITERATIONS + 1))
+    assert steps(folder) == unbroken.steps
+    found = tensors(folder)
+    assert found.keys() == unbroken.tensors.keys()
+    for key, tensor in found.items():
+        assert torch.equal(tensor, unbroken.tensors[key]), key
+    left = {name for name in os.listdir(folder) if name.startswith(".")}
+    assert left == set(), "a killed run's half checkpoint goes at the next save"
+
+
+def test_a_run_that_loses_a_rank_goes_on_and_ends_bit_for_bit_alike(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
+    in_step_5 = Death(0, rank=1, moment="microbatch", call=A_STEP * (4 + 1) + 1)
+    ended = DyingRun(RUN.format(tmp_path), (in_step_5,)).end()
+    assert_same_end(tmp_path, ended, unbroken)
+    assert starts(ended.out) == [
+        f"starting a fresh run at iteration 0 ({tmp_path} holds no checkpoint yet)",
+        f"resuming at iteration 3 from {tmp_path}/iter_0000003; restart 1 of at most 3 by torchrun",
+    ]
+    assert f"resumed at iteration 3 (24 samples) from {tmp_path}/iter_0000003" in ended.out
+    lost = r"error \[rank 0\]: rank 0 \(dp 0, ep 0\), iteration 5: lost the connection to another"
+    assert re.search(lost, ended.out)
+    assert "Traceback" not in ended.out + ended.err
