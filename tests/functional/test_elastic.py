@@ -84,3 +84,42 @@ def test_a_run_that_loses_a_rank_goes_on_and_ends_bit_for_bit_alike(
     lost = r"error \[rank 0\]: rank 0 \(dp 0, ep 0\), iteration 5: lost the connection to another"
     assert re.search(lost, ended.out)
     assert "Traceback" not in ended.out + ended.err
+
+
+MISFORTUNES = {
+    "a rank each in two starts": (Death(0, 0, "microbatch", 9), Death(1, 1, "microbatch", 7)),
+    "both at once": (Death(0, 0, "microbatch", 10), Death(0, 1, "microbatch", 10)),
+    "before the first save": (Death(0, 1, "microbatch", 3),),
+    "twice before the first save": (Death(0, 1, "microbatch", 3), Death(1, 0, "microbatch", 1)),
+    "in an evaluation": (Death(0, 1, "microbatch", A_STEP * 3 + 1),),
+    "writing the first checkpoint": (Death(0, 1, "fsync", 1),),
+    "writing the second one": (Death(0, 1, "fsync", 2),),
+    "rank 0 writing, again and again": tuple(Death(n, 0, "fsync", 2 * n + 1) for n in range(3)),
+    "giving the first one its name": (Death(0, 0, "rename", 1),),
+    "giving the second one its name": (Death(0, 0, "rename", 2),),
+    "after the last step": (Death(0, 1, "fsync", 3),),
+}
+"""Three restarts are allowed, and so many rank deaths at most are in each."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISFORTUNES)
+def test_no_misfortune_changes_the_end(name: str, unbroken: Unbroken, tmp_path: Path) -> None:
+    deaths = MISFORTUNES[name]
+    ended = DyingRun(RUN.format(tmp_path), deaths).end()
+    assert_same_end(tmp_path, ended, unbroken)
+    restarts = len({death.restart for death in deaths})
+    assert len(starts(ended.out)) == 1 + restarts, "every planned death happened"
+    assert starts(ended.out)[-1].endswith(f"; restart {restarts} of at most 3 by torchrun")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_out_of_restarts_goes_on_by_the_same_command(
+    unbroken: Unbroken, tmp_path: Path
+) -> None:
+    command = RUN.format(tmp_path)
+    deaths = tuple(Death(restart, 1, "microbatch", 5) for restart in range(2))
+    ended = DyingRun(command, deaths, torchrun="--standalone --max-restarts 1").end()
+    assert ended.code != 0
+    assert "Signal 9 (SIGKILL) received" in ended.err
+    assert_same_end(tmp_path, DyingRun(command).end(), unbroken)
