@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 _ATTRIBUTE = "megatron_role"
+GATED_PARTS = ("gate", "up")
+"""Names of the halves of a gated layer's first weight; see ``Split.names``."""
 TiedEnds = Literal["no", "here", "apart"]
 _deferred: ContextVar[bool] = ContextVar("deferred_init", default=False)
 
@@ -46,6 +48,8 @@ class Split:
     parts: tuple[int, ...]
     """Lengths along ``dim`` of what is sliced on its own, in the whole tensor; they add up to its
     extent. ``(ffn, ffn)`` for gate and up."""
+    names: tuple[str, ...] = ()
+    """Of the parts, where checkpoints keep each as a tensor of its own: ``("gate", "up")``."""
 
     def __post_init__(self) -> None:
         """Refuse slices that are not equal; the user's options were checked before."""

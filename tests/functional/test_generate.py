@@ -12,6 +12,7 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 
+from megatron.core.dist_checkpointing.index import read_index
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -243,12 +244,14 @@ def test_an_empty_folder_and_a_missing_one_are_named(tmp_path: Path, generate) -
 
 def test_a_damaged_checkpoint_names_the_file(tmp_path: Path, generate) -> None:
     save(tmp_path)
-    with (tmp_path / "iter_0000003" / "__0_0.distcp").open("r+b") as file:
-        file.seek(1000)
+    path = tmp_path / "iter_0000003"
+    key = "model.decoder.final_layernorm.weight"
+    with (path / "tensors_00000.safetensors").open("r+b") as file:
+        file.seek(read_index(path)[key].blocks[0].facts.begin)
         file.write(b"\xff\xfe\xfd")
     code, _, errors = generate("--load", tmp_path, "--prompt", "x")
     assert code == 2
-    assert "__0_0.distcp is not what was written" in errors
+    assert f"{key} (in tensors_00000.safetensors) is not what was written" in errors
 
 
 def test_a_package_that_only_training_had_is_not_needed(tmp_path: Path, generate, monkeypatch):

@@ -63,7 +63,7 @@ def _bias_learnt_by_the_rank_that_adds_it(patch: pytest.MonkeyPatch) -> None:
 def _gate_and_up_cut_as_one(patch: pytest.MonkeyPatch) -> None:
     right = experts.split_over
 
-    def split(*args: Any, dim: int, parts: tuple[int, ...]) -> Any:
+    def split(*args: Any, dim: int, parts: tuple[int, ...], **_: Any) -> Any:
         return right(*args, dim=dim, parts=(sum(parts),))
 
     patch.setattr(experts, "split_over", split)

@@ -34,6 +34,26 @@ def gather(value: ValueT, group: ProcessGroup | None) -> list[ValueT]:
     return gathered  # type: ignore[return-value]
 
 
+def gather_first(value: ValueT, group: ProcessGroup | None) -> list[ValueT] | None:
+    """Return the value of every rank, in rank order, on the first rank; None on the others."""
+    if group is None:
+        return [value]
+    first = dist.get_rank(group) == 0
+    gathered: list[ValueT | None] | None = [None] * dist.get_world_size(group) if first else None
+    dist.gather_object(value, gathered, group=group, group_dst=0)
+    return gathered  # type: ignore[return-value]
+
+
+def scatter_first(values: list[ValueT] | None, group: ProcessGroup | None) -> ValueT:
+    """Give each rank its one of the first rank's ``values``, which the others pass as None."""
+    if group is None:
+        assert values is not None, "one process is the first rank"
+        return values[0]
+    received: list[ValueT | None] = [None]
+    dist.scatter_object_list(received, values, group=group, group_src=0)
+    return received[0]  # type: ignore[return-value]
+
+
 def broadcast(value: ValueT, group: ProcessGroup | None) -> ValueT:
     """Return the first rank's value on every rank. Plain values only."""
     if group is None:

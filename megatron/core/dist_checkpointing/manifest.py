@@ -1,70 +1,60 @@
-"""Size and SHA-256 of every file of a checkpoint, written last and checked first.
+"""Size of every file of a checkpoint, SHA-256 of the small ones; written last and checked first.
 
-Hashing is shared out: the rank that wrote a file hashes it (it is in that machine's page cache),
-and at load the ranks take turns.
+The bytes of tensors are checked block by block as they are read (see tensor_file.py), so that a
+checkpoint is read once, and what is damaged is called by its name.
 """
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import TypedDict
 
-from torch.distributed import ProcessGroup
-
-from megatron.core.dist_checkpointing.agreement import attempt, gather, rank_in, size_of
 from megatron.core.dist_checkpointing.folders import MANIFEST, write_file
+from megatron.core.dist_checkpointing.index import keys_by_file, read_index
 from megatron.core.errors import CheckpointError
 
-_WRITER = re.compile(r"__(\d+)_\d+\.distcp")
 _SHOWN = 5
+TENSOR_SUFFIX = ".safetensors"
 
 
 class FileFacts(TypedDict):
     """What the manifest says about one file."""
 
     bytes: int
-    sha256: str
+    sha256: str | None
+    """None for a file of tensors: the index has a hash of each block."""
 
 
-def write_manifest(folder: Path, group: ProcessGroup | None) -> int:
-    """Hash all files under ``folder`` and write its manifest; every rank must call this.
+def write_manifest(folder: Path) -> int:
+    """Write the manifest of all files under ``folder``; one rank calls this.
 
     Returns:
         Bytes of the files in the manifest.
 
     Raises:
-        CheckpointError: A file cannot be read or the manifest cannot be written.
+        OSError: A file cannot be read or the manifest cannot be written.
     """
-    facts: dict[str, FileFacts] = {}
-    for part in gather(attempt(lambda: _own_facts(folder, group), group), group):
-        facts.update(part)
-
-    def write() -> None:
-        if rank_in(group) == 0:
-            text = json.dumps({"files": dict(sorted(facts.items()))}, indent=1)
-            write_file(folder / MANIFEST, text + "\n")
-
-    attempt(write, group)
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    facts = {name: _facts(folder / name) for name in sorted(names) if name != MANIFEST}
+    write_file(folder / MANIFEST, json.dumps({"files": facts}, indent=1) + "\n")
     return sum(fact["bytes"] for fact in facts.values())
 
 
-def verify_manifest(folder: Path, group: ProcessGroup | None) -> None:
-    """Compare every file with the manifest; every rank must call this.
+def verify_manifest(folder: Path) -> None:
+    """Compare the files with the manifest, but for the bytes of tensors; one rank calls this.
 
     Raises:
-        CheckpointError: Files are missing or damaged; all are named.
+        CheckpointError: Files are missing or damaged; all are named, and some of their tensors.
     """
-    facts = attempt(lambda: read_manifest(folder), group)
-    mine = sorted(facts)[rank_in(group) :: size_of(group)]
-    found = attempt(
-        lambda: [p for name in mine if (p := _problem(folder, name, facts[name]))], group
-    )
-    problems = [problem for part in gather(found, group) for problem in part]
-    if problems:
-        more = f"\n  ... and {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
-        listed = "".join(f"\n  - {problem}" for problem in problems[:_SHOWN])
-        raise CheckpointError(f"{folder} is damaged:{listed}{more}")
+    facts = read_manifest(folder)
+    problems = {name: p for name, fact in facts.items() if (p := _problem(folder, name, fact))}
+    if not problems:
+        return
+    held = {} if any(not n.endswith(TENSOR_SUFFIX) for n in problems) else _held(folder)
+    lines = [f"{name} {problem}{held.get(name, '')}" for name, problem in problems.items()]
+    more = f"\n  ... and {len(lines) - _SHOWN} more" if lines[_SHOWN:] else ""
+    listed = "".join(f"\n  - {line}" for line in lines[:_SHOWN])
+    raise CheckpointError(f"{folder} is damaged:{listed}{more}")
 
 
 def read_manifest(folder: Path) -> dict[str, FileFacts]:
@@ -77,7 +67,10 @@ def read_manifest(folder: Path) -> dict[str, FileFacts]:
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
         return {
-            str(name): {"bytes": int(fact["bytes"]), "sha256": str(fact["sha256"])}
+            str(name): {
+                "bytes": int(fact["bytes"]),
+                "sha256": None if name.endswith(TENSOR_SUFFIX) else str(fact["sha256"]),
+            }
             for name, fact in files.items()
         }
     except FileNotFoundError as error:
@@ -92,24 +85,26 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _own_facts(folder: Path, group: ProcessGroup | None) -> dict[str, FileFacts]:
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)}
-        for name in names
-        if name != MANIFEST and _writer(name) % size_of(group) == rank_in(group)
-    }
-
-
-def _writer(name: str) -> int:
-    match = _WRITER.fullmatch(name)
-    return int(match[1]) if match else 0
+def _facts(path: Path) -> FileFacts:
+    sha = None if path.suffix == TENSOR_SUFFIX else hash_file(path)
+    return {"bytes": path.stat().st_size, "sha256": sha}
 
 
 def _problem(folder: Path, name: str, fact: FileFacts) -> str:
     path = folder / name
     if not path.is_file():
-        return f"{name} is missing"
+        return "is missing"
     if (size := path.stat().st_size) != fact["bytes"]:
-        return f"{name} has {size} bytes instead of {fact['bytes']}"
-    return "" if hash_file(path) == fact["sha256"] else f"{name} is not what was written (SHA-256)"
+        return f"has {size} bytes instead of {fact['bytes']}"
+    if fact["sha256"] is None or hash_file(path) == fact["sha256"]:
+        return ""
+    return "is not what was written (SHA-256)"
+
+
+def _held(folder: Path) -> dict[str, str]:
+    """Return file -> which tensors it holds, for messages."""
+    return {
+        name: f"; it holds {len(keys)} tensors: {', '.join(keys[:_SHOWN])}"
+        + (", ..." if keys[_SHOWN:] else "")
+        for name, keys in keys_by_file(read_index(folder)).items()
+    }

@@ -4,8 +4,9 @@
     optimizer.<state>.<name>    moments and fp32 main weights, shaped like the parameter
     rng.<rank>.<library>        random state of one rank (see rng_state.py)
 
-Experts are named by their global id, and slices by their place in the whole tensor, so nothing here
-depends on the sizes of the parallel axes.
+Gate and up projection, which lie in one parameter, are two tensors: ``linear_fc1.gate.weight`` and
+``linear_fc1.up.weight``. Experts are named by their global id, and slices by their place in the
+whole tensor, so nothing here depends on the sizes of the parallel axes.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron.core.dist_checkpointing.tensor_shards import Storable, storable
 from megatron.core.param_blocks import ParamBlocks, block_shards
-from megatron.core.param_role import ParamRole, logical_shards, role_of
+from megatron.core.param_role import LogicalShard, ParamRole, Split, logical_shards, role_of
 
 MODEL = "model."
 OPTIMIZER = "optimizer."
@@ -67,16 +68,42 @@ def optimizer_tensors(named_state: NamedState) -> dict[str, Storable]:
 def _add_logical(
     tensors: dict[str, Storable], prefix: str, name: str, tensor: Tensor, role: ParamRole
 ) -> None:
-    for key, shards in groupby(logical_shards(name, tensor, role), lambda shard: shard.name):
-        _add(tensors, prefix + key, storable(shards))
+    _add_shards(tensors, prefix, logical_shards(name, tensor, role), role)
 
 
 def _add_blocks(
     tensors: dict[str, Storable], prefix: str, name: str, part: ParamBlocks, role: ParamRole
 ) -> None:
+    _add_shards(tensors, prefix, block_shards(name, part, role), role)
+
+
+def _add_shards(
+    tensors: dict[str, Storable], prefix: str, shards: Iterable[LogicalShard], role: ParamRole
+) -> None:
     by_name = attrgetter("name")
-    for key, shards in groupby(sorted(block_shards(name, part, role), key=by_name), by_name):
-        _add(tensors, prefix + key, storable(shards))
+    for key, found in groupby(sorted(_by_part(shards, role.split), key=by_name), by_name):
+        _add(tensors, prefix + key, storable(found))
+
+
+def _by_part(shards: Iterable[LogicalShard], split: Split | None) -> Iterator[LogicalShard]:
+    """Cut blocks of a tensor of named parts, such as gate and up, into blocks of these."""
+    for shard in shards:
+        if split is None or not split.names:
+            yield shard
+            continue
+        head, _, tail = shard.name.rpartition(".")
+        dim, start = split.dim, 0
+        first, last = shard.offset[dim], shard.offset[dim] + shard.tensor.shape[dim]
+        for part, length in zip(split.names, split.parts, strict=True):
+            low, high = max(first, start), min(last, start + length)
+            if low < high:
+                yield LogicalShard(
+                    f"{head}.{part}.{tail}",
+                    shard.tensor.narrow(dim, low - first, high - low),
+                    (*shard.shape[:dim], length, *shard.shape[dim + 1 :]),
+                    (*shard.offset[:dim], low - start, *shard.offset[dim + 1 :]),
+                )
+            start += length
 
 
 def _add(tensors: dict[str, Storable], key: str, tensor: Storable) -> None:

@@ -1,90 +1,99 @@
-"""Tensors to files and back, by torch.distributed.checkpoint (DCP): every key is global.
+"""Tensors to files and back: every key is global, every block is checked.
 
-DCP stores a block that several ranks offer once, on the rank with the least to write, and on
-loading gives each rank the blocks it asks for; that is all that resharding takes.
+torch.distributed.checkpoint (DCP) works out which saved block covers which wanted one; that is all
+that resharding takes. The files are ours (see tensor_file.py): one safetensors file a rank.
 """
 
-import pickle
-import warnings
-from collections.abc import Callable, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron.core.dist_checkpointing.agreement import (
     attempt,
     broadcast,
-    describe,
     gather,
-    os_error_behind,
-    raise_if_any,
+    gather_first,
     rank_in,
 )
+from megatron.core.dist_checkpointing.index import (
+    StoredBlock,
+    StoredTensor,
+    TensorFacts,
+    TensorIndex,
+    as_metadata,
+    read_index,
+    write_index,
+)
+from megatron.core.dist_checkpointing.save_plan import PlannedBlock, block_of, plan_save
+from megatron.core.dist_checkpointing.tensor_file import (
+    BlockOutline,
+    DamagedBlockError,
+    TensorFileWriter,
+    in_file_order,
+    read_block,
+)
 from megatron.core.dist_checkpointing.tensor_shards import Storable, TensorShards
-from megatron.core.dist_checkpointing.validation import TensorFacts, mismatch_problem
+from megatron.core.dist_checkpointing.validation import mismatch_problem
 from megatron.core.errors import CheckpointError
 
-ResultT = TypeVar("ResultT")
-_NOISE = "torch.distributed is disabled, unavailable or uninitialized"
+_SHOWN = 5
+_Written: TypeAlias = list[tuple[PlannedBlock, StoredBlock]]
+
+
+def tensor_file_name(number: int) -> str:
+    """Return the name of the file that the rank of this number writes."""
+    return f"tensors_{number:05d}.safetensors"
 
 
 def write_tensors(
-    folder: Path, tensors: Mapping[str, Storable], group: ProcessGroup | None
+    folder: Path,
+    tensors: Mapping[str, Storable],
+    group: ProcessGroup | None,
+    *,
+    complete: bool = True,
 ) -> None:
-    """Write the tensors of all ranks into ``folder``, flushed to the disk.
+    """Write the tensors of all ranks and their index into ``folder``, flushed to the disk.
 
     Args:
         folder: Exists, and every rank sees it.
         tensors: Key -> tensor of this rank, or its blocks of one. What several ranks offer is
             written once; the blocks of all ranks must make up the whole.
         group: The ranks that take part; every one must call this.
+        complete: Refuse tensors of which the ranks do not hold every element.
 
     Raises:
         CheckpointError: Some rank could not write; the same message on every rank.
     """
-    _on_all_ranks(
-        lambda: save(
-            dict(tensors),
-            storage_writer=_Writer(folder),
-            planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=group,
-            no_dist=group is None,
-        )
-    )
+    blocks = plan_save(tensors, group, complete=complete)
+    name = tensor_file_name(rank_in(group))
+    written = attempt(lambda: _write_blocks(folder / name, blocks, tensors), group)
+    parts = gather_first(written, group)
+    attempt(lambda: None if parts is None else write_index(folder, _joined(parts)), group)
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorFacts]:
     """Return key -> shape and dtype of every tensor in a checkpoint, from this rank's view.
 
     Raises:
-        CheckpointError: The folder has no readable metadata.
+        CheckpointError: The folder has no readable index.
     """
-    entries = _SafeReader(folder).read_metadata().state_dict_metadata
-    return {
-        key: TensorFacts(tuple(entry.size), entry.properties.dtype)
-        for key, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    return {key: tensor.facts for key, tensor in read_index(folder).items()}
 
 
 def read_tensors(
     folder: Path,
-    tensors: dict[str, Storable],
+    tensors: Mapping[str, Storable],
     group: ProcessGroup | None,
     *,
     prefixes: tuple[str, ...],
@@ -98,49 +107,150 @@ def read_tensors(
         prefixes: Every stored key that begins with one of these must be wanted by some rank.
 
     Raises:
-        CheckpointError: Missing or unexpected keys, other shapes or dtypes, or unreadable files;
-            the same message on every rank.
+        CheckpointError: Missing or unexpected keys, other shapes or dtypes, or damaged files; the
+            same message on every rank, with the names of the tensors.
     """
-    stored = attempt(lambda: stored_tensors(folder), group)
-    wanted = gather({key: TensorFacts.of(tensor) for key, tensor in tensors.items()}, group)
+    index = attempt(lambda: read_index(folder), group)
+    wanted = gather({key: _facts(tensor) for key, tensor in tensors.items()}, group)
     problem = ""
     if rank_in(group) == 0:
-        kept = {key: facts for key, facts in stored.items() if key.startswith(prefixes)}
+        kept = {key: found.facts for key, found in index.items() if key.startswith(prefixes)}
         problem = mismatch_problem(kept, wanted)
     if problem := broadcast(problem, group):
         raise CheckpointError(f"{folder} does not fit this run:\n{problem}")
-    _on_all_ranks(
-        lambda: load(
-            dict(tensors),
-            storage_reader=_SafeReader(folder),
-            planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=group,
-            no_dist=group is None,
-        )
-    )
+    attempt(lambda: _read_blocks(folder, index, tensors), group)
 
 
-def _on_all_ranks(work: Callable[[], ResultT]) -> ResultT:
-    """Do a DCP call; it fails on all ranks when it fails on one, as a CheckpointError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_NOISE)
-            return work()
-    except CheckpointException as error:
-        failures = {rank: failure[0] for rank, failure in error.failures.items()}
-        if not all(isinstance(f, OSError | RuntimeError | EOFError) for f in failures.values()):
-            raise  # a bug of ours, with the stacks of all ranks
-        raise_if_any({rank: describe(failure) for rank, failure in failures.items()})
-        raise
+def _facts(tensor: Storable) -> TensorFacts:
+    return TensorFacts(tuple(tensor.shape), tensor.dtype)
 
 
-class _SavePlanner(DefaultSavePlanner):
-    """Finds blocks too."""
+def _joined(parts: Sequence[_Written]) -> dict[str, StoredTensor]:
+    blocks: dict[str, list[StoredBlock]] = defaultdict(list)
+    wholes: dict[str, TensorFacts] = {}
+    for planned, stored in chain.from_iterable(parts):
+        blocks[planned.key].append(stored)
+        wholes[planned.key] = planned.whole
+    return {key: StoredTensor(wholes[key], tuple(found)) for key, found in blocks.items()}
 
-    def lookup_object(self, index: MetadataIndex) -> object:
-        """See DefaultSavePlanner."""
-        found = self.state_dict[index.fqn]
-        return found.block_at(index.offset) if isinstance(found, TensorShards) else found
+
+def _write_blocks(
+    path: Path, blocks: Sequence[PlannedBlock], tensors: Mapping[str, Storable]
+) -> _Written:
+    if not blocks:
+        return []
+    outlines = [BlockOutline(b.name, b.whole.dtype, b.shape) for b in blocks]
+    order = in_file_order(outlines)
+    written = []
+    with TensorFileWriter(path, [outlines[number] for number in order]) as writer:
+        for number in order:
+            block = blocks[number]
+            facts = writer.add(block_of(tensors, block))
+            written.append((block, StoredBlock(block.offset, block.shape, path.name, facts)))
+    return written
+
+
+class _Copy(NamedTuple):
+    """A box of a saved block, and where it goes."""
+
+    target: Tensor
+    """A view of the model's memory."""
+    source: tuple[slice, ...]
+    """The box, in the saved block."""
+
+
+def _read_blocks(folder: Path, index: TensorIndex, tensors: Mapping[str, Storable]) -> None:
+    """Read what this rank wants, block after block as they lie in the files.
+
+    Raises:
+        CheckpointError: Damaged blocks; all are named.
+        OSError: A file cannot be read.
+    """
+    copies = _copies(index, tensors)
+    damaged = []
+    with ExitStack() as opened, torch.no_grad():
+        streams: dict[str, BinaryIO] = {}
+        for (key, number), parts in sorted(
+            copies.items(), key=lambda entry: _place(index[entry[0][0]].blocks[entry[0][1]])
+        ):
+            block = index[key].blocks[number]
+            if block.file not in streams:
+                path = folder / block.file
+                streams[block.file] = opened.enter_context(path.open("rb", buffering=0))
+            try:
+                _read_block(streams[block.file], block, index[key].facts.dtype, parts)
+            except DamagedBlockError as error:
+                damaged.append(f"{key} (in {block.file}) {error}")
+    if damaged:
+        more = f"\n  ... and {len(damaged) - _SHOWN} more" if damaged[_SHOWN:] else ""
+        listed = "".join(f"\n  - {text}" for text in damaged[:_SHOWN])
+        raise CheckpointError(f"{folder} is damaged:{listed}{more}")
+
+
+def _place(block: StoredBlock) -> tuple[str, int]:
+    return block.file, block.facts.begin
+
+
+def _read_block(
+    stream: BinaryIO, block: StoredBlock, dtype: torch.dtype, parts: Sequence[_Copy]
+) -> None:
+    """Read a saved block whole, since only the whole can be checked, and hand out its parts."""
+    first = parts[0].target
+    if tuple(first.shape) == block.shape and first.is_cpu and first.is_contiguous():
+        read_block(stream, block.facts, first)  # straight into the model
+        saved, rest = first, parts[1:]
+    else:
+        saved, rest = torch.empty(block.shape, dtype=dtype), parts
+        read_block(stream, block.facts, saved)
+    for part in rest:
+        part.target.copy_(saved[part.source])
+
+
+def _copies(
+    index: TensorIndex, tensors: Mapping[str, Storable]
+) -> dict[tuple[str, int], list[_Copy]]:
+    """Return (key, number of a saved block) -> what this rank takes of it."""
+    planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    kept = {key: index[key] for key in tensors}
+    planner.set_up_planner(dict(tensors), as_metadata(kept), is_coordinator=False)
+    numbers = {
+        (key, block.offset): number
+        for key, tensor in kept.items()
+        for number, block in enumerate(tensor.blocks)
+    }
+    found: dict[tuple[str, int], list[_Copy]] = defaultdict(list)
+    missing = {
+        (key, tuple(offset)): block.numel()
+        for key, tensor in tensors.items()
+        for offset, block in _own_blocks(tensor)
+    }
+    for item in planner.create_local_plan().items:
+        key = item.dest_index.fqn
+        target = planner.lookup_tensor(item.dest_index)[_box(item.dest_offsets, item.lengths)]
+        assert item.storage_index.offset is not None, f"{key} has a block of no place"
+        number = numbers[key, tuple(item.storage_index.offset)]
+        found[key, number].append(_Copy(target, _box(item.storage_offsets, item.lengths)))
+        missing[key, _offset_of(item, tensors[key])] -= math.prod(item.lengths)
+    if holes := sorted({key for (key, _), count in missing.items() if count}):
+        raise CheckpointError(f"the index does not cover {', '.join(holes[:_SHOWN])}")
+    return found
+
+
+def _own_blocks(tensor: Storable) -> list[tuple[tuple[int, ...], Tensor]]:
+    if isinstance(tensor, TensorShards):
+        return [(shard.offset, shard.tensor) for shard in tensor.shards]
+    return [((0,) * tensor.dim(), tensor)]
+
+
+def _offset_of(item: ReadItem, tensor: Storable) -> tuple[int, ...]:
+    if isinstance(tensor, TensorShards):
+        assert item.dest_index.offset is not None, "a block of no place"
+        return tuple(item.dest_index.offset)
+    return (0,) * tensor.dim()
+
+
+def _box(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(at, at + length) for at, length in zip(offsets, lengths, strict=True))
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -156,70 +266,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         super().set_up_planner({}, metadata, is_coordinator)
         self.state_dict = self.original_state_dict = state_dict
 
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """See DefaultLoadPlanner."""
         found = self.state_dict[index.fqn]
         return found.block_at(index.offset) if isinstance(found, TensorShards) else found
-
-
-class _Writer(FileSystemWriter):
-    """Reports a full disk as what it is: torch.save hides the OSError in a RuntimeError."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "Future[list[WriteResult]]":
-        """See StorageWriter.write_data."""
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            if (cause := os_error_behind(error)) is None:
-                raise
-            raise cause from error
-
-
-class _SafeReader(FileSystemReader):
-    """Reads DCP's pickled index without running anything that a stranger put into it."""
-
-    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        """See StorageReader.read_metadata; refuses what is not part of DCP's own index."""
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as stream:
-                metadata = _IndexUnpickler(stream).load()
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} is missing") from error
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged or not ours: {error}") from error
-        if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{path} is not the index of a checkpoint")
-        metadata.storage_meta = None
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Finds only the plain classes that DCP's index is made of."""
-
-    def find_class(self, module: str, name: str) -> object:
-        """See pickle.Unpickler.find_class."""
-        if name in _INDEX_CLASSES.get(module, ()) or isinstance(
-            getattr(torch, name, None) if module == "torch" else None, torch.dtype
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in an index")
-
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-_INDEX_CLASSES = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    _METADATA: {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-}

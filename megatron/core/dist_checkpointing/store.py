@@ -26,7 +26,7 @@ from megatron.core.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 COMMON = "common.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ResultT = TypeVar("ResultT")
 
 
@@ -81,7 +81,7 @@ def write_checkpoint(
         attempt(lambda: _must_see(temporary), group)
         write_tensors(temporary, content.tensors, group)
         _on_first(lambda: _write_documents(temporary, content), group)
-        size = write_manifest(temporary, group)
+        size = _on_first(lambda: write_manifest(temporary), group)
         final = _on_first(lambda: folders.publish(temporary, folder, iteration), group)
     except CheckpointError:
         if rank_in(group) == 0:
@@ -113,8 +113,7 @@ def open_checkpoint(
     if path is None:
         return None
     attempt(lambda: _must_see(path), group)
-    verify_manifest(path, group)
-    return OpenCheckpoint(path, _on_first(lambda: _read_common(path), group))
+    return OpenCheckpoint(path, _on_first(lambda: _checked_common(path), group))
 
 
 def _must_see(path: Path) -> None:
@@ -169,7 +168,8 @@ def _find(folder: Path, iteration: int | None) -> Path | None:
     return path
 
 
-def _read_common(path: Path) -> dict[str, Any]:
+def _checked_common(path: Path) -> dict[str, Any]:
+    verify_manifest(path)
     try:
         common = json.loads((path / COMMON).read_text(encoding="utf-8"))
         version = common["format_version"]

@@ -4,7 +4,7 @@ DCP asks an object for its blocks by the methods with underscores; everything el
 (which saved block covers which wanted one) is DCP's own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -36,9 +36,10 @@ class TensorShards:
         """Return the shape of the whole tensor."""
         return self.shape
 
-    def block_at(self, offset: torch.Size | None) -> Tensor:
+    def block_at(self, offset: Sequence[int] | None) -> Tensor:
         """Return the block that begins at ``offset`` in the whole tensor."""
-        return next(s.tensor for s in self.shards if torch.Size(s.offset) == offset)
+        assert offset is not None, "a block has a place"
+        return next(s.tensor for s in self.shards if s.offset == tuple(offset))
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         """See torch.distributed._checkpointable."""

@@ -4,28 +4,10 @@ Pure: no files, no process group.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
-import torch
-
-from megatron.core.dist_checkpointing.tensor_shards import Storable
+from megatron.core.dist_checkpointing.index import TensorFacts
 
 _SHOWN = 6
-
-
-class TensorFacts(NamedTuple):
-    """Shape and dtype of a whole tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Storable) -> "TensorFacts":
-        """Return the facts of ``tensor``."""
-        return cls(tuple(tensor.shape), tensor.dtype)
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
 def mismatch_problem(

@@ -15,6 +15,7 @@ def split_over(
     *,
     dim: int,
     parts: tuple[int, ...],
+    names: tuple[str, ...] = (),
 ) -> Split:
     """Return this rank's slice of a tensor that is split over group ``name``.
 
@@ -23,6 +24,9 @@ def split_over(
         pg_collection: Of this rank.
         dim: See ``Split``.
         parts: See ``Split``; each a multiple of the size of the group.
+        names: See ``Split``.
     """
     group = getattr(pg_collection, name)
-    return Split(over=name, index=group.rank(), count=group.size(), dim=dim, parts=parts)
+    return Split(
+        over=name, index=group.rank(), count=group.size(), dim=dim, parts=parts, names=names
+    )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from megatron.core.param_role import GATED_PARTS
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init, output_init
@@ -63,6 +64,7 @@ class MLP(nn.Module):
             ffn * (2 if submodules.gated else 1),
             pg_collection=pg_collection,
             parts=(ffn, ffn) if submodules.gated else (ffn,),
+            part_names=GATED_PARTS if submodules.gated else (),
             sequence_parallel=shared,
             init=input_init(config),
             dtype=dtype,

@@ -266,11 +266,11 @@ def test_a_run_of_two_ranks_goes_on_alone(tmp_path: Path) -> None:
 
 def _rank_1_cannot_read_the_index(folder: str) -> None:
     def unreadable(path: Path) -> None:
-        raise CheckpointError(f"{path.name}/.metadata is damaged")
+        raise CheckpointError(f"{path.name}/index.json is damaged")
 
     if dist.get_rank() == 1:
         checkpointing.stored_tensors = unreadable
-    with pytest.raises(CheckpointError, match=r"rank 1: iter_0000010/.metadata is damaged"):
+    with pytest.raises(CheckpointError, match=r"rank 1: iter_0000010/index.json is damaged"):
         Trained(ep=2).load(Path(folder))
 
 

@@ -24,6 +24,7 @@ class ColumnParallelLinear(Linear):
         *,
         pg_collection: ProcessGroupCollection,
         parts: tuple[int, ...] | None = None,
+        part_names: tuple[str, ...] = (),
         sequence_parallel: bool = False,
         **options: Any,
     ) -> None:
@@ -35,10 +36,11 @@ class ColumnParallelLinear(Linear):
             pg_collection: Its ``tp`` splits the output.
             parts: Output features that are split each on their own, such as gate and up; all of
                 them as one when None.
+            part_names: Of ``parts``, where each is a tensor of its own in a checkpoint.
             sequence_parallel: The input is this rank's share of the sequence, [s / tp, ...].
             options: See ``Linear``.
         """
         parts = (output_size,) if parts is None else parts
-        split = split_over("tp", pg_collection, dim=0, parts=parts)
+        split = split_over("tp", pg_collection, dim=0, parts=parts, names=part_names)
         entry = RegionEntry(pg_collection.tp, sequence_parallel)
         super().__init__(input_size, output_size, split=split, entry=entry, **options)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron.core.extensions import torch_native
 from megatron.core.extensions.registry import resolve
-from megatron.core.param_role import Init, ParamRole, Split, role_of, set_role
+from megatron.core.param_role import GATED_PARTS, Init, ParamRole, Split, role_of, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers.linear import Linear
 from megatron.core.tensor_parallel.weight_split import split_over
@@ -269,7 +269,8 @@ def expert_splits(
     """Return how each tensor of an expert is split over the ranks that share it, by its name."""
     ffn = config.moe_ffn_size
     parts = (ffn, ffn) if config.swiglu else (ffn,)
-    fc1 = split_over("expt_tp", pg_collection, dim=0, parts=parts)
+    names = GATED_PARTS if config.swiglu else ()
+    fc1 = split_over("expt_tp", pg_collection, dim=0, parts=parts, names=names)
     return {
         "linear_fc1.weight": fc1,
         "linear_fc1.bias": fc1,

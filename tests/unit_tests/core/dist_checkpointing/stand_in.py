@@ -13,7 +13,7 @@ from megatron.core.distributed.distributed_data_parallel_config import Distribut
 from megatron.core.optimizer.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.parallel_layout import ParallelLayout
-from megatron.core.param_role import Init, ParamRole, Split, set_role
+from megatron.core.param_role import GATED_PARTS, Init, ParamRole, Split, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.weight_split import split_over
 
@@ -61,7 +61,7 @@ def build(
     groups = ProcessGroupCollection.create(layout)
     local = EXPERTS // ep
     first = groups.ep.rank() * local
-    split = split_over("expt_tp", groups, dim=0, parts=(FFN, FFN))
+    split = split_over("expt_tp", groups, dim=0, parts=(FFN, FFN), names=GATED_PARTS)
     model = StandIn(tuple(range(first, first + local)), dtype, split)
     config = DistributedDataParallelConfig(use_distributed_optimizer=sharded)
     ddp = DistributedDataParallel(config, model, pg_collection=groups)

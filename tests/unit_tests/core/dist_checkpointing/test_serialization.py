@@ -1,4 +1,5 @@
-import pickle
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,9 +7,11 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.agreement import gather
+from megatron.core.dist_checkpointing.index import INDEX, read_index, write_index
 from megatron.core.dist_checkpointing.serialization import (
     read_tensors,
     stored_tensors,
+    tensor_file_name,
     write_tensors,
 )
 from megatron.core.errors import CheckpointError
@@ -17,7 +20,7 @@ from tests.helpers.ranks import run_ranks
 
 def test_a_view_of_a_large_buffer_is_stored_alone(tmp_path: Path) -> None:
     write_tensors(tmp_path, {"model.a": torch.zeros(1_000_000)[:10]}, None)
-    assert (tmp_path / "__0_0.distcp").stat().st_size < 10_000
+    assert (tmp_path / "tensors_00000.safetensors").stat().st_size < 10_000
 
 
 def test_nothing_is_written_into_tensors_that_do_not_fit(tmp_path: Path) -> None:
@@ -35,22 +38,65 @@ def test_other_prefixes_are_left_alone(tmp_path: Path) -> None:
     assert wanted["model.a"].eq(1).all()
 
 
-class Stranger:
-    def __reduce__(self) -> tuple[object, ...]:
-        return (exec, ("raise SystemExit('a stranger ran')",))
-
-
-def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Stranger()))
-    with pytest.raises(CheckpointError, match=r"builtins\.exec has no place"):
-        stored_tensors(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({})])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"junk",
+        b"[1]",
+        b"\x80\x04\x95",
+        b'{"model.a": {}}',
+        b'{"model.a": {"dtype": "F33", "shape": [1], "blocks": []}}',
+    ],
+)
 def test_a_damaged_index_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / ".metadata").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"\.metadata"):
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{INDEX} is damaged"):
         stored_tensors(tmp_path)
+
+
+def test_a_missing_index_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"{INDEX} is missing"):
+        stored_tensors(tmp_path)
+
+
+def test_a_block_that_the_index_does_not_cover_is_never_left_as_it_was(tmp_path: Path) -> None:
+    write_tensors(tmp_path, {"model.a": torch.ones(4, 3)}, None)
+    index = read_index(tmp_path)
+    block = index["model.a"].blocks[0]
+    half = replace(block, shape=(2, 3), facts=replace(block.facts, nbytes=24))
+    write_index(tmp_path, {"model.a": replace(index["model.a"], blocks=(half,))})
+    with pytest.raises(CheckpointError, match=r"does not cover model\.a"):
+        read_tensors(tmp_path, {"model.a": torch.zeros(4, 3)}, None, prefixes=("model.",))
+
+
+def test_other_tools_read_the_file(tmp_path: Path) -> None:
+    """The format in words: length of the header, header, bytes."""
+    write_tensors(tmp_path, {"model.a": torch.arange(6, dtype=torch.int16).view(2, 3)}, None)
+    content = (tmp_path / tensor_file_name(0)).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8 : 8 + length])["model.a"]
+    begin, end = entry["data_offsets"]
+    assert (entry["dtype"], entry["shape"]) == ("I16", [2, 3])
+    data = content[8 + length :][begin:end]
+    assert [int.from_bytes(data[at : at + 2], "little") for at in range(0, 12, 2)] == [*range(6)]
+
+
+@pytest.mark.parametrize("flipped", [0, 4_000_003, -1])
+def test_one_flipped_bit_is_found_and_the_tensor_named(tmp_path: Path, flipped: int) -> None:
+    names = [f"model.layers.2.mlp.experts.local_experts.{number}.fc" for number in range(3)]
+    write_tensors(tmp_path, {name: torch.rand(1_000_001) for name in names}, None)
+    facts = read_index(tmp_path)[names[1]].blocks[0].facts
+    place = facts.begin + flipped % facts.nbytes
+    with (tmp_path / tensor_file_name(0)).open("r+b") as stream:
+        stream.seek(place)
+        byte = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([byte ^ 16]))
+    with pytest.raises(CheckpointError) as caught:
+        read_tensors(tmp_path, {n: torch.empty(1_000_001) for n in names}, None, prefixes=("m",))
+    assert str(caught.value).count("local_experts") == 1
+    assert names[1] in str(caught.value)
 
 
 def _write_shared_and_own(folder: str) -> None:
@@ -62,7 +108,7 @@ def _write_shared_and_own(folder: str) -> None:
 
 def test_shared_tensors_are_stored_once_and_spread_evenly(tmp_path: Path) -> None:
     run_ranks(_write_shared_and_own, 2, str(tmp_path))
-    sizes = [path.stat().st_size for path in tmp_path.glob("*.distcp")]
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
     unique = 4 * (16 * 50_000 + 2 * 100_000)
     assert len(sizes) == 2
     assert unique < sum(sizes) < 1.05 * unique

@@ -88,7 +88,7 @@ def test_a_format_of_another_version_is_refused(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr("megatron.core.dist_checkpointing.store.FORMAT_VERSION", 99)
     write_checkpoint(tmp_path, 5, content(), None)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format 99; this version reads format 1"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads format 2"):
         open_checkpoint(tmp_path, None)
 
 
