@@ -13,6 +13,7 @@ import sys
 import threading
 from datetime import timedelta
 from types import TracebackType
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
@@ -35,6 +36,14 @@ DYING_SECONDS = 8
 """How long a failing process may take to end; destructors of communicators can hang."""
 ASKING_SECONDS = 5.0
 """How long the end of a run waits for the watching thread, which may be asking the store."""
+
+
+class _Note(NamedTuple):
+    """What the first failing rank leaves in the store."""
+
+    rank: int
+    place: str
+    message: str
 
 
 class FailureReport:
@@ -67,12 +76,14 @@ class FailureReport:
         self._end_watch()
         if error is None or not isinstance(error, Exception):
             return
-        lost = _is_lost_connection(error)
-        first = self._noted() if lost else self._note(f"{type(error).__name__}: {error}")
+        lost, message = _is_lost_connection(error), f"{type(error).__name__}: {error}"
+        first = self._noted() if lost else self._note(message)
         if self._store is not None:
             _end_soon()
+        if first is not None and first.message == message and isinstance(error, MegatronError):
+            raise SystemExit(EXIT_CODE) from None  # all ranks found it; the first one tells it
         if first is not None:
-            log.error("%s stops because %s", self.where, first)
+            log.error("%s stops because %s failed: %s", self.where, first.place, first.message)
             raise SystemExit(1) from None
         if lost:
             log.error("%s: %s (%s)", self.place(), LOST, str(error).partition("\n")[0])
@@ -102,23 +113,23 @@ class FailureReport:
         step = "outside training" if self.iteration is None else f"iteration {self.iteration}"
         return f"{self.where}, {step}"
 
-    def _note(self, message: str) -> str | None:
+    def _note(self, message: str) -> _Note | None:
         """Note the failure of this rank; return another rank's note if that came first."""
         if self._store is None:
             return None
-        mine = json.dumps({"rank": self.rank, "text": f"{self.place()} failed: {message}"})
+        mine = _Note(self.rank, self.place(), message)
         try:
-            noted = json.loads(self._store.compare_set(self._key, "", mine))
+            noted = _Note(*json.loads(self._store.compare_set(self._key, "", json.dumps(mine))))
         except dist.DistError:  # the launcher is gone: nobody can tell who was first
             return None
-        return None if noted["rank"] == self.rank else noted["text"]
+        return None if noted.rank == self.rank else noted
 
-    def _noted(self) -> str | None:
+    def _noted(self) -> _Note | None:
         """Return the note of the rank that failed first, None without one."""
         try:
             if self._store is None or not self._store.check([self._key]):
                 return None
-            return str(json.loads(self._store.get(self._key))["text"])
+            return _Note(*json.loads(self._store.get(self._key)))
         except dist.DistError:
             return None
 

@@ -8,10 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from megatron.training import pretrain, training
-from megatron.training.arguments import parse_args
-from pretrain_gpt import forward_step, model_provider, train_valid_test_datasets_provider
 from tests.helpers.dying_runs import Death, DyingRun, Ended, steps, tensors
+from tests.helpers.forked_training import train
 from tests.helpers.ranks import run_ranks
 
 LAYERS = (
@@ -42,15 +40,8 @@ class Unbroken(NamedTuple):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
     folder = tmp_path_factory.mktemp("unbroken")
-    run_ranks(unbroken_rank, 2, RUN.format(folder).split())
+    run_ranks(train, 2, RUN.format(folder).split())
     return Unbroken(steps(folder), tensors(folder))
-
-
-def unbroken_rank(flags: list[str]) -> None:
-    """Train on a forked rank, which need not import torch again as one of torchrun's must."""
-    training.shut_down = lambda: None  # run_ranks does it
-    config = parse_args(flags, world_size=2)
-    pretrain(train_valid_test_datasets_provider, model_provider, forward_step, config=config)
 
 
 def starts(out: str) -> list[str]:

@@ -46,6 +46,21 @@ def test_the_first_of_two_failing_ranks_tells_the_other_one_points_to_it(caplog)
     assert caplog.messages == ["rank 0 stops because rank 1, iteration 5 failed: ValueError: first"]
 
 
+def test_what_every_rank_finds_is_told_once_and_all_end_with_exit_code_2(caplog, capsys) -> None:
+    store = dist.HashStore()
+    for rank in (1, 0, 2):
+        with pytest.raises(SystemExit) as caught, _rank(rank, store):
+            raise DataError("x.bin is damaged")
+        assert caught.value.code == 2
+    assert capsys.readouterr().err == "x.bin is damaged\n"
+    with pytest.raises(SystemExit) as caught, _rank(3, store):
+        raise DataError("y.bin is damaged")
+    assert caught.value.code == 1
+    assert caplog.messages == [
+        "rank 3 stops because rank 1, iteration 5 failed: DataError: x.bin is damaged"
+    ]
+
+
 @pytest.mark.parametrize(
     "text", ["Connection closed by peer [127.0.0.1]:6019", "connectFullMesh failed"]
 )
