@@ -8,17 +8,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.helpers.dying_runs import Death, DyingRun, Ended, steps, tensors
+from tests.helpers.dying_runs import LAYERS, Death, DyingRun, Ended, steps, tensors
 from tests.helpers.forked_training import train
 from tests.helpers.ranks import run_ranks
 
-LAYERS = (
-    "--mock-data --num-layers 2 --hidden-size 32 --num-attention-heads 2 --num-experts 4 "
-    "--moe-router-topk 2 --moe-router-enable-expert-bias --moe-router-score-function sigmoid "
-    "--seq-length 32 --micro-batch-size 2 --global-batch-size 8 --hidden-dropout 0.1 "
-    "--attention-dropout 0.1 --lr 1e-2 --lr-decay-style cosine --min-lr 1e-3 --lr-warmup-iters 2 "
-    "--log-interval 1 --eval-interval 3 --eval-iters 1 --device cpu --num-workers 0"
-)
 ITERATIONS = 8
 EVERY = 3
 RUN = (

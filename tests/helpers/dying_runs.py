@@ -16,6 +16,14 @@ from megatron.core.dist_checkpointing.store import open_checkpoint
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/helpers/dying_pretrain_gpt.py"
 PLAN = "TEST_DEATHS"
+LAYERS = (
+    "--mock-data --num-layers 2 --hidden-size 32 --num-attention-heads 2 --num-experts 4 "
+    "--moe-router-topk 2 --moe-router-enable-expert-bias --moe-router-score-function sigmoid "
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 8 --hidden-dropout 0.1 "
+    "--attention-dropout 0.1 --lr 1e-2 --lr-decay-style cosine --min-lr 1e-3 --lr-warmup-iters 2 "
+    "--log-interval 1 --eval-interval 3 --eval-iters 1 --device cpu --num-workers 0"
+)
+"""A small model with all that a restart could lose: dropout, schedule, expert bias, evaluation."""
 CLOCK = ("step_ms", "tokens_per_second")
 
 
