@@ -1,9 +1,11 @@
 """Ranks that save one checkpoint after the other until they are killed."""
 
+import faulthandler
 import os
 import random
 import select
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterable
@@ -39,6 +41,7 @@ def save_for_ever(
     """Save tensors full of the number of the iteration; tell ``began`` of each save."""
     rank, world_size = who
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{meeting}",
@@ -98,7 +101,11 @@ class SavingWorld:
     def wait_for_saves(self, number: int) -> None:
         """Wait until all ranks have begun ``number`` saves more."""
         for _ in range(number * self._world_size):
-            ready, _, _ = select.select([self._began], [], [], PATIENCE.total_seconds())
+            ready, _, _ = select.select([self._began], [], [], PATIENCE.total_seconds() / 2)
+            if not ready:
+                for pid in self.pids:
+                    os.kill(pid, signal.SIGUSR1)
+                time.sleep(1)
             assert ready, "no rank begins a save"
             assert self._began.read(1), "all ranks ended by themselves"
 
@@ -117,6 +124,9 @@ class SavingWorld:
         while self.pids:
             self.pids = [pid for pid in self.pids if os.waitpid(pid, os.WNOHANG)[0] == 0]
             if time.monotonic() > deadline:
+                for pid in self.pids:
+                    os.kill(pid, signal.SIGUSR1)  # it shows where it stands
+                time.sleep(1)
                 self._kill(self.pids)
                 raise AssertionError("a rank hangs after another one was killed")
             time.sleep(0.002)
