@@ -100,10 +100,10 @@ def pretrain(
         config = parse_args() if config is None else config
         if config.dry_run.dry_run:
             raise SystemExit(dry_run(config, model_provider, forward_step_func))
-        log.info("%s", start_line(config))
+        log.info("%s", start_line(config, launch))
         world = initialize(config)
         failure.where = world.place()
-        failure.watch()
+        failure.watch(world.start)
         watches.enter_context(collective_checks(config))
         tokenizer = build_tokenizer(config.tokenizer)
         set_global_variables(config, tokenizer, timers)
