@@ -4,21 +4,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.reshard.layouts import MORE_STEPS, SAVED_AT
 from tools.reshard.proof import Outcome, Proof
 from tools.reshard.refusals import Refusal
 
 BEGIN, END = "<!-- made by `make verify-reshard`: begin -->", "<!-- end -->"
-
-HOW = f"""Each layout trained {SAVED_AT} steps and saved. Every other one loaded that into memory
-full of NaN, was compared bit by bit on every rank with what had been saved (weights, buffers with
-the expert bias, both moments, fp32 main weights, step count, iteration, samples, dropout seed),
-saved it again, and those files were compared too (keys both ways, elements of the model, every
-bit). Then it trained {MORE_STEPS} more steps; losses, gradient norms, learning rates, and weights
-and moments after them were compared with one process that never stopped. A cell is the largest
-difference / the largest element of the worst of these; on the diagonal every bit must be that of
-the same layout without a stop. Rows saved, columns loaded; a pair that is wrong would say `FAILS`
-and the command would end with the first key, its global place and both values."""
 
 
 def summary(proofs: Sequence[Proof]) -> str:
@@ -37,10 +26,10 @@ def summary(proofs: Sequence[Proof]) -> str:
 def section(proofs: Sequence[Proof], refused: Sequence[Refusal]) -> str:
     """Return all tables in Markdown."""
     letters = _letters(proofs)
-    parts = [HOW, "", f"{summary(proofs)}.", "", *_layouts(proofs, letters)]
+    parts = [f"{summary(proofs)}.", "", *_layouts(proofs, letters)]
     for proof in proofs:
         parts += ["", *_matrix(proof, letters)]
-    parts += ["", "Refused, with what is said (the layouts and models above are compared):", ""]
+    parts += ["", "Refused, and what is said (`FOLDER` is that of --load):", ""]
     parts += ["| what | why |", "|---|---|"]
     parts += [f"| {one.what} | {one.said.replace('|', '/')} |" for one in refused]
     return "\n".join(parts)
