@@ -114,6 +114,7 @@ def _pair(run: Run, source: Source, keys: set[str], job: Job) -> PairRecord:
         "dropout_seed": loaded.dropout_seed,
         "data_fingerprint": loaded.data_fingerprint,
         "step_count": run.optimizer.step_count,
+        "loss_scale": run.optimizer.grad_scaler.state_dict(),
     }
     stored = {**source.facts, "step_count": source.facts["optimizer"]["step_count"]}
     found = [
