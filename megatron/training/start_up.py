@@ -27,7 +27,11 @@ def start_line(config: RunConfig) -> str:
         return f"finetuning at iteration 0 with the weights of {start.path} ({why})"
     if options.finetune:
         return f"finetuning at iteration 0 with the weights of {start.path}"
-    newer = "" if options.non_persistent_ckpt_type is None else ", or from a newer one between"
+    newer = (
+        ""
+        if options.non_persistent_ckpt_type is None
+        else ", unless a newer non-persistent one is there"
+    )
     return f"resuming at iteration {start.iteration} from {start.path}{newer}"
 
 
