@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from megatron.core.dist_checkpointing.mapping import NamedState
+from megatron.core.optimizer.grad_scaler import GradScaler
 from megatron.training.config.checkpoint import CheckpointConfig
 
 
@@ -12,6 +13,7 @@ class SavedOptimizer(Protocol):
     """What checkpoints need of an optimizer."""
 
     step_count: int
+    grad_scaler: GradScaler
 
     def named_state(self) -> NamedState:
         """Yield (parameter name, role, state name -> tensor that is written and read in place)."""

@@ -6,7 +6,6 @@ a checkpoint are refused is in resume_rules.py. Every rank calls these functions
 
 import hashlib
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from megatron.core.distributed.torch_fully_sharded_data_parallel import (
 )
 from megatron.core.errors import CheckpointError
 from megatron.core.param_role import role_of
+from megatron.training.checkpoint_misfits import refuse_misfits
 from megatron.training.checkpoint_state import (
     LoadedState,
     Retention,
@@ -57,12 +57,9 @@ from megatron.training.config.checkpoint import CheckpointConfig
 from megatron.training.config.run_config import RunConfig
 from megatron.training.resume_rules import (
     architecture,
-    architecture_problems,
     changed_options,
     config_data,
     schedule,
-    schedule_problems,
-    tokenizer_problem,
 )
 from megatron.training.starting_point import StartingPoint, starting_point
 from megatron.training.tokenizer_facts import tokenizer_copies, tokenizer_facts
@@ -165,6 +162,7 @@ def checkpoint_content(
         "data_fingerprint": data_fingerprint,
         "dropout_seed": None if config.checkpoint.no_save_rng else state.dropout_seed,
         "optimizer": _optimizer_facts(config, optimizer),
+        "loss_scale": _loss_scale(config, optimizer),
         "world_size": size_of(group),
         "padded_vocab_size": _padded_vocab_size(unwrap(model)),
         "architecture": architecture(config.model),
@@ -229,12 +227,13 @@ def load_checkpoint(
     without_optim = options.finetune or options.no_load_optim or config.training.skip_train
     with_optim = optimizer is not None and not without_optim
     with_rng = not (options.finetune or options.no_load_rng)
-    _refuse_misfits(opened, config, tokenizer_facts(tokenizer), with_optim, with_rng)
+    refuse_misfits(opened, config, tokenizer_facts(tokenizer), with_optim, with_rng)
     notices = _read(opened, model, optimizer if with_optim else None, with_rng, group)
     if optimizer is not None:
         optimizer.after_load(with_optim=with_optim)
         if with_optim:
             optimizer.step_count = opened.common["optimizer"]["step_count"]
+            optimizer.grad_scaler.load_state_dict(opened.common.get("loss_scale"))
     return _loaded_state(opened, config, notices)
 
 
@@ -286,39 +285,10 @@ def _optimizer_facts(config: RunConfig, optimizer: SavedOptimizer | None) -> dic
     return {"kind": config.optimizer.optimizer, "step_count": optimizer.step_count}
 
 
-def _refuse_misfits(
-    opened: OpenCheckpoint,
-    config: RunConfig,
-    tokenizer: dict[str, Any] | None,
-    with_optim: bool,
-    with_rng: bool,
-) -> None:
-    """Raise one error with everything that keeps this run from going on from ``opened``."""
-    common = opened.common
-    problems = list(architecture_problems(common["architecture"], architecture(config.model)))
-    if problem := tokenizer_problem(common["tokenizer"], tokenizer):
-        problems.append(problem)
-    if with_rng and common["dropout_seed"] is None:
-        problems.append("it was saved with --no-save-rng: add --no-load-rng")
-    if with_optim:
-        problems += _optimizer_problems(common, config)
-    if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise CheckpointError(f"{opened.path} does not fit this run:{listed}")
-
-
-def _optimizer_problems(common: dict[str, Any], config: RunConfig) -> Iterator[str]:
-    stored = common["optimizer"]
-    if stored is None:
-        yield "it was saved with --no-save-optim: add --no-load-optim"
-    elif stored["kind"] != config.optimizer.optimizer:
-        yield (
-            f"--optimizer is {stored['kind']} in the checkpoint and "
-            f"{config.optimizer.optimizer} in this run (--no-load-optim starts a new optimizer)"
-        )
-    if not config.checkpoint.override_opt_param_scheduler:
-        for problem in schedule_problems(common, config):
-            yield f"{problem} (--override-opt_param-scheduler takes this run's)"
+def _loss_scale(config: RunConfig, optimizer: SavedOptimizer | None) -> dict[str, float] | None:
+    if optimizer is None or config.checkpoint.no_save_optim:
+        return None
+    return optimizer.grad_scaler.state_dict()
 
 
 def _read(

@@ -48,7 +48,7 @@ ARCHITECTURE = {
     "--moe-router-enable-expert-bias": "moe_router_enable_expert_bias",
     "choice of experts (--moe-router-load-balancing-type)": "moe_router_choice",
     "--moe-router-topk-scaling-factor": "moe_router_topk_scaling_factor",
-    "number format (--bf16, --fp64)": "params_dtype_name",
+    "number format (--bf16, --fp16, --fp64)": "params_dtype_name",
 }
 _ONLY_WITH = {
     "--rotary-base": ("position_embedding_type", "rope"),

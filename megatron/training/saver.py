@@ -128,7 +128,8 @@ class Saver:
         if result is None:
             return
         if result.path is None:
-            log.warning("%s; training goes on", result.line())
+            if self._run.world.is_first:  # the result is the same on every rank
+                log.warning("%s; training goes on", result.line())
         else:
             self._saved_iteration = result.iteration
             log.info("%s", result.line())

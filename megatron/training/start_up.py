@@ -5,17 +5,29 @@ import logging
 from megatron.core.extensions import registry
 from megatron.core.log import banner
 from megatron.training.config.run_config import RunConfig
+from megatron.training.initialize import Launch
 from megatron.training.starting_point import starting_point
 
 log = logging.getLogger(__name__)
 
 
-def start_line(config: RunConfig) -> str:
+def start_line(config: RunConfig, launch: Launch) -> str:
     """Return the first line of the log: fresh, or resuming at which step from where.
+
+    Args:
+        config: Of the run.
+        launch: Says whether torchrun starts these ranks for the first time.
 
     Raises:
         CheckpointError: The folder of --load is damaged.
     """
+    line = _where(config)
+    if launch.restarts:
+        line += f"; restart {launch.restarts} of at most {launch.max_restarts} by torchrun"
+    return line
+
+
+def _where(config: RunConfig) -> str:
     options = config.checkpoint
     start = starting_point(options)
     between = options.non_persistent_ckpt_type

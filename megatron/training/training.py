@@ -6,7 +6,7 @@ forward step is. The loop itself decides nothing about a layout.
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import Launch, collective_checks, initialize, shut_down
 from megatron.training.metrics import MetricsWriter, log_folder
 from megatron.training.non_persistent import NonPersistent
+from megatron.training.observer import RunObserver
 from megatron.training.progress import Progress
 from megatron.training.reporting import Reporter
 from megatron.training.routing_trace import open_tracer
@@ -45,7 +46,8 @@ from megatron.training.wrap_up import finish
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
-"""Updates skipped one after the other before a run is ended."""
+"""Updates skipped one after the other before a run is ended; those that lower the loss scale, or
+use up its hysteresis, do not count."""
 
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
 DatasetsProvider = Callable[[tuple[int, int, int], RunConfig, Tokenizer], Datasets]
@@ -65,6 +67,7 @@ class Session:
     timers: Timers
     failure: FailureReport
     saver: Saver
+    observers: Sequence[RunObserver] = ()
     evaluated_iteration: int | None = None
     """Iteration of the newest validation."""
 
@@ -75,6 +78,7 @@ def pretrain(
     forward_step_func: ForwardStep,
     *,
     config: RunConfig | None = None,
+    observers: Sequence[RunObserver] = (),
 ) -> None:
     """Train a model as the options say; every rank calls this once.
 
@@ -86,6 +90,7 @@ def pretrain(
         forward_step_func: ``(data_iterator, model) -> (output, loss_func)`` for one microbatch;
             ``loss_func(output)`` gives the sum of losses and the number of tokens.
         config: Parsed options; the command line is parsed when None.
+        observers: Told where the run begins and of every step.
     """
     launch = Launch.from_environment()
     timers = Timers()
@@ -95,10 +100,10 @@ def pretrain(
         config = parse_args() if config is None else config
         if config.dry_run.dry_run:
             raise SystemExit(dry_run(config, model_provider, forward_step_func))
-        log.info("%s", start_line(config))
+        log.info("%s", start_line(config, launch))
         world = initialize(config)
         failure.where = world.place()
-        failure.watch()
+        failure.watch(world.start)
         watches.enter_context(collective_checks(config))
         tokenizer = build_tokenizer(config.tokenizer)
         set_global_variables(config, tokenizer, timers)
@@ -122,8 +127,8 @@ def pretrain(
             timers=timers,
             failure=failure,
             saver=make_saver(run, tokenizer, datasets, loaded, between),
+            observers=observers,
         )
-        timers("setup").stop()
         go(session, handler)
         if writer is not None:
             writer.close()
@@ -134,6 +139,9 @@ def pretrain(
 def go(session: Session, handler: RankHandler) -> None:
     """Train and evaluate, watching for signals; the last state is saved."""
     run, state = session.run, session.state
+    session.timers("setup").stop()
+    for observer in session.observers:
+        observer.after_load(run, state)
     with StopRequest(run.config.training) as stop:
         reason = None
         if not run.config.training.skip_train:
@@ -175,11 +183,13 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         is_last = state.iteration == run.train_iters
         reason = None if is_last else stop.reason(outcome.notes, state.iteration)
         check_replicas_in_time(run, state)
+        for observer in session.observers:
+            observer.after_step(run, state, outcome)
         session.saver.look()
         session.reporter.record(state, outcome, is_last=is_last or reason is not None)
         progress.update(outcome.lm_loss)
-        skipped = 0 if outcome.updated else skipped + 1
-        refuse_divergence(skipped, state)
+        skipped = 0 if outcome.updated else skipped + (not outcome.is_search)
+        refuse_divergence(skipped, run, state)
         if is_last:
             break  # what is due now comes after the last save
         if every_save and state.iteration % every_save == 0:
@@ -205,19 +215,24 @@ def check_replicas_in_time(run: Run, state: TrainState) -> None:
         check_replicas(run.model, iteration=state.iteration)
 
 
-def refuse_divergence(skipped: int, state: TrainState) -> None:
+def refuse_divergence(skipped: int, run: Run, state: TrainState) -> None:
     """End a run that only skips: it would go on to its end for nothing, and save that.
 
     Raises:
         DivergedError: On every rank, since all skip together.
     """
-    if skipped == MAX_SKIPPED_IN_A_ROW:
-        raise DivergedError(
-            f"the last {skipped} updates, up to iteration {state.iteration}, were all skipped "
-            "because loss or gradient was not finite; nothing is saved. Go back to a checkpoint "
-            "from before (--load, --ckpt-step) with a lower --lr, or look at the samples that the "
-            "warnings name"
-        )
+    if skipped < MAX_SKIPPED_IN_A_ROW:
+        return
+    advice, optimizer = "with a lower --lr", run.config.optimizer
+    if run.config.model.fp16 and optimizer.loss_scale is not None:
+        advice += f", with less than --loss-scale {optimizer.loss_scale:g} or without it"
+    elif run.config.model.fp16:
+        advice += f", with less than --min-loss-scale {optimizer.min_loss_scale:g}"
+    raise DivergedError(
+        f"the last {skipped} updates, up to iteration {state.iteration}, were all skipped "
+        "because loss or gradient was not finite; nothing is saved. Go back to a checkpoint "
+        f"from before (--load, --ckpt-step) {advice}, or look at the samples that the warnings name"
+    )
 
 
 def batches(

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from megatron.core.errors import CheckpointError
@@ -89,17 +90,32 @@ def begin(folder: Path, iteration: int) -> Path:
 
 
 def publish(temporary: Path, folder: Path, iteration: int) -> Path:
-    """Give a finished checkpoint its name, then let the tracker name it. Returns its path."""
+    """Give a finished checkpoint its name, then let the tracker name it. Returns its path.
+
+    Raises:
+        OSError: The disk is full, say; names are as they were before, unless the tracker was
+            written and could not be flushed.
+    """
     flush_folder(temporary)
     final = checkpoint_path(folder, iteration)
     replaced = _hidden(folder, iteration, "old")
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
+    tracker = _prepared(folder / TRACKER, str(iteration))  # takes room before anything is named
+    try:
+        if final.exists():
+            final.rename(replaced)
+        temporary.rename(final)
+        flush_folder(folder)
+        tracker.replace(folder / TRACKER)
+    except OSError:
+        with suppress(OSError):  # what cannot be undone now, the next save undoes
+            tracker.unlink(missing_ok=True)
+            if final.exists() and not temporary.exists():
+                final.rename(temporary)
+            if replaced.exists():
+                replaced.rename(final)
+        raise
     flush_folder(folder)
-    write_file(folder / TRACKER, str(iteration))
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)  # what stays, the next save clears
     return final
 
 
@@ -148,17 +164,27 @@ def superfluous(
 
 def write_file(path: Path, text: str) -> None:
     """Write ``text`` so that a reader sees the old content or the new, never a part."""
+    prepared = _prepared(path, text)
+    try:
+        prepared.replace(path)
+    except OSError:
+        prepared.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def _prepared(path: Path, text: str) -> Path:
+    """Write what ``path`` shall hold beside it, flushed to the disk; return that file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    flush_folder(path.parent)
+    return temporary
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -132,7 +132,6 @@ SUBSTITUTES: dict[str, str] = {
     "--encoder-seq-length": "use --seq-length",
     "--eval-global-batch-size": "evaluation uses --global-batch-size",
     "--eval-micro-batch-size": "evaluation uses --micro-batch-size",
-    "--fp16": "use --bf16, which needs no loss scaling",
     "--fp16-lm-cross-entropy": "the loss is always computed in fp32",
     "--full-validation": "use --eval-iters",
     "--grad-reduce-in-bf16": "gradients are always reduced in fp32",
@@ -185,7 +184,7 @@ CHOICES: dict[tuple[str, str], str] = {
 
 _GPU_LIB = "it tunes a package that is not used here; leave it out"
 _STAGE_GROUPS = "stages talk over the library of --distributed-backend; leave it out"
-_BF16 = "number formats offered are fp32, --bf16 and --fp64"
+_BF16 = "number formats offered are fp32, --bf16, --fp16 and --fp64"
 _OTHER_MODEL = "only GPT models with attention are offered"
 _GENERATE = "tools/generate.py generates text"
 
@@ -196,10 +195,6 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--fp4", _BF16),
     ("--first-last-layers-bf16", _BF16),
     ("--num-layers-at-", _BF16),
-    ("--loss-scale", "--bf16 needs no loss scaling; leave it out"),
-    ("--initial-loss-scale", "--bf16 needs no loss scaling; leave it out"),
-    ("--min-loss-scale", "--bf16 needs no loss scaling; leave it out"),
-    ("--hysteresis", "--bf16 needs no loss scaling; leave it out"),
     ("--distribute-saved-activations", _KEPT),
     ("--cpu-offload", _KEPT),
     ("--fine-grained-", _KEPT),

@@ -32,6 +32,26 @@ def optimizer(check: Check) -> Iterator[str]:
         yield from check.useless("sgd_momentum", "with --optimizer adam")
 
 
+def loss_scaling(check: Check) -> Iterator[str]:
+    """A loss scale needs fp16, and a constant one does not move."""
+    settings = check.config.optimizer
+    if not check.config.model.fp16:
+        names = "loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis"
+        yield from check.useless(names, "without --fp16")
+        return
+    if settings.loss_scale is not None:
+        names = "initial_loss_scale min_loss_scale loss_scale_window hysteresis"
+        yield from check.useless(names, "with --loss-scale, which is constant")
+        return
+    if settings.min_loss_scale > settings.initial_loss_scale:
+        yield (
+            f"{check.show('min_loss_scale')} must be at most {check.show('initial_loss_scale')}, "
+            "where the loss scale begins"
+        )
+    if settings.loss_scale_window % 1:
+        yield f"{check.show('loss_scale_window')} counts updates: give a whole number"
+
+
 def schedule(check: Check) -> Iterator[str]:
     """Rates, decays and lengths agree with each other, as the schedule itself sees it."""
     settings = check.config.scheduler
@@ -252,6 +272,7 @@ def _problems_of(build: Callable[[], object]) -> tuple[str, ...]:
 RUN_RULES: tuple[Rule, ...] = (
     batches,
     optimizer,
+    loss_scaling,
     schedule,
     learning_rate,
     weight_decay,
