@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.store import (
     open_checkpoint,
     write_checkpoint,
 )
+from megatron.training.checkpoint_state import Retention
 from megatron.training.saver import BackgroundWriter
 
 NUMBERS = 200_000
@@ -62,7 +63,7 @@ def save_for_ever(
             continue
         result = writer.wait()
         assert result is None or result.path is not None, result
-        writer.begin(folder, iteration, content, KEEP_LAST)
+        writer.begin(folder, iteration, content, Retention(KEEP_LAST))
         os.write(began, b".")
         for tensor in held.values():
             tensor.fill_(-1)  # training goes on

@@ -8,6 +8,7 @@ Readers change nothing: folders may be read-only, or a writer at work in them.
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from megatron.core.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
+COMMON = "common.json"
+"""Everything of a checkpoint that is no tensor."""
 _NUMBERED = re.compile(r"\.?iter_(\d{7,})")
 _HIDDEN = re.compile(r"\.iter_\d{7,}\.(tmp|old|pruned)")
 
@@ -116,21 +119,47 @@ def publish(temporary: Path, folder: Path, iteration: int) -> Path:
     return final
 
 
-def prune(folder: Path, keep_last: int, current: int) -> list[int]:
-    """Delete all but the ``keep_last`` newest checkpoints up to ``current``, the one just saved.
+def prune(
+    folder: Path, keep_last: int | None, current: int, *, retain_interval: int | None = None
+) -> list[int]:
+    """Delete checkpoints that the one of ``current``, just saved, makes superfluous.
 
     Later ones are not of this run, which has not come so far: they neither count nor go.
+
+    Args:
+        folder: Holds the checkpoints.
+        keep_last: This many of the newest stay. None: only the one before ``current`` may go, and
+            only with a ``retain_interval``.
+        current: Iteration of the newest checkpoint of this run.
+        retain_interval: Multiples of it stay for good and are not counted.
 
     Returns:
         The iterations that were deleted.
     """
-    own = [iteration for iteration in complete_iterations(folder) if iteration <= current]
-    doomed = own[:-keep_last]
-    for iteration in doomed:
+    doomed = superfluous(complete_iterations(folder), keep_last, current, retain_interval)
+    delete(folder, doomed)
+    return doomed
+
+
+def delete(folder: Path, iterations: Iterable[int]) -> None:
+    """Delete complete checkpoints."""
+    for iteration in iterations:
         hidden = _hidden(folder, iteration, "pruned")
         checkpoint_path(folder, iteration).rename(hidden)  # never half a checkpoint by its name
         shutil.rmtree(hidden)
-    return doomed
+
+
+def superfluous(
+    complete: list[int], keep_last: int | None, current: int, retain_interval: int | None
+) -> list[int]:
+    """Return which of the ``complete`` iterations, in ascending order, ``prune`` deletes."""
+    own = [iteration for iteration in complete if iteration <= current]
+    passing = [i for i in own if retain_interval is None or i % retain_interval]
+    if keep_last is not None:
+        return passing[:-keep_last]
+    if retain_interval is None:
+        return []
+    return [iteration for iteration in own[-2:-1] if iteration in passing]
 
 
 def write_file(path: Path, text: str) -> None:
