@@ -8,8 +8,14 @@ from megatron.core.dist_checkpointing.mapping import MODEL, OPTIMIZER, RNG
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.*)$")
 _EXPERT = re.compile(r"^(.*mlp\.experts\.local_experts)\.(\d+)\.(.*)$")
 _ROUTER = re.compile(r"^.*mlp\.router\.([^.]+)$")
-_NUMBERS = re.compile(r"(\d+)")
 _ENDS = {"embedding.": 0, "decoder.layers.": 1, "decoder.": 2}
+_FLOW = (
+    *("word_embeddings", "input_layernorm", "self_attention", "linear_qkv", "linear_proj"),
+    *("pre_mlp_layernorm", "router", "fc1_latent_proj", "experts", "fc2_latent_proj"),
+    "shared_experts",
+)
+"""Modules beside each other, as a token meets them; others follow by name."""
+_PLACES = {word: place for place, word in enumerate(_FLOW)}
 
 
 class KeyParts(NamedTuple):
@@ -69,7 +75,7 @@ def model_order(key: str) -> tuple[object, ...]:
     kind = {"model": "0", "rng": "2"}.get(parts.kind, f"1{parts.kind}")
     place = next((n for prefix, n in _ENDS.items() if parts.name.startswith(prefix)), 3)
     pieces = tuple(
-        (1, int(piece), "") if piece.isdecimal() else (0, 0, piece)
-        for piece in _NUMBERS.split(parts.name)
+        (0, int(word), "") if word.isdecimal() else (1, _PLACES.get(word, len(_FLOW)), word)
+        for word in parts.name.split(".")
     )
     return kind, place, pieces
