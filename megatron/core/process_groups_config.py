@@ -40,6 +40,17 @@ def rank_lists(layout: ParallelLayout) -> dict[str, list[list[int]]]:
     return lists | {"dp_cp_ends": layout.end_groups()}
 
 
+def background_group(timeout: timedelta | None = None) -> ProcessGroup:
+    """Make a group of all ranks for plain objects, used by another thread than the one that trains.
+
+    It is gloo's whatever the devices: nothing on a GPU waits for it. Every rank must call this.
+
+    Args:
+        timeout: Of every message; torch's default when None.
+    """
+    return dist.new_group(backend="gloo", timeout=timeout, group_desc="background")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroupCollection:
     """The groups this rank belongs to; modules take it as ``pg_collection``."""

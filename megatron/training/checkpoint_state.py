@@ -55,6 +55,8 @@ class SaveResult:
     """None when nothing was saved."""
     size_bytes: int = 0
     seconds: float = 0.0
+    in_background: bool = False
+    """Training went on meanwhile."""
     error: str = ""
     """Why nothing was saved; empty after success."""
 
@@ -66,9 +68,10 @@ class SaveResult:
                 f"checkpoint of iteration {self.iteration} was NOT saved: {reason}; earlier "
                 "checkpoints are untouched"
             )
+        how = ", in the background" if self.in_background else ""
         return (
             f"saved checkpoint of iteration {self.iteration} to {self.path} "
-            f"({self.size_bytes / 2**20:.1f} MiB in {self.seconds:.2f} s)"
+            f"({self.size_bytes / 2**20:.1f} MiB in {self.seconds:.2f} s{how})"
         )
 
 

@@ -85,7 +85,53 @@ def save_checkpoint(
     Returns:
         The same on every rank, but for ``seconds``.
     """
-    begin, group = time.perf_counter(), _world()
+    content = checkpoint_content(
+        state,
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        data_fingerprint=data_fingerprint,
+    )
+    keep_last = config.checkpoint.keep_last
+    return publish(Path(folder), state.iteration, content, world_group(), keep_last=keep_last)
+
+
+def publish(
+    folder: Path,
+    iteration: int,
+    content: CheckpointContent,
+    group: ProcessGroup | None,
+    *,
+    keep_last: int | None = None,
+) -> SaveResult:
+    """Write ``content`` as the newest checkpoint; see ``write_checkpoint``.
+
+    A failure to write is returned, not raised.
+    """
+    begin = time.perf_counter()
+    try:
+        path, size = write_checkpoint(folder, iteration, content, group, keep_last=keep_last)
+    except CheckpointError as error:
+        return SaveResult(iteration=iteration, path=None, error=str(error))
+    seconds = time.perf_counter() - begin
+    return SaveResult(iteration=iteration, path=path, size_bytes=size, seconds=seconds)
+
+
+def checkpoint_content(
+    state: TrainState,
+    *,
+    config: RunConfig,
+    model: nn.Module,
+    optimizer: SavedOptimizer | None,
+    tokenizer: SavedTokenizer | None = None,
+    data_fingerprint: str | None = None,
+) -> CheckpointContent:
+    """Return what a checkpoint of a run holds: views of what lives, good until the next step.
+
+    For the arguments see ``save_checkpoint``.
+    """
+    group = world_group()
     tensors = model_tensors(unwrap(model), _weights(model))
     if optimizer is not None and not config.checkpoint.no_save_optim:
         tensors |= optimizer_tensors(optimizer.named_state())
@@ -109,15 +155,7 @@ def save_checkpoint(
     }
     copies = _copies(tokenizer) if tokenizer is not None else {}
     files = {name: path for name, (_, path) in copies.items()}
-    content = CheckpointContent(tensors=tensors, common=common, files=files)
-    try:
-        path, size = write_checkpoint(
-            Path(folder), state.iteration, content, group, keep_last=config.checkpoint.keep_last
-        )
-    except CheckpointError as error:
-        return SaveResult(iteration=state.iteration, path=None, error=str(error))
-    seconds = time.perf_counter() - begin
-    return SaveResult(iteration=state.iteration, path=path, size_bytes=size, seconds=seconds)
+    return CheckpointContent(tensors=tensors, common=common, files=files)
 
 
 def load_checkpoint(
@@ -146,7 +184,7 @@ def load_checkpoint(
         CheckpointError: Nothing there, damaged, or it does not fit this run; every rank raises the
             same, and model and optimizer are as before unless reading itself failed.
     """
-    options, group = config.checkpoint, _world()
+    options, group = config.checkpoint, world_group()
     fresh = LoadedState(iteration=0, consumed_train_samples=0, dropout_seed=config.training.seed)
     if folder is None:
         return fresh
@@ -208,7 +246,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _world() -> ProcessGroup | None:
+def world_group() -> ProcessGroup | None:
+    """Return the group of all ranks; None in a process without torch.distributed."""
     return dist.group.WORLD if dist.is_initialized() else None
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from megatron.core.datasets.gpt_dataset import SampleDataset
 from megatron.core.distributed.replica_check import check_replicas
-from megatron.core.errors import CheckpointError, ConfigError, DivergedError
+from megatron.core.errors import ConfigError, DivergedError
 from megatron.core.log import RankHandler, setup_logging
 from megatron.core.timers import Timers
 from megatron.core.tokenizers.base import Tokenizer
 from megatron.core.tokenizers.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
 from megatron.training.checkpoint_state import LoadedState
-from megatron.training.checkpointing import load_checkpoint, save_checkpoint
+from megatron.training.checkpointing import load_checkpoint
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
 from megatron.training.dry_run.command import dry_run
@@ -32,6 +32,7 @@ from megatron.training.progress import Progress
 from megatron.training.reporting import Reporter
 from megatron.training.routing_trace import open_tracer
 from megatron.training.run import ForwardStep, Run, TrainState
+from megatron.training.saver import Saver
 from megatron.training.setup_data import build_data_iterator
 from megatron.training.setup_model import ModelProvider, setup_run
 from megatron.training.start_up import start_line, tell_options
@@ -61,8 +62,7 @@ class Session:
     reporter: Reporter
     timers: Timers
     failure: FailureReport
-    saved_iteration: int | None = None
-    """Iteration of the newest checkpoint that this process wrote or read."""
+    saver: Saver
     evaluated_iteration: int | None = None
     """Iteration of the newest validation."""
 
@@ -119,7 +119,7 @@ def pretrain(
             reporter=Reporter(run, writer, vocab_size=tokenizer.vocab_size),
             timers=timers,
             failure=failure,
-            saved_iteration=saved_already(config, state),
+            saver=Saver(run, tokenizer, fingerprint(datasets), saved_already(config, state)),
         )
         timers("setup").stop()
         go(session, handler)
@@ -140,7 +140,9 @@ def go(session: Session, handler: RankHandler) -> None:
             ) as progress:
                 reason = train(session, stop, progress)
             session.failure.iteration = None
-            save(session)
+            session.timers("save").start()
+            session.saver.finish(state)
+            session.timers("save").stop()
         if reason is not None:
             log.info("stopped after iteration %d by %s", state.iteration, reason)
             return
@@ -170,6 +172,7 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         is_last = state.iteration == run.train_iters
         reason = None if is_last else stop.reason(outcome.notes, state.iteration)
         check_replicas_in_time(run, state)
+        session.saver.look()
         session.reporter.record(state, outcome, is_last=is_last or reason is not None)
         progress.update(outcome.lm_loss)
         skipped = 0 if outcome.updated else skipped + 1
@@ -262,34 +265,11 @@ def held_out_loss(session: Session, which: int) -> float:
 
 
 def save(session: Session) -> None:
-    """Save a checkpoint of the state, unless it is saved already or --save is not set.
-
-    Raises:
-        CheckpointError: Nothing could be written, and training is over.
-    """
-    run, state = session.run, session.state
-    folder = run.config.checkpoint.save
-    if folder is None or session.saved_iteration == state.iteration:
-        return
+    """Save a checkpoint of the state, unless it is saved already or --save is not set."""
     session.timers("save").start()
-    result = save_checkpoint(
-        folder,
-        state,
-        config=run.config,
-        model=run.model,
-        optimizer=run.optimizer,
-        tokenizer=session.tokenizer,
-        data_fingerprint=fingerprint(session.datasets),
-    )
+    session.saver.save(session.state)
     session.timers("save").stop()
     session.reporter.resume_clock()
-    if result.path is not None:
-        session.saved_iteration = state.iteration
-        log.info("%s", result.line())
-    elif session.failure.iteration is None:
-        raise CheckpointError(result.line())
-    else:
-        log.warning("%s; training goes on", result.line())
 
 
 def load(run: Run, tokenizer: Tokenizer) -> LoadedState:

@@ -15,6 +15,9 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Iterations between checkpoints; only at the end when not set."""
 
+    async_save: bool = False
+    """Copy the state and write it in the background while training goes on; one at a time."""
+
     keep_last: int | None = None
     """Keep only this many of the newest checkpoints, not counting those of later iterations that
     an earlier run left; all when not set."""

@@ -31,8 +31,8 @@ NO_EFFECT: dict[str, NoEffect] = {
         "the loss is always the sum over all tokens of a step divided by their number"
     ),
     "--ckpt-format": NoEffect(
-        "checkpoints are always written by torch.distributed.checkpoint",
-        ("torch_dcp",),
+        "checkpoints are sharded safetensors files, which every layout loads",
+        ("torch_dist", "torch_dcp"),
         "leave it out",
     ),
     "--ckpt-fully-parallel-load": NoEffect(_ALWAYS),
@@ -113,7 +113,6 @@ _SHARDED = (
 
 SUBSTITUTES: dict[str, str] = {
     "--apply-layernorm-1p": "use --normalization RMSNorm or LayerNorm",
-    "--async-save": "checkpoints are saved in the run itself; leave it out",
     "--auto-detect-ckpt-format": "there is one checkpoint format; leave it out",
     "--batch-size": "use --micro-batch-size",
     "--checkpoint-activations": _RECOMPUTE

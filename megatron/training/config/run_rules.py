@@ -80,7 +80,7 @@ def saving(check: Check) -> Iterator[str]:
     folder = check.config.checkpoint.save
     if folder is None:
         yield from check.useless(
-            "save_interval keep_last no_save_optim no_save_rng", "without --save"
+            "save_interval async_save keep_last no_save_optim no_save_rng", "without --save"
         )
     if check.config.logging.moe_routing_trace_path is None:
         yield from check.useless(

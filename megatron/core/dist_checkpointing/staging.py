@@ -1,0 +1,84 @@
+"""Copies of what this rank writes, of one moment: training goes on while they are written.
+
+The buffers stay from save to save: their first use costs the memory, later ones a copy at the speed
+of memory. Only blocks that this rank will write are copied: of what several ranks hold, one has a
+copy.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron.core.dist_checkpointing.agreement import gather
+from megatron.core.dist_checkpointing.save_plan import PlannedBlock, block_of, plan_save
+from megatron.core.dist_checkpointing.tensor_shards import Storable, TensorShards, storable
+from megatron.core.param_role import LogicalShard
+
+_Structure = tuple[tuple[object, ...], ...]
+
+
+class Staging:
+    """Host memory for this rank's share of a checkpoint."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        """Take no memory yet.
+
+        Args:
+            group: The ranks that save together; messages of a few bytes a save go over it, and
+                at the first save, or another structure, who copies what.
+        """
+        self._group = group
+        self._structure: _Structure | None = None
+        self._buffers: list[tuple[PlannedBlock, Tensor]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that are held."""
+        return sum(buffer.nbytes for _, buffer in self._buffers)
+
+    def copy(self, tensors: Mapping[str, Storable]) -> dict[str, Storable]:
+        """Return this rank's share of ``tensors``, copied; every rank of the group must call this.
+
+        The copies are valid until the next call.
+
+        Args:
+            tensors: Key -> tensor of this rank, or its blocks of one.
+        """
+        structure = _structure(tensors)
+        if any(gather(structure != self._structure, self._group)):
+            self._structure = structure
+            self._buffers = [
+                (block, _host_memory(block_of(tensors, block)))
+                for block in plan_save(tensors, self._group)
+            ]
+        on_gpu = False
+        with torch.no_grad():
+            for block, buffer in self._buffers:
+                source = block_of(tensors, block)
+                on_gpu = on_gpu or source.is_cuda
+                buffer.copy_(source, non_blocking=source.is_cuda)
+        if on_gpu:
+            torch.cuda.synchronize()  # the copies are complete before the next step writes
+        return self._storables()
+
+    def _storables(self) -> dict[str, Storable]:
+        shards: dict[str, list[LogicalShard]] = {}
+        for block, buffer in self._buffers:
+            shard = LogicalShard(block.key, buffer, block.whole.shape, block.offset)
+            shards.setdefault(block.key, []).append(shard)
+        return {key: storable(found) for key, found in shards.items()}
+
+
+def _host_memory(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
+
+
+def _structure(tensors: Mapping[str, Storable]) -> _Structure:
+    return tuple(
+        (key, tensor.shape, tensor.dtype, tuple(s.offset for s in tensor.shards))
+        if isinstance(tensor, TensorShards)
+        else (key, tensor.shape, tensor.dtype)
+        for key, tensor in tensors.items()
+    )
