@@ -4,48 +4,25 @@ A cloned or reordered model computes what it did, and three more steps of traini
 unbroken run; a pruned one is bit-equal on the trace that says which experts are unused.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.dist_checkpointing.mapping import model_tensors, optimizer_tensors
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.arguments import parse_args
 from megatron.training.checkpoint_model import load_trained_model
-from megatron.training.checkpoint_state import TrainState
-from megatron.training.checkpointing import load_checkpoint, save_checkpoint, unwrap
-from megatron.training.initialize import World
+from megatron.training.checkpointing import unwrap
 from megatron.training.routing_trace import open_tracer
 from megatron.training.run import Run
-from megatron.training.setup_model import setup_run
-from megatron.training.train_step import train_step
+from tests.helpers.small_runs import alone_in_the_world, loaded, saved, steps, tensors_of
 from tests.helpers.tolerances import TOLERANCES
-from tests.unit_tests.training.tiny_run import (
-    SAMPLES,
-    SEQ,
-    VOCAB,
-    plain_forward_step,
-    tiny_batches,
-    tiny_model,
-)
+from tests.unit_tests.training.tiny_run import tiny_batches
 from tools.checkpoint import expert_edit, experts
 from tools.checkpoint.keys import parts_of, with_expert
 
 EXACT = TOLERANCES[torch.float64]
-# Adam's eps and clipping see the size of a gradient, and copies have a share of it each. A bias of
-# keys has no gradient but rounding, which Adam makes steps of.
-BASE = (
-    f"--mock-data --vocab-size {VOCAB - 1} --num-layers 2 --hidden-size 16 --swiglu "
-    f"--num-attention-heads 2 --seq-length {SEQ} --global-batch-size {SAMPLES} --device cpu "
-    "--micro-batch-size 4 --train-iters 10 --lr 1e-2 --lr-decay-style constant --eval-iters 1 "
-    "--clip-grad 0 --adam-eps 1e-30 --disable-bias-linear"
-)
 AUX = "--moe-aux-loss-coeff 0.1"
 SIGMOID = "--moe-router-score-function sigmoid"
 BIAS = "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05"
@@ -55,77 +32,10 @@ PATTERN = "--moe-num-experts-per-layer"
 PER_LAYER = f'{PATTERN} "([4]+[6])" --moe-router-topk-per-layer "([2]+[3])"'
 
 
-class Steps(NamedTuple):
-    """What some steps of training gave."""
-
-    losses: list[float]
-    tensors: dict[str, Tensor]
-    """Weights, buffers and moments after them."""
-
-
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A world of one rank, gone afterwards."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def tensors_of(run: Run) -> dict[str, Tensor]:
-    found = model_tensors(unwrap(run.model)) | optimizer_tensors(run.optimizer.named_state())
-    return {key: tensor.clone() for key, tensor in found.items()}
-
-
-def steps(run: Run, number: int, first: int = 0) -> Steps:
-    """Train on the same batch again and again, so the place in the data does not matter."""
-    state, data, losses = TrainState(iteration=first), tiny_batches(run), []
-    for _ in range(number):
-        losses.append(train_step(run, state, data).lm_loss)
-        state.iteration += 1
-        state.consumed_samples += SAMPLES
-    return Steps(losses, tensors_of(run))
-
-
-def new_run(flags: str) -> Run:
-    """Build a run with 4 experts in fp64, unless said otherwise."""
-    flags = flags.replace('"', "")
-    flags += " --fp64" * ("--bf16" not in flags)
-    flags += " --num-experts 4" * ("--num-experts " not in flags and PATTERN not in flags)
-    balanced = "load-balancing" in flags or "--moe-aux" in flags or "expert_choice" in flags
-    flags += " --moe-router-load-balancing-type none" * (not balanced)
-    config = parse_args(f"{BASE} {flags}".split(), world_size=1)
-    world = World(
-        rank=0,
-        world_size=1,
-        device=torch.device("cpu"),
-        pg_collection=ProcessGroupCollection.create(config.model.layout(1)),
-    )
-    return setup_run(config, world, tiny_model, plain_forward_step)
-
-
-def saved(
-    folder: Path, flags: str, prepare: Callable[[Run], None] | None = None, number: int = 2
-) -> Run:
-    """Train two steps and save; the run can go on."""
-    torch.manual_seed(0)
-    run = new_run(flags)
-    if prepare is not None:
-        prepare(run)
-    steps(run, number)
-    state = TrainState(iteration=2, consumed_samples=2 * SAMPLES, dropout_seed=1)
-    done = save_checkpoint(
-        folder, state, config=run.config, model=run.model, optimizer=run.optimizer
-    )
-    assert done.error == ""
-    return run
-
-
-def loaded(folder: Path, flags: str) -> Run:
-    """Build the run that goes on from a checkpoint."""
-    run = new_run(flags)
-    state = load_checkpoint(folder, config=run.config, model=run.model, optimizer=run.optimizer)
-    assert state.iteration == 2
-    return run
+    with alone_in_the_world():
+        yield
 
 
 def surgery(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> tuple[Path, str]:
@@ -261,7 +171,7 @@ def _without_dead(tensors: dict[str, Tensor], num_experts: int) -> dict[str, Ten
     return found
 
 
-@pytest.mark.parametrize("flags", ["", SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("flags", ["", f"{SIGMOID} --fp32"], ids=["softmax", "sigmoid_fp32"])
 def test_experts_that_a_trace_shows_unused_are_not_missed(flags, tmp_path, alone, capsys) -> None:
     flags = f"{flags} --num-experts 8"
     run = saved(tmp_path / "run", flags, _kill_experts)
@@ -280,7 +190,15 @@ def test_experts_that_a_trace_shows_unused_are_not_missed(flags, tmp_path, alone
     expected = _without_dead(want.tensors, 8)
     assert got.tensors.keys() == expected.keys()
     for key, tensor in got.tensors.items():
-        torch.testing.assert_close(tensor, expected[key], **EXACT)
+        torch.testing.assert_close(tensor, expected[key], **TOLERANCES[tensor.dtype])
+
+
+def test_a_cloned_model_in_fp32_computes_to_rounding(tmp_path, alone, capsys) -> None:
+    saved(tmp_path / "run", f"--fp32 {AUX}")
+    new, _ = surgery(capsys, tmp_path / "run", "clone", "--copies", "3")
+    want = logits_of(tmp_path / "run")
+    assert want.dtype == torch.float32
+    assert (logits_of(new) - want).abs().max() <= 1e-6 * want.abs().max()
 
 
 def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
