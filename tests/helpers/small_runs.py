@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.core.dist_checkpointing.mapping import model_tensors, optimizer_tensors
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -87,7 +87,17 @@ def new_run(flags: str) -> Run:
         device=torch.device("cpu"),
         pg_collection=ProcessGroupCollection.create(config.model.layout(1)),
     )
-    return setup_run(config, world, tiny_model, plain_forward_step)
+    run = setup_run(config, world, tiny_model, plain_forward_step)
+    _move_biases(unwrap(run.model))
+    return run
+
+
+def _move_biases(model: nn.Module) -> None:
+    """Move expert biases and prices off 0, where each is as good as another."""
+    generator = torch.Generator().manual_seed(7)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("expert_bias", "qb_beta")):
+            buffer.copy_(0.01 * torch.randn(buffer.shape, generator=generator))
 
 
 def saved(

@@ -27,7 +27,7 @@ def config_in(config: RunConfig, target: str) -> RunConfig:
     return new
 
 
-def refuse_format(source: StoredCheckpoint, config: RunConfig, target: str, *, optim: bool) -> None:
+def refuse_format(config: RunConfig, target: str, *, optim: bool) -> None:
     """Refuse what would lose something, or change nothing.
 
     Raises:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = ["--no-load-optim"] if args.no_optim and has_optim else []
     if args.dtype is not None:
         optim = has_optim and not args.no_optim
-        number_format.refuse_format(source, config, args.dtype, optim=optim)
+        number_format.refuse_format(config, args.dtype, optim=optim)
         config = number_format.config_in(config, args.dtype)
         common |= {"architecture": architecture(config.model), "config": config_data(config)}
         common = rewrite.with_history(common, f"reshape {words}")

@@ -68,7 +68,7 @@ def test_files_have_about_equal_size() -> None:
     files = shared_out(facts, 4)
     sizes = [sum(block.whole.nbytes for block in file) for file in files]
     assert sum(map(len, files)) == 20
-    assert max(sizes) - min(sizes) <= 64
+    assert max(sizes) - min(sizes) <= 96, "three rows of the smallest"
 
 
 def test_damage_is_named_by_tensor_and_block(tmp_path: Path) -> None:
@@ -85,9 +85,8 @@ def test_damage_is_named_by_tensor_and_block(tmp_path: Path) -> None:
     assert torch.equal(stored.read("model.wide"), TENSORS["model.wide"])
     found, problems = verify_checkpoint(tmp_path)
     assert found == stored.path
-    assert problems == [
-        f"model.wider from {list(block.offset)} on (in {block.file}) is not what was written (SHA-256)"
-    ]
+    place = f"{list(block.offset)} on (in {block.file})"
+    assert problems == [f"model.wider from {place} is not what was written (SHA-256)"]
 
 
 def test_a_missing_and_a_short_file_are_told_with_their_tensors(tmp_path: Path) -> None:
@@ -114,12 +113,14 @@ def test_a_damaged_small_file_is_told(tmp_path: Path) -> None:
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     write(tmp_path, shared_out(FACTS, 1))
-    with (
-        pytest.raises(RuntimeError, match="no more"),
-        OfflineWriter(tmp_path, 6, shared_out(FACTS, 2)) as writer,
-    ):
-        writer.add(writer.order[0], TENSORS[writer.order[0]])
-        raise RuntimeError("no more")
+
+    def fail() -> None:
+        with OfflineWriter(tmp_path, 6, shared_out(FACTS, 2)) as writer:
+            writer.add(writer.order[0], TENSORS[writer.order[0]])
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        fail()
     assert folders.complete_iterations(tmp_path) == [5]
     assert not list(tmp_path.glob(".iter*"))
     assert StoredCheckpoint.open(tmp_path).verify() == []

@@ -8,7 +8,7 @@ from tools.preprocessing import command_line
 
 FLAGS = (
     '--fp32 --num-layers 3 --moe-layer-freq "([0]+[1]*2)" --moe-router-score-function sigmoid '
-    "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05"
+    "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.002"
 )
 
 
