@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.core.dist_checkpointing.index import StoredTensor
 from megatron.core.dist_checkpointing.offline import StoredCheckpoint
 from megatron.training.resume_rules import flat
 from tools.checkpoint.keys import model_order
@@ -109,7 +108,7 @@ def difference(
         facts = first.facts(key), second.facts(key)
         if facts[0] != facts[1]:
             found.facts.append(f"{key}: {facts[0]} and {facts[1]}")
-        elif _same_hashes(first.index[key], second.index[key]):
+        elif first.block_hashes(key) == second.block_hashes(key):
             found.equal += 1
             found.equal_by_hash += 1
         else:
@@ -153,14 +152,6 @@ def _place(
         index.append(flat_index % length)
         flat_index //= length
     return Place(key, tuple(reversed(index)), (first.item(), second.item()), size)
-
-
-def _same_hashes(first: StoredTensor, second: StoredTensor) -> bool:
-    blocks = [
-        {(block.offset, block.shape): block.facts.sha256 for block in tensor.blocks}
-        for tensor in (first, second)
-    ]
-    return blocks[0] == blocks[1]
 
 
 def _state_lines(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

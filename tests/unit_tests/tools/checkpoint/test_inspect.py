@@ -79,9 +79,7 @@ def test_verify_names_the_tensor_and_ends_with_1(run_folder: Path, tmp_path: Pat
         stream.write(b"\x7f")
     code, text, _ = call(inspect.main, folder, "--verify")
     assert code == 1
-    assert text.splitlines()[1:] == [
-        f"  - {key} (in {block.file}) is not what was written (SHA-256)"
-    ]
+    assert text.splitlines()[1:] == [f"  - {key} (in {block.file}) is not what was written (hash)"]
     told = json.loads(call(inspect.main, folder, "--verify", "--json")[1])
     assert told["whole"] is False
     assert call(inspect.main, folder, "--verify", "--ckpt-step", "2")[0] == 0
