@@ -86,11 +86,15 @@ def test_options_of_an_axis_go_with_it() -> None:
     assert config_of(pipeline, parse(own, "2,pp=1").values, 2).model.pipeline_schedule != "zb-h1"
 
 
-def test_the_batch_and_the_vocabulary_stay_those_of_the_users_layout() -> None:
-    words = [word for word in DENSE if word not in ("--global-batch-size", "8")]
+@pytest.mark.parametrize("layout", ["4,tp=2", "1,ep=1", "2,pp=2,ep=1"])
+def test_batches_and_the_vocabulary_stay_those_of_the_users_layout(layout: str) -> None:
+    """Of a microbatch there is one balance loss, so that its size must stay."""
+    words = [word for word in WORDS if word not in ("--global-batch-size", "8")]
     own = asked(words, read_flags(words), 2)
-    config = config_of(words, parse(own, "4,tp=2").values, 4)
+    other = parse(own, layout)
+    config = config_of(words, other.values, other.world_size)
     assert config.training.global_batch_size == own.config.training.global_batch_size
+    assert config.training.micro_batch_size == own.config.training.micro_batch_size
     assert config.tokenizer.padded_vocab_size == own.config.tokenizer.padded_vocab_size
 
 
