@@ -145,7 +145,8 @@ def hint(proof: Proof, cause: Difference) -> str:
 
 def verdict(settings: Settings, proof: Proof) -> str:
     """Return the last line."""
-    others = f" and {len(proof.others)} other layouts" if proof.others else ""
+    count = len(proof.others)
+    others = f" and {count} other layout{'s' if count > 1 else ''}" if count else ""
     if proof.passes:
         return (
             f"PASS: resumed at iteration {proof.killed.checkpoint} after SIGKILL, the run is the "
