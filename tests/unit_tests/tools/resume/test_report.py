@@ -85,6 +85,15 @@ def test_a_cause_stands_out_from_what_follows_and_has_a_hint(tmp_path: Path) -> 
     assert said.splitlines()[-1] == "FAIL: experts, 1 rank, DP 1 (seed 5)"
 
 
+def test_numbers_of_the_table_are_short_but_never_look_alike(tmp_path: Path) -> None:
+    resumed = Run(begin=BEGIN)
+    resumed.step(0, 3)["loss"] = 9.0
+    resumed.step(0, 3)["grad_norm"] *= 1 + 1e-15
+    said = text(settings(), proof_of(tmp_path, Run(begin=0), resumed))
+    assert row(said, "loss")[3] == "step 3, rank 0: 4.57143 -> 9"
+    assert row(said, "gradient norm")[3] == f"step 3, rank 0: 2.0 -> {2.0 * (1 + 1e-15)}"
+
+
 def test_a_run_that_does_not_repeat_itself_is_told_before_all(tmp_path: Path) -> None:
     killed = Run(begin=0)
     killed.step(1, 2)["loss"] = 9.0
