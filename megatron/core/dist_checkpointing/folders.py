@@ -8,12 +8,16 @@ Readers change nothing: folders may be read-only, or a writer at work in them.
 import os
 import re
 import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from megatron.core.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
+COMMON = "common.json"
+"""Everything of a checkpoint that is no tensor."""
 _NUMBERED = re.compile(r"\.?iter_(\d{7,})")
 _HIDDEN = re.compile(r"\.iter_\d{7,}\.(tmp|old|pruned)")
 
@@ -86,50 +90,101 @@ def begin(folder: Path, iteration: int) -> Path:
 
 
 def publish(temporary: Path, folder: Path, iteration: int) -> Path:
-    """Give a finished checkpoint its name, then let the tracker name it. Returns its path."""
+    """Give a finished checkpoint its name, then let the tracker name it. Returns its path.
+
+    Raises:
+        OSError: The disk is full, say; names are as they were before, unless the tracker was
+            written and could not be flushed.
+    """
     flush_folder(temporary)
     final = checkpoint_path(folder, iteration)
     replaced = _hidden(folder, iteration, "old")
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
+    tracker = _prepared(folder / TRACKER, str(iteration))  # takes room before anything is named
+    try:
+        if final.exists():
+            final.rename(replaced)
+        temporary.rename(final)
+        flush_folder(folder)
+        tracker.replace(folder / TRACKER)
+    except OSError:
+        with suppress(OSError):  # what cannot be undone now, the next save undoes
+            tracker.unlink(missing_ok=True)
+            if final.exists() and not temporary.exists():
+                final.rename(temporary)
+            if replaced.exists():
+                replaced.rename(final)
+        raise
     flush_folder(folder)
-    write_file(folder / TRACKER, str(iteration))
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)  # what stays, the next save clears
     return final
 
 
-def prune(folder: Path, keep_last: int, current: int) -> list[int]:
-    """Delete all but the ``keep_last`` newest checkpoints up to ``current``, the one just saved.
+def prune(
+    folder: Path, keep_last: int | None, current: int, *, retain_interval: int | None = None
+) -> list[int]:
+    """Delete checkpoints that the one of ``current``, just saved, makes superfluous.
 
     Later ones are not of this run, which has not come so far: they neither count nor go.
+
+    Args:
+        folder: Holds the checkpoints.
+        keep_last: This many of the newest stay. None: only the one before ``current`` may go, and
+            only with a ``retain_interval``.
+        current: Iteration of the newest checkpoint of this run.
+        retain_interval: Multiples of it stay for good and are not counted.
 
     Returns:
         The iterations that were deleted.
     """
-    own = [iteration for iteration in complete_iterations(folder) if iteration <= current]
-    doomed = own[:-keep_last]
-    for iteration in doomed:
+    doomed = superfluous(complete_iterations(folder), keep_last, current, retain_interval)
+    delete(folder, doomed)
+    return doomed
+
+
+def delete(folder: Path, iterations: Iterable[int]) -> None:
+    """Delete complete checkpoints."""
+    for iteration in iterations:
         hidden = _hidden(folder, iteration, "pruned")
         checkpoint_path(folder, iteration).rename(hidden)  # never half a checkpoint by its name
         shutil.rmtree(hidden)
-    return doomed
+
+
+def superfluous(
+    complete: list[int], keep_last: int | None, current: int, retain_interval: int | None
+) -> list[int]:
+    """Return which of the ``complete`` iterations, in ascending order, ``prune`` deletes."""
+    own = [iteration for iteration in complete if iteration <= current]
+    passing = [i for i in own if retain_interval is None or i % retain_interval]
+    if keep_last is not None:
+        return passing[:-keep_last]
+    if retain_interval is None:
+        return []
+    return [iteration for iteration in own[-2:-1] if iteration in passing]
 
 
 def write_file(path: Path, text: str) -> None:
     """Write ``text`` so that a reader sees the old content or the new, never a part."""
+    prepared = _prepared(path, text)
+    try:
+        prepared.replace(path)
+    except OSError:
+        prepared.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def _prepared(path: Path, text: str) -> Path:
+    """Write what ``path`` shall hold beside it, flushed to the disk; return that file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    flush_folder(path.parent)
+    return temporary
 
 
 def copy_file(source: Path, target: Path) -> None:
