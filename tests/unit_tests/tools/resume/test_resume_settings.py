@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from megatron.core.errors import ConfigError
+from megatron.training.config.options import options_of
+from megatron.training.config.run_config import RunConfig
 from tools.resume.layouts import asked, parse, propose
 from tools.resume.record import load_script
-from tools.resume.settings import REPLACED, config_of, left_out, read_flags
+from tools.resume.settings import _PART_OF_A_RUN, REPLACED, config_of, left_out, read_flags
 from tools.verify_resume import _parser, split_words
 
 _DENSE = """
@@ -53,8 +55,12 @@ def test_flags_that_make_a_proof_pointless_are_refused_all_at_once(flag: str) ->
         assert said in str(error.value)
 
 
-def test_options_whose_place_is_taken_exist_or_are_megatrons() -> None:
-    assert {"save", "load", "exit_interval", "log_dir", "keep_last"} <= REPLACED
+def test_options_whose_place_is_taken_exist_and_no_folder_is_forgotten() -> None:
+    options = options_of(RunConfig)
+    assert options.keys() >= REPLACED
+    of_checkpoints = {name for name, option in options.items() if option.section == "checkpoint"}
+    kept = {"async_save", "pretrained_checkpoint"} | set(_PART_OF_A_RUN)
+    assert of_checkpoints - REPLACED <= kept, "a new option: replaced, refused or kept?"
 
 
 def test_half_and_double_the_ranks_and_each_axis_are_proposed() -> None:
