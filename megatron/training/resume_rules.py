@@ -236,10 +236,13 @@ def _name(facts: dict[str, Any]) -> str:
 def changed_options(stored: dict[str, Any], config: RunConfig) -> list[str]:
     """List the options that differ and are worth a line: data, batch, seed, dropout, losses."""
     old, now = flat(stored["config"]), config.flat()
+    free = set(_FREE)
+    if config.model.num_moe_experts is not None:
+        free.discard("micro_batch_size")  # balance losses are those of a microbatch
     return [
         f"{option.flag} was {old[name]} and now is {plain(now[name])}"
         for name, option in options_of(RunConfig).items()
-        if option.section not in _FREE_SECTIONS and name not in _FREE
+        if option.section not in _FREE_SECTIONS and name not in free
         if name in old and old[name] != plain(now[name])
     ]
 

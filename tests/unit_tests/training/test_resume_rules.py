@@ -230,6 +230,11 @@ def test_what_else_changed_is_told() -> None:
     ]
 
 
+def test_another_microbatch_is_told_where_balance_losses_are_those_of_one() -> None:
+    one, two = (run_config(num_moe_experts=4, micro_batch_size=size) for size in (1, 2))
+    assert changed_options(stored(one), two) == ["--micro-batch-size was 1 and now is 2"]
+
+
 def test_a_configuration_comes_back_from_json() -> None:
     config = run_config(moe_layer_freq=[0, 1], data_path=["0.5", "a"], lr=1 / 3)
     again = config_from_data(json.loads(json.dumps(config_data(config))))
