@@ -13,7 +13,9 @@ class CheckpointConfig:
     save: str | None = None
     """Folder to write checkpoints to; none are written when not set."""
 
-    save_interval: int | None = None
+    save_interval: int | None = field(
+        default=None, metadata=flag("--save-interval", "--persistent-save-interval")
+    )
     """Iterations between checkpoints; only at the end when not set."""
 
     async_save: bool = False
