@@ -7,6 +7,7 @@ import torch
 
 from megatron.core.dist_checkpointing.offline import StoredCheckpoint
 from tools.checkpoint import contents, inspect, keys
+from tools.checkpoint import difference as checkpoint_difference
 from tools.checkpoint.difference import difference
 from tools.checkpoint.rewrite import Made, copied, write
 
@@ -90,11 +91,15 @@ ROUTER = "model.decoder.layers.1.mlp.router.weight"
 NORM = "model.decoder.final_layernorm.weight"
 
 
-def test_diff_finds_the_first_and_the_largest(run_folder: Path, tmp_path: Path, call) -> None:
+@pytest.mark.parametrize("at_once", [1 << 20, 7], ids=["whole", "in_pieces"])
+def test_diff_finds_the_first_and_the_largest(
+    run_folder: Path, tmp_path: Path, call, monkeypatch, at_once: int
+) -> None:
+    monkeypatch.setattr(checkpoint_difference, "_AT_ONCE", at_once)
     values = {
         ROUTER: {(1, 2): 7.5, (3, 0): 0.25},
         NORM: {(5,): float("nan")},
-        QKV: {(4, 3): 1e-30},
+        QKV: {(4, 3): 1e-30, (9, 0): 0.25},
     }
     other = changed(run_folder, tmp_path / "other", values)
     code, text, _ = call(inspect.main, "--diff", run_folder, other)
