@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core.dist_checkpointing.agreement import attempt, gather, rank_in, size_of
+from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.mapping import (
     MODEL,
     OPTIMIZER,
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
     model_tensors,
     optimizer_tensors,
 )
+from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.dist_checkpointing.rng_state import capture_rng_state, restore_rng_state
 from megatron.core.dist_checkpointing.serialization import read_tensors, stored_tensors
 from megatron.core.dist_checkpointing.store import (
@@ -61,7 +63,7 @@ _LARGEST_COPY_BYTES = 64 << 20
 
 
 def save_checkpoint(
-    folder: str | Path,
+    folder: str | Place,
     state: TrainState,
     *,
     config: RunConfig,
@@ -94,11 +96,11 @@ def save_checkpoint(
         data_fingerprint=data_fingerprint,
     )
     keep_last = config.checkpoint.keep_last
-    return publish(Path(folder), state.iteration, content, world_group(), keep_last=keep_last)
+    return publish(place(folder), state.iteration, content, world_group(), keep_last=keep_last)
 
 
 def publish(
-    folder: Path,
+    folder: Place,
     iteration: int,
     content: CheckpointContent,
     group: ProcessGroup | None,
@@ -159,7 +161,7 @@ def checkpoint_content(
 
 
 def load_checkpoint(
-    folder: str | Path | None,
+    folder: str | Place | None,
     *,
     config: RunConfig,
     model: nn.Module,
@@ -188,7 +190,7 @@ def load_checkpoint(
     fresh = LoadedState(iteration=0, consumed_train_samples=0, dropout_seed=config.training.seed)
     if folder is None:
         return fresh
-    opened = open_checkpoint(Path(folder), group, iteration=options.ckpt_step)
+    opened = open_checkpoint(place(folder), group, iteration=options.ckpt_step)
     if opened is None:
         if options.allow_fresh_start:
             return fresh

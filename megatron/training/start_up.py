@@ -1,11 +1,18 @@
 """What a run says before it begins: fresh or resumed, its options, what was chosen for it."""
 
 import logging
-from pathlib import Path
 
-from megatron.core.dist_checkpointing.folders import checkpoint_path, latest_iteration
+from megatron.core.dist_checkpointing.agreement import attempt
+from megatron.core.dist_checkpointing.folders import (
+    checkpoint_path,
+    latest_iteration,
+    prove_writable,
+)
+from megatron.core.dist_checkpointing.object_folders import place
+from megatron.core.errors import CheckpointError
 from megatron.core.extensions import registry
 from megatron.core.log import banner
+from megatron.training.checkpointing import world_group
 from megatron.training.config.run_config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -20,7 +27,7 @@ def start_line(config: RunConfig) -> str:
     options = config.checkpoint
     if options.load is None:
         return "starting a fresh run at iteration 0 (no --load)"
-    folder = Path(options.load)
+    folder = place(options.load)
     found = latest_iteration(folder) if options.ckpt_step is None else options.ckpt_step
     if found is None:
         return f"starting a fresh run at iteration 0 ({folder} holds no checkpoint yet)"
@@ -28,6 +35,24 @@ def start_line(config: RunConfig) -> str:
     if options.finetune:
         return f"finetuning at iteration 0 with the weights of {path}"
     return f"resuming at iteration {found} from {path}"
+
+
+def prove_store(config: RunConfig) -> None:
+    """Write to the object store of --save and delete that again; every rank must call this.
+
+    Raises:
+        CheckpointError: Some rank cannot; the same on all, before anything is computed.
+    """
+    save = config.checkpoint.save
+    if save is not None:
+        attempt(lambda: _prove(save), world_group())
+
+
+def _prove(save: str) -> None:
+    try:
+        prove_writable(place(save))
+    except OSError as error:
+        raise CheckpointError(f"--save {save} cannot be written: {error.strerror}") from error
 
 
 def tell_options(config: RunConfig) -> None:

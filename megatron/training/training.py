@@ -8,9 +8,9 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron.core.datasets.gpt_dataset import SampleDataset
+from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.distributed.replica_check import check_replicas
 from megatron.core.errors import ConfigError, DivergedError
 from megatron.core.log import RankHandler, setup_logging
@@ -35,7 +35,7 @@ from megatron.training.run import ForwardStep, Run, TrainState
 from megatron.training.saver import Saver
 from megatron.training.setup_data import build_data_iterator
 from megatron.training.setup_model import ModelProvider, setup_run
-from megatron.training.start_up import start_line, tell_options
+from megatron.training.start_up import prove_store, start_line, tell_options
 from megatron.training.stop import StopRequest
 from megatron.training.train_step import train_step
 from megatron.training.wrap_up import finish
@@ -101,6 +101,7 @@ def pretrain(
         tokenizer = build_tokenizer(config.tokenizer)
         set_global_variables(config, tokenizer, timers)
         tell_options(config)
+        prove_store(config)
         run = setup_run(config, world, model_provider, forward_step_func)
         loaded = load(run, tokenizer)
         state = loaded.state()
@@ -307,7 +308,7 @@ def tell_changed_data(loaded: LoadedState, datasets: Datasets) -> None:
 def saved_already(config: RunConfig, state: TrainState) -> int | None:
     """Return the iteration that lies in --save because it was loaded from there, or None."""
     save, load = config.checkpoint.save, config.checkpoint.load
-    same = save is not None and load is not None and Path(save).resolve() == Path(load).resolve()
+    same = save is not None and load is not None and place(save).resolve() == place(load).resolve()
     return state.iteration if same and state.iteration else None
 
 

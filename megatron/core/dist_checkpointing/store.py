@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.dist_checkpointing import folders
 from megatron.core.dist_checkpointing.agreement import attempt, broadcast, rank_in
+from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.manifest import verify_manifest, write_manifest
 from megatron.core.dist_checkpointing.serialization import write_tensors
 from megatron.core.dist_checkpointing.tensor_shards import Storable
@@ -46,18 +46,18 @@ class CheckpointContent:
 class OpenCheckpoint:
     """A checkpoint whose files were found whole."""
 
-    path: Path
+    path: Place
     common: dict[str, Any]
 
 
 def write_checkpoint(
-    folder: Path,
+    folder: Place,
     iteration: int,
     content: CheckpointContent,
     group: ProcessGroup | None,
     *,
     keep_last: int | None = None,
-) -> tuple[Path, int]:
+) -> tuple[Place, int]:
     """Add a checkpoint to ``folder`` and make it the latest; every rank must call this.
 
     Args:
@@ -75,9 +75,8 @@ def write_checkpoint(
         CheckpointError: Some rank could not write; all ranks raise the same, the hidden folder is
             gone and the latest checkpoint is the same as before.
     """
-    temporary = folders.temporary_path(folder, iteration)
+    temporary = _on_first(lambda: folders.begin(folder, iteration), group)
     try:
-        _on_first(lambda: folders.begin(folder, iteration), group)
         attempt(lambda: _must_see(temporary), group)
         write_tensors(temporary, content.tensors, group)
         _on_first(lambda: _write_documents(temporary, content), group)
@@ -85,7 +84,7 @@ def write_checkpoint(
         final = _on_first(lambda: folders.publish(temporary, folder, iteration), group)
     except CheckpointError:
         if rank_in(group) == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            folders.discard(temporary)
         raise
     if keep_last is not None and rank_in(group) == 0:
         _prune(folder, keep_last, iteration)
@@ -93,7 +92,7 @@ def write_checkpoint(
 
 
 def open_checkpoint(
-    folder: Path, group: ProcessGroup | None, *, iteration: int | None = None
+    folder: Place, group: ProcessGroup | None, *, iteration: int | None = None
 ) -> OpenCheckpoint | None:
     """Find a checkpoint, compare it with its manifest, read its common data; on every rank.
 
@@ -116,7 +115,7 @@ def open_checkpoint(
     return OpenCheckpoint(path, _on_first(lambda: _checked_common(path), group))
 
 
-def _must_see(path: Path) -> None:
+def _must_see(path: Place) -> None:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} was found by the first rank but is not visible on {os.uname().nodename}; "
@@ -124,17 +123,14 @@ def _must_see(path: Path) -> None:
         )
 
 
-def _write_documents(temporary: Path, content: CheckpointContent) -> None:
+def _write_documents(temporary: Place, content: CheckpointContent) -> None:
     for name, source in content.files.items():
-        target = temporary / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folders.copy_file(source, target)
-        folders.flush_folder(target.parent)
+        folders.add_file(temporary / name, source)
     common = {"format_version": FORMAT_VERSION, **content.common}
     folders.write_file(temporary / COMMON, json.dumps(common, indent=1) + "\n")
 
 
-def _prune(folder: Path, keep_last: int, iteration: int) -> None:
+def _prune(folder: Place, keep_last: int, iteration: int) -> None:
     try:
         folders.prune(folder, keep_last, iteration)
         newest = max(folders.complete_iterations(folder), default=iteration)
@@ -146,7 +142,7 @@ def _prune(folder: Path, keep_last: int, iteration: int) -> None:
 
 
 @functools.cache  # every save would say it again
-def _tell_later(path: Path) -> None:
+def _tell_later(path: Place) -> None:
     log.warning(
         "%s is of a later iteration than this run has saved: --keep-last leaves it and others like "
         "it alone; delete them if they are not needed",
@@ -154,7 +150,7 @@ def _tell_later(path: Path) -> None:
     )
 
 
-def _find(folder: Path, iteration: int | None) -> Path | None:
+def _find(folder: Place, iteration: int | None) -> Place | None:
     found = folders.latest_iteration(folder) if iteration is None else iteration
     if found is None:
         return None
@@ -168,7 +164,7 @@ def _find(folder: Path, iteration: int | None) -> Path | None:
     return path
 
 
-def _checked_common(path: Path) -> dict[str, Any]:
+def _checked_common(path: Place) -> dict[str, Any]:
     verify_manifest(path)
     try:
         common = json.loads((path / COMMON).read_text(encoding="utf-8"))

@@ -10,7 +10,8 @@ class CheckpointConfig:
     """Checkpointing."""
 
     save: str | None = None
-    """Folder to write checkpoints to; none are written when not set."""
+    """Folder to write checkpoints to, or URL of an object store such as s3://bucket/run (needs the
+    extra ``object-store``); none are written when not set."""
 
     save_interval: int | None = None
     """Iterations between checkpoints; only at the end when not set."""
@@ -23,7 +24,7 @@ class CheckpointConfig:
     an earlier run left; all when not set."""
 
     load: str | None = None
-    """Folder to resume from, at its newest checkpoint. The run ends if there is none, unless
+    """Folder or URL to resume from, at its newest checkpoint. The run ends if there is none, unless
     --allow-fresh-start."""
 
     ckpt_step: int | None = None
