@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install quickstart fix check test test-all verify planted planted-layouts bench docs clean
+.PHONY: help install quickstart fix check test test-all verify verify-reshard planted planted-layouts planted-resume bench docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,11 +53,17 @@ test-all: check verify ## the slow ones too, those on a GPU where there is one, 
 verify: $(STAMPS)/dev ## every parallel layout against one process, on up to 8 ranks; writes docs/layouts.md
 	$(TEST_ENV) $(BIN)/python tools/verify_layouts.py --markdown docs/layouts.md
 
+verify-reshard: $(STAMPS)/dev ## save at every layout, load at every layout; writes its tables into docs/checkpoint_format.md: minutes
+	$(TEST_ENV) $(BIN)/python tools/verify_reshard.py --markdown docs/checkpoint_format.md
+
 planted: $(STAMPS)/dev ## plant the silent bugs of MoE training one by one, and see the tests catch them: minutes
 	$(TEST_ENV) $(BIN)/python -m tests.planted.run
 
 planted-layouts: $(STAMPS)/dev ## plant silent bugs of layouts, and see `make verify` name the tensor and the cause: minutes
 	$(TEST_ENV) $(BIN)/python -m tests.planted.run_layouts
+
+planted-resume: $(STAMPS)/dev ## plant omissions of checkpoints, and see `tools/verify_resume.py` name the item: minutes
+	$(TEST_ENV) $(BIN)/python -m tests.planted.run_resume
 
 bench: $(STAMPS)/dev ## speed against the machine's limits; tables here, JSON in runs/bench
 	$(BIN)/python tools/bench/run_all.py --output runs/bench

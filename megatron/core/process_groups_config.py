@@ -51,6 +51,23 @@ def background_group(timeout: timedelta | None = None) -> ProcessGroup:
     return dist.new_group(backend="gloo", timeout=timeout, group_desc="background")
 
 
+def node_group(first_rank: int, timeout: timedelta | None = None) -> ProcessGroup:
+    """Make the group of the ranks of this rank's node, for plain objects; every rank calls this.
+
+    Args:
+        first_rank: The first rank of this node, which tells nodes apart.
+        timeout: Of every message; torch's default when None.
+    """
+    firsts: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(firsts, first_rank)
+    nodes = [[r for r, other in enumerate(firsts) if other == f] for f in sorted(set(firsts))]
+    groups = dist.new_subgroups_by_enumeration(
+        nodes, backend="gloo", timeout=timeout, group_desc="node"
+    )
+    group: ProcessGroup = groups[0]
+    return group
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroupCollection:
     """The groups this rank belongs to; modules take it as ``pg_collection``."""

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.config.checkpoint_args import checkpoint_given
 from megatron.training.config.flags import Given, help_page, read_command_line
 from megatron.training.config.options import options_of
 from megatron.training.config.resolve import resolve
@@ -40,7 +41,10 @@ def parse_args(argv: Sequence[str] | None = None, *, world_size: int | None = No
     sources = {"cli": given}
     if "--yaml-cfg" in given.actions:
         sources = {"yaml": read_yaml_file(Path(given.actions["--yaml-cfg"]), options), **sources}
-    ranks = _ranks(sources) or (_world_size() if world_size is None else world_size)
+    said = _merged(sources)
+    if (stored := checkpoint_given(said, options)) is not None:
+        sources = {"checkpoint": stored, **sources}
+    ranks = _ranks(said) or (_world_size() if world_size is None else world_size)
     config = resolve(sources, options, ranks, node_size=_node_size())
     if "--print-config" in given.actions:
         _write_and_exit(config_page(config, options))
@@ -52,9 +56,12 @@ def core_transformer_config_from_args(args: RunConfig) -> TransformerConfig:
     return args.model
 
 
-def _ranks(sources: dict[str, Given]) -> int | None:
+def _merged(sources: dict[str, Given]) -> dict[str, Any]:
+    return {name: value for given in sources.values() for name, value in given.values.items()}
+
+
+def _ranks(values: dict[str, Any]) -> int | None:
     """Return the ranks that a dry run is about, where the user says so."""
-    values = {name: value for given in sources.values() for name, value in given.values.items()}
     ranks = values.get("dry_run_world_size") if values.get("dry_run") else None
     return ranks if isinstance(ranks, int) and ranks > 0 else None  # else a rule says what is wrong
 

@@ -21,6 +21,7 @@ from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.training.config.run_config import RunConfig
 from megatron.training.initialize import Launch, connect
 from megatron.training.resume_rules import config_from_data
+from megatron.training.starting_point import folder_and_iteration
 
 _ALONE = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
@@ -53,8 +54,8 @@ def load_trained_model(
         CheckpointError: Nothing there, damaged, or not of a GPTModel.
         DataError: A file of the tokenizer is gone or has changed.
     """
-    if iteration is None and folder.name.startswith("iter_") and folder.name[5:].isdecimal():
-        folder, iteration = folder.parent, int(folder.name[5:])
+    if iteration is None:
+        folder, iteration = folder_and_iteration(folder)
     opened = open_checkpoint(folder, None, iteration=iteration)
     if opened is None:
         raise CheckpointError(f"--load {folder} holds no checkpoint")

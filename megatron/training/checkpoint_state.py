@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.mapping import NamedState
+from megatron.core.optimizer.grad_scaler import GradScaler
+from megatron.training.config.checkpoint import CheckpointConfig
 
 
 class SavedOptimizer(Protocol):
     """What checkpoints need of an optimizer."""
 
     step_count: int
+    grad_scaler: GradScaler
 
     def named_state(self) -> NamedState:
         """Yield (parameter name, role, state name -> tensor that is written and read in place)."""
@@ -47,6 +50,20 @@ class TrainState:
     """Seed of the stream of dropout masks."""
 
 
+class Retention(NamedTuple):
+    """Which persistent checkpoints stay when a new one is there; see ``folders.prune``."""
+
+    keep_last: int | None = None
+    """--keep-last."""
+    interval: int | None = None
+    """--save-retain-interval."""
+
+    @classmethod
+    def of(cls, options: CheckpointConfig) -> "Retention":
+        """Return what the options ask for."""
+        return cls(options.keep_last, options.save_retain_interval)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaveResult:
     """How a save went. A failed one leaves earlier checkpoints as they were."""
@@ -60,18 +77,21 @@ class SaveResult:
     """Training went on meanwhile."""
     error: str = ""
     """Why nothing was saved; empty after success."""
+    kind: str = ""
+    """``global``, ``local`` or ``in_memory`` where it is not persistent."""
 
     def line(self) -> str:
         """Return one line for the log."""
+        kind = f"{self.kind} " if self.kind else ""
         if self.path is None:
             reason = " | ".join(self.error.splitlines())
             return (
-                f"checkpoint of iteration {self.iteration} was NOT saved: {reason}; earlier "
+                f"{kind}checkpoint of iteration {self.iteration} was NOT saved: {reason}; earlier "
                 "checkpoints are untouched"
             )
         how = ", in the background" if self.in_background else ""
         return (
-            f"saved checkpoint of iteration {self.iteration} to {self.path} "
+            f"saved {kind}checkpoint of iteration {self.iteration} to {self.path} "
             f"({self.size_bytes / 2**20:.1f} MiB in {self.seconds:.2f} s{how})"
         )
 

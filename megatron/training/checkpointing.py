@@ -6,8 +6,7 @@ a checkpoint are refused is in resume_rules.py. Every rank calls these functions
 
 import hashlib
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron.core.dist_checkpointing.agreement import attempt, gather, rank_in, size_of
+from megatron.core.dist_checkpointing.agreement import (
+    attempt,
+    broadcast,
+    gather,
+    rank_in,
+    size_of,
+)
 from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.mapping import (
     MODEL,
@@ -40,26 +45,28 @@ from megatron.core.distributed.torch_fully_sharded_data_parallel import (
 )
 from megatron.core.errors import CheckpointError
 from megatron.core.param_role import role_of
+from megatron.training.checkpoint_misfits import refuse_misfits
 from megatron.training.checkpoint_state import (
     LoadedState,
+    Retention,
     SavedOptimizer,
     SavedTokenizer,
     SaveResult,
     TrainState,
 )
+from megatron.training.config.checkpoint import CheckpointConfig
 from megatron.training.config.run_config import RunConfig
 from megatron.training.resume_rules import (
     architecture,
-    architecture_problems,
     changed_options,
     config_data,
     schedule,
-    schedule_problems,
-    tokenizer_problem,
 )
+from megatron.training.starting_point import StartingPoint, starting_point
+from megatron.training.tokenizer_facts import tokenizer_copies, tokenizer_facts
 
 _EMBEDDING = "embedding.word_embeddings.weight"
-_LARGEST_COPY_BYTES = 64 << 20
+_KEEP_ALL = Retention()
 
 
 def save_checkpoint(
@@ -77,8 +84,8 @@ def save_checkpoint(
     Args:
         folder: ``--save``; gets ``iter_0000010`` for iteration 10 and the tracker file.
         state: Where training stands.
-        config: Of the run; saved whole. ``--no-save-optim``, ``--no-save-rng`` and ``--keep-last``
-            are read from it.
+        config: Of the run; saved whole. ``--no-save-optim``, ``--no-save-rng``, ``--keep-last``
+            and ``--save-retain-interval`` are read from it.
         model: The model, or the DataParallelBase around it.
         optimizer: None when there is none (then its state is left out).
         tokenizer: Its fingerprint is saved and its files are copied; None with mock data.
@@ -95,8 +102,8 @@ def save_checkpoint(
         tokenizer=tokenizer,
         data_fingerprint=data_fingerprint,
     )
-    keep_last = config.checkpoint.keep_last
-    return publish(place(folder), state.iteration, content, world_group(), keep_last=keep_last)
+    keep = Retention.of(config.checkpoint)
+    return publish(place(folder), state.iteration, content, world_group(), keep)
 
 
 def publish(
@@ -104,8 +111,9 @@ def publish(
     iteration: int,
     content: CheckpointContent,
     group: ProcessGroup | None,
+    keep: Retention = _KEEP_ALL,
     *,
-    keep_last: int | None = None,
+    is_complete: bool = True,
 ) -> SaveResult:
     """Write ``content`` as the newest checkpoint; see ``write_checkpoint``.
 
@@ -113,7 +121,15 @@ def publish(
     """
     begin = time.perf_counter()
     try:
-        path, size = write_checkpoint(folder, iteration, content, group, keep_last=keep_last)
+        path, size = write_checkpoint(
+            folder,
+            iteration,
+            content,
+            group,
+            keep_last=keep.keep_last,
+            retain_interval=keep.interval,
+            is_complete=is_complete,
+        )
     except CheckpointError as error:
         return SaveResult(iteration=iteration, path=None, error=str(error))
     seconds = time.perf_counter() - begin
@@ -147,6 +163,7 @@ def checkpoint_content(
         "data_fingerprint": data_fingerprint,
         "dropout_seed": None if config.checkpoint.no_save_rng else state.dropout_seed,
         "optimizer": _optimizer_facts(config, optimizer),
+        "loss_scale": _loss_scale(config, optimizer),
         "world_size": size_of(group),
         "padded_vocab_size": _padded_vocab_size(unwrap(model)),
         "architecture": architecture(config.model),
@@ -155,7 +172,7 @@ def checkpoint_content(
         "torch": torch.__version__,
         "config": config_data(config),
     }
-    copies = _copies(tokenizer) if tokenizer is not None else {}
+    copies = tokenizer_copies(tokenizer) if tokenizer is not None else {}
     files = {name: path for name, (_, path) in copies.items()}
     return CheckpointContent(tensors=tensors, common=common, files=files)
 
@@ -167,70 +184,67 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: SavedOptimizer | None,
     tokenizer: SavedTokenizer | None = None,
+    group: ProcessGroup | None = None,
 ) -> LoadedState:
     """Load a run into model and optimizer, in place; on every rank.
 
     The number of ranks and all parallel sizes may differ from those that saved.
 
     Args:
-        folder: ``--load``; None begins a fresh run.
-        config: Of this run; ``--ckpt-step``, ``--finetune``, ``--no-load-optim``,
+        folder: ``--load``; None begins a fresh run, or one with ``--pretrained-checkpoint``.
+        config: Of this run; ``--ckpt-step``, ``--pretrained-checkpoint`` (taken where ``folder``
+            holds no checkpoint, as with ``--finetune``), ``--finetune``, ``--no-load-optim``,
             ``--no-load-rng``, ``--override-opt_param-scheduler`` and ``--allow-fresh-start`` are
             read from it. ``--skip-train`` needs no optimizer: its state and the schedule are not
             compared and not loaded.
         model: The model, or the DataParallelBase around it.
         optimizer: None when there is none (evaluation).
         tokenizer: Of this run, compared with the checkpoint's.
+        group: The ranks that find one folder together; all when None.
 
     Raises:
         CheckpointError: Nothing there, damaged, or it does not fit this run; every rank raises the
             same, and model and optimizer are as before unless reading itself failed.
     """
-    options, group = config.checkpoint, world_group()
+    options, group = config.checkpoint, group or world_group()
     fresh = LoadedState(iteration=0, consumed_train_samples=0, dropout_seed=config.training.seed)
-    if folder is None:
-        return fresh
-    opened = open_checkpoint(place(folder), group, iteration=options.ckpt_step)
-    if opened is None:
-        if options.allow_fresh_start:
+    start = _start(folder, options, group)
+    if start is None:
+        if options.pretrained_checkpoint is not None:
+            raise CheckpointError(
+                f"--pretrained-checkpoint {options.pretrained_checkpoint} holds no checkpoint"
+            )
+        if folder is None or options.allow_fresh_start:
             return fresh
         raise CheckpointError(
             f"--load {folder} holds no checkpoint; to start from the beginning there, "
             "add --allow-fresh-start"
         )
+    if start.weights_only:
+        options = replace(options, finetune=True)
+        config = replace(config, checkpoint=options)
+    opened = open_checkpoint(start.folder, group, iteration=start.iteration)
+    assert opened is not None, f"{start} was found and then was not"
     without_optim = options.finetune or options.no_load_optim or config.training.skip_train
     with_optim = optimizer is not None and not without_optim
     with_rng = not (options.finetune or options.no_load_rng)
-    _refuse_misfits(opened, config, tokenizer_facts(tokenizer), with_optim, with_rng)
+    refuse_misfits(opened, config, tokenizer_facts(tokenizer), with_optim, with_rng)
     notices = _read(opened, model, optimizer if with_optim else None, with_rng, group)
     if optimizer is not None:
         optimizer.after_load(with_optim=with_optim)
         if with_optim:
             optimizer.step_count = opened.common["optimizer"]["step_count"]
+            optimizer.grad_scaler.load_state_dict(opened.common.get("loss_scale"))
     return _loaded_state(opened, config, notices)
 
 
-def tokenizer_facts(tokenizer: SavedTokenizer | None) -> dict[str, Any] | None:
-    """Return what is saved of a tokenizer: enough to compare it and to build it again."""
-    if tokenizer is None:
-        return None
-    return {
-        "type": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "fingerprint": tokenizer.fingerprint(),
-        "settings": dict(tokenizer.settings),
-        "files": {role: str(path.absolute()) for role, path in tokenizer.files.items()},
-        "copies": {role: name for name, (role, _) in _copies(tokenizer).items()},
-    }
-
-
-def _copies(tokenizer: SavedTokenizer) -> dict[str, tuple[str, Path]]:
-    """Return name in the checkpoint -> (role, file) of the tokenizer's files that are small."""
-    return {
-        f"tokenizer/{role}/{path.name}": (role, path)
-        for role, path in tokenizer.files.items()
-        if path.is_file() and path.stat().st_size <= _LARGEST_COPY_BYTES
-    }
+def _start(
+    folder: str | Place | None, options: CheckpointConfig, group: ProcessGroup | None
+) -> StartingPoint | None:
+    """Find the checkpoint to begin with: the first rank looks, all take what it finds."""
+    options = replace(options, load=None if folder is None else str(folder))
+    found = attempt(lambda: starting_point(options) if rank_in(group) == 0 else None, group)
+    return broadcast(found, group)
 
 
 def restart_seed(seed: int, iteration: int) -> int:
@@ -272,39 +286,10 @@ def _optimizer_facts(config: RunConfig, optimizer: SavedOptimizer | None) -> dic
     return {"kind": config.optimizer.optimizer, "step_count": optimizer.step_count}
 
 
-def _refuse_misfits(
-    opened: OpenCheckpoint,
-    config: RunConfig,
-    tokenizer: dict[str, Any] | None,
-    with_optim: bool,
-    with_rng: bool,
-) -> None:
-    """Raise one error with everything that keeps this run from going on from ``opened``."""
-    common = opened.common
-    problems = list(architecture_problems(common["architecture"], architecture(config.model)))
-    if problem := tokenizer_problem(common["tokenizer"], tokenizer):
-        problems.append(problem)
-    if with_rng and common["dropout_seed"] is None:
-        problems.append("it was saved with --no-save-rng: add --no-load-rng")
-    if with_optim:
-        problems += _optimizer_problems(common, config)
-    if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise CheckpointError(f"{opened.path} does not fit this run:{listed}")
-
-
-def _optimizer_problems(common: dict[str, Any], config: RunConfig) -> Iterator[str]:
-    stored = common["optimizer"]
-    if stored is None:
-        yield "it was saved with --no-save-optim: add --no-load-optim"
-    elif stored["kind"] != config.optimizer.optimizer:
-        yield (
-            f"--optimizer is {stored['kind']} in the checkpoint and "
-            f"{config.optimizer.optimizer} in this run (--no-load-optim starts a new optimizer)"
-        )
-    if not config.checkpoint.override_opt_param_scheduler:
-        for problem in schedule_problems(common, config):
-            yield f"{problem} (--override-opt_param-scheduler takes this run's)"
+def _loss_scale(config: RunConfig, optimizer: SavedOptimizer | None) -> dict[str, float] | None:
+    if optimizer is None or config.checkpoint.no_save_optim:
+        return None
+    return optimizer.grad_scaler.state_dict()
 
 
 def _read(
@@ -323,9 +308,10 @@ def _read(
         tensors |= optimizer_tensors(optimizer.named_state())
         prefixes.append(OPTIMIZER)
     states: dict[str, Tensor] = {}
-    same_world = opened.common["world_size"] == size_of(group)
+    world = world_group()
+    same_world = opened.common["world_size"] == size_of(world)
     if with_rng and same_world:
-        prefix = f"{RNG}{rank_in(group)}."
+        prefix = f"{RNG}{rank_in(world)}."
         stored = attempt(lambda: stored_tensors(opened.path), group)
         states = {
             key.removeprefix(prefix): torch.empty(facts.shape, dtype=facts.dtype)
@@ -341,7 +327,7 @@ def _read(
         restore_rng_state(states)
     if with_rng and not same_world:
         return [
-            f"saved by {opened.common['world_size']} ranks, resumed on {size_of(group)}: torch's "
+            f"saved by {opened.common['world_size']} ranks, resumed on {size_of(world)}: torch's "
             "global generators start anew (dropout and data order do not use them)"
         ]
     return []

@@ -13,12 +13,14 @@ import sys
 import threading
 from datetime import timedelta
 from types import TracebackType
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megatron.core.errors import MegatronError
+from megatron.training.rendezvous import launcher_store
 from megatron.training.user_errors import EXIT_CODE
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,14 @@ ASKING_SECONDS = 5.0
 """How long the end of a run waits for the watching thread, which may be asking the store."""
 
 
+class _Note(NamedTuple):
+    """What the first failing rank leaves in the store."""
+
+    rank: int
+    place: str
+    message: str
+
+
 class FailureReport:
     """Context around a whole run. An exception that leaves it is reported by one rank only.
 
@@ -49,7 +59,7 @@ class FailureReport:
         """Place of this rank in the layout, for messages."""
         self.iteration: int | None = None
         """The step in progress; None before and after training."""
-        self._key = f"megatron/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._key = "megatron/failure/"
         self._store = store
         self._done = threading.Event()
         self._watching: threading.Thread | None = None
@@ -66,24 +76,32 @@ class FailureReport:
         self._end_watch()
         if error is None or not isinstance(error, Exception):
             return
-        lost = _is_lost_connection(error)
-        first = self._noted() if lost else self._note(f"{type(error).__name__}: {error}")
+        lost, message = _is_lost_connection(error), f"{type(error).__name__}: {error}"
+        first = self._noted() if lost else self._note(message)
         if self._store is not None:
             _end_soon()
+        if first is not None and first.message == message and isinstance(error, MegatronError):
+            raise SystemExit(EXIT_CODE) from None  # all ranks found it; the first one tells it
         if first is not None:
-            log.error("%s stops because %s", self.where, first)
+            log.error("%s stops because %s failed: %s", self.where, first.place, first.message)
             raise SystemExit(1) from None
         if lost:
-            error.add_note(f"{self.place()}: {LOST}")
-            return
+            log.error("%s: %s (%s)", self.place(), LOST, str(error).partition("\n")[0])
+            raise SystemExit(1) from None
         error.add_note(f"First failure of the run: {self.place()}")
         get_error_handler().record_exception(error)  # torchrun shows it at its very end
         if isinstance(error, MegatronError):
             sys.stderr.write(f"{error}\n")
             raise SystemExit(EXIT_CODE) from None
 
-    def watch(self) -> None:
-        """Begin to end this process when another rank fails. Call after connecting."""
+    def watch(self, start: str = "") -> None:
+        """Begin to end this process when another rank fails. Call after connecting.
+
+        Args:
+            start: Name of this start of all ranks: what ranks of an earlier one noted in the
+                launcher's store is no failure of these.
+        """
+        self._key += start
         if self._store is None:
             self._store = _own_connection()
         if self._store is not None:
@@ -95,23 +113,23 @@ class FailureReport:
         step = "outside training" if self.iteration is None else f"iteration {self.iteration}"
         return f"{self.where}, {step}"
 
-    def _note(self, message: str) -> str | None:
+    def _note(self, message: str) -> _Note | None:
         """Note the failure of this rank; return another rank's note if that came first."""
         if self._store is None:
             return None
-        mine = json.dumps({"rank": self.rank, "text": f"{self.place()} failed: {message}"})
+        mine = _Note(self.rank, self.place(), message)
         try:
-            noted = json.loads(self._store.compare_set(self._key, "", mine))
+            noted = _Note(*json.loads(self._store.compare_set(self._key, "", json.dumps(mine))))
         except dist.DistError:  # the launcher is gone: nobody can tell who was first
             return None
-        return None if noted["rank"] == self.rank else noted["text"]
+        return None if noted.rank == self.rank else noted
 
-    def _noted(self) -> str | None:
+    def _noted(self) -> _Note | None:
         """Return the note of the rank that failed first, None without one."""
         try:
             if self._store is None or not self._store.check([self._key]):
                 return None
-            return str(json.loads(self._store.get(self._key))["text"])
+            return _Note(*json.loads(self._store.get(self._key)))
         except dist.DistError:
             return None
 
@@ -134,7 +152,12 @@ class FailureReport:
 def _is_lost_connection(error: Exception) -> bool:
     """Tell whether a collective failed because another process is gone."""
     text = str(error)
-    known = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    known = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "connectFullMesh failed",  # it ended while the ranks were meeting
+    )
     return isinstance(error, RuntimeError) and any(phrase in text for phrase in known)
 
 
@@ -149,10 +172,4 @@ def _own_connection() -> Store | None:
     """Connect to torchrun's store apart from the process groups, whose calls may block it."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "MASTER_ADDR" not in os.environ:
         return None
-    return dist.TCPStore(  # type: ignore[attr-defined, no-any-return]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=20),
-    )
+    return launcher_store(timedelta(seconds=20))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from megatron.core import parallel_state
 from megatron.core.distributed.collective_log import CollectiveChecks, checked_collectives
@@ -22,6 +23,12 @@ from megatron.core.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.config.distributed import DistributedConfig
 from megatron.training.config.run_config import RunConfig
+from megatron.training.rendezvous import (
+    agree_on_start,
+    launcher_keeps_store,
+    launcher_store,
+    store_of_start,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +40,23 @@ class Launch(NamedTuple):
     world_size: int
     local_rank: int
     local_world_size: int
+    restarts: int = 0
+    """How often this machine's launcher has started its ranks again after a failure."""
+    max_restarts: int = 0
+    """How often it may."""
 
     @classmethod
     def from_environment(cls) -> "Launch":
         """Read torchrun's variables."""
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         rank = int(os.environ.get("RANK", 0))
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
         return cls(
-            rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+            rank,
+            world_size,
+            local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            max_restarts=int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)),
         )
 
 
@@ -53,6 +68,8 @@ class World:
     world_size: int
     device: torch.device
     pg_collection: ProcessGroupCollection
+    start: str = ""
+    """Name of this start of all ranks, no other's; empty where no launcher keeps a store."""
 
     @property
     def is_first(self) -> bool:
@@ -75,7 +92,7 @@ def initialize(config: RunConfig) -> World:
     backend = choose_backend(config.distributed, device)
     threads = set_threads(launch, device)
     timeout = timedelta(minutes=config.distributed.distributed_timeout_minutes)
-    connect(launch, backend, device, timeout)
+    start = connect(launch, backend, device, timeout)
     groups = ProcessGroupCollection.create(config.model.layout(launch.world_size), timeout)
     parallel_state.set_process_groups(groups)
     seed_everything(config.training.seed)
@@ -89,7 +106,11 @@ def initialize(config: RunConfig) -> World:
         threads,
     )
     return World(
-        rank=launch.rank, world_size=launch.world_size, device=device, pg_collection=groups
+        rank=launch.rank,
+        world_size=launch.world_size,
+        device=device,
+        pg_collection=groups,
+        start=start,
     )
 
 
@@ -148,32 +169,49 @@ def set_threads(launch: Launch, device: torch.device) -> str:
     return text
 
 
-def connect(launch: Launch, backend: str, device: torch.device, timeout: timedelta) -> None:
-    """Join the default process group, unless the caller's script has done it."""
+def connect(launch: Launch, backend: str, device: torch.device, timeout: timedelta) -> str:
+    """Join the default process group, unless the caller's script has done it.
+
+    Returns:
+        The name of this start of all ranks; empty where no launcher keeps a store.
+
+    Raises:
+        ConfigError: The ranks were not told where to meet, or some did not come.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
-        return
-    device_id = device if backend == "nccl" else None
+        return ""
+    device_id, start = device if backend == "nccl" else None, ""
+    store: Store | None = None
     if launch.world_size == 1:
         # in this process's memory: no port to be taken, no file to be left behind
-        dist.init_process_group(
-            backend,
-            store=dist.HashStore(),  # type: ignore[attr-defined]
-            rank=0,
-            world_size=1,
-            timeout=timeout,
-            device_id=device_id,
-        )
+        store = dist.HashStore()  # type: ignore[attr-defined]
     else:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise ConfigError(
-                f"WORLD_SIZE is {launch.world_size}, but {' and '.join(missing)} are not set "
-                "in the environment: start the ranks with torchrun, or unset WORLD_SIZE and RANK "
-                "for a run of one process"
-            )
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        _refuse_unknown_meeting_place(launch)
+        if launcher_keeps_store():
+            kept = launcher_store(timeout)
+            start = agree_on_start(kept, launch.rank, launch.world_size, timeout)
+            store = store_of_start(kept, start)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=-1 if store is None else launch.rank,  # else torch asks the environment itself
+        world_size=-1 if store is None else launch.world_size,
+        timeout=timeout,
+        device_id=device_id,
+    )
+    return start
+
+
+def _refuse_unknown_meeting_place(launch: Launch) -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {launch.world_size}, but {' and '.join(missing)} are not set "
+            "in the environment: start the ranks with torchrun, or unset WORLD_SIZE and RANK "
+            "for a run of one process"
+        )
 
 
 def collective_checks(config: RunConfig) -> AbstractContextManager[None]:

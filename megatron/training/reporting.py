@@ -50,7 +50,7 @@ class Reporter:
         self._begin()
 
     def _begin(self) -> None:
-        self._steps = self._skipped = self._nans = 0
+        self._steps = self._skipped = self._nans = self._losses = 0
         self._seconds = self._loss_sum = 0.0
 
     def resume_clock(self) -> None:
@@ -68,7 +68,8 @@ class Reporter:
         self._seconds += seconds
         self._skipped += not outcome.updated
         self._nans += not math.isfinite(outcome.lm_loss)
-        if outcome.updated:
+        if outcome.updated or outcome.is_search:
+            self._losses += 1
             self._loss_sum += outcome.lm_loss
         interval = self._run.config.logging.log_interval
         is_due = self._first or is_last or state.iteration % interval == 0
@@ -85,8 +86,7 @@ class Reporter:
 
     def _print(self, state: TrainState, outcome: StepOutcome, report: MoEReport | None) -> None:
         step_s = self._seconds / self._steps
-        updates = self._steps - self._skipped
-        loss = self._loss_sum / updates if updates else math.nan
+        loss = self._loss_sum / self._losses if self._losses else math.nan
         run = self._run
         losses = {"lm loss": loss} | (report.losses() if report is not None else {})
         tflops = self._flops_per_step / step_s / run.world.world_size / 1e12
@@ -99,6 +99,7 @@ class Reporter:
             global_batch_size=run.global_batch_size,
             losses=losses,
             throughput_tflops=tflops if run.config.logging.log_throughput else None,
+            loss_scale=outcome.loss_scale,
             grad_norm=outcome.grad_norm,
             skipped_iterations=self._skipped,
             nan_iterations=self._nans,
@@ -146,6 +147,7 @@ class Reporter:
             "lm_loss": outcome.lm_loss,
             "learning_rate": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
+            "loss_scale": outcome.loss_scale,
             "updated": outcome.updated,
             "step_ms": 1e3 * seconds,
             "tokens_per_second": step_tokens / seconds,
@@ -165,7 +167,7 @@ class Reporter:
             "learning-rate": outcome.learning_rate,
             "batch-size": float(run.global_batch_size),
             "lm loss": outcome.lm_loss,
-            "loss-scale": 1.0,
+            "loss-scale": outcome.loss_scale,
             "world-size": float(run.world.world_size),
             "iteration-time": seconds,
             "throughput": self._flops_per_step / seconds / run.world.world_size / 1e12,

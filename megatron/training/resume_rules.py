@@ -48,7 +48,7 @@ ARCHITECTURE = {
     "--moe-router-enable-expert-bias": "moe_router_enable_expert_bias",
     "choice of experts (--moe-router-load-balancing-type)": "moe_router_choice",
     "--moe-router-topk-scaling-factor": "moe_router_topk_scaling_factor",
-    "number format (--bf16, --fp64)": "params_dtype_name",
+    "number format (--bf16, --fp16, --fp64)": "params_dtype_name",
 }
 _ONLY_WITH = {
     "--rotary-base": ("position_embedding_type", "rope"),
@@ -137,13 +137,13 @@ def schedule(config: RunConfig) -> dict[str, Any]:
     scheduler, optimizer, training = config.scheduler, config.optimizer, config.training
     batch = training.global_batch_size or 1
     decay = scheduler.lr_decay_iters or training.train_iters or 0
-    warmup: float = scheduler.lr_warmup_iters
+    warmup: float = scheduler.lr_warmup_iters * batch
     if scheduler.lr_warmup_fraction is not None:
-        warmup = scheduler.lr_warmup_fraction * decay
+        warmup = scheduler.lr_warmup_fraction * (decay * batch)  # the same for any batch
     found: dict[str, Any] = {
         "--lr": optimizer.lr,
         "--lr-decay-style": scheduler.lr_decay_style,
-        "--lr-warmup-iters": warmup * batch,
+        "--lr-warmup-iters": warmup,
         "--weight-decay-incr-style": scheduler.weight_decay_incr_style,
     }
     if scheduler.weight_decay_incr_style == "constant":

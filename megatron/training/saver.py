@@ -17,8 +17,9 @@ from megatron.core.dist_checkpointing.store import CheckpointContent
 from megatron.core.errors import CheckpointError
 from megatron.core.process_groups_config import background_group
 from megatron.core.tokenizers.base import Tokenizer
-from megatron.training.checkpoint_state import SaveResult, TrainState
+from megatron.training.checkpoint_state import Retention, SaveResult, TrainState
 from megatron.training.checkpointing import checkpoint_content, publish, world_group
+from megatron.training.non_persistent import NonPersistent
 from megatron.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Saver:
         tokenizer: Tokenizer,
         data_fingerprint: str | None,
         saved_iteration: int | None = None,
+        non_persistent: NonPersistent | None = None,
     ) -> None:
         """Write nothing yet.
 
@@ -41,14 +43,16 @@ class Saver:
             tokenizer: Goes along with every checkpoint.
             data_fingerprint: Of the training data and its order.
             saved_iteration: Of the checkpoint that lies in --save already, because it was loaded.
+            non_persistent: Where the checkpoints between those go; None without them.
         """
         self._run = run
         self._tokenizer = tokenizer
         self._data_fingerprint = data_fingerprint
         self._saved_iteration = saved_iteration
+        self._non_persistent = non_persistent
         options = run.config.checkpoint
         self._folder = None if options.save is None else place(options.save)
-        self._keep_last = options.keep_last
+        self._keep = Retention.of(options)
         self._background: BackgroundWriter | None = None
         if options.async_save:
             minutes = run.config.distributed.distributed_timeout_minutes
@@ -61,6 +65,19 @@ class Saver:
         """
         self._settle()
         self._tell(self._write(state))
+
+    def save_between(self, state: TrainState) -> None:
+        """Save ``state`` in place of the non-persistent checkpoint before it; waits until it is.
+
+        A save that fails is told, and training goes on.
+        """
+        assert self._non_persistent is not None, "there is no place for it"
+        self._settle()
+        result = self._non_persistent.save(state.iteration, self._content(state))
+        if result.error:
+            log.warning("%s; training goes on", result.line())
+        else:
+            log.info("%s", result.line())
 
     def look(self) -> None:
         """Tell of a save that has ended in the background since the last look; does not wait."""
@@ -78,24 +95,27 @@ class Saver:
         if result is not None and result.path is None:
             raise CheckpointError(result.line())
         self._tell(result)
+        if self._non_persistent is not None:
+            self._non_persistent.clean()
 
     def _write(self, state: TrainState) -> SaveResult | None:
         """Save ``state``; None when that is done already or goes on in the background."""
         if self._folder is None or self._saved_iteration == state.iteration:
             return None
-        content = checkpoint_content(
+        content = self._content(state)
+        if self._background is not None:
+            self._background.begin(self._folder, state.iteration, content, self._keep)
+            return None
+        return publish(self._folder, state.iteration, content, world_group(), self._keep)
+
+    def _content(self, state: TrainState) -> CheckpointContent:
+        return checkpoint_content(
             state,
             config=self._run.config,
             model=self._run.model,
             optimizer=self._run.optimizer,
             tokenizer=self._tokenizer,
             data_fingerprint=self._data_fingerprint,
-        )
-        if self._background is not None:
-            self._background.begin(self._folder, state.iteration, content, self._keep_last)
-            return None
-        return publish(
-            self._folder, state.iteration, content, world_group(), keep_last=self._keep_last
         )
 
     def _wait(self) -> SaveResult | None:
@@ -109,7 +129,8 @@ class Saver:
         if result is None:
             return
         if result.path is None:
-            log.warning("%s; training goes on", result.line())
+            if self._run.world.is_first:  # the result is the same on every rank
+                log.warning("%s; training goes on", result.line())
         else:
             self._saved_iteration = result.iteration
             log.info("%s", result.line())
@@ -133,7 +154,7 @@ class BackgroundWriter:
         self._written: Future[SaveResult] | None = None
 
     def begin(
-        self, folder: Place, iteration: int, content: CheckpointContent, keep_last: int | None
+        self, folder: Place, iteration: int, content: CheckpointContent, keep: Retention
     ) -> None:
         """Copy ``content`` and let the thread write it; the one before must have been awaited."""
         assert self._written is None, "one save at a time"
@@ -145,9 +166,7 @@ class BackgroundWriter:
             self._staging.nbytes / 2**20,
             time.perf_counter() - begin,
         )
-        self._written = self._thread.submit(
-            publish, folder, iteration, staged, self._group, keep_last=keep_last
-        )
+        self._written = self._thread.submit(publish, folder, iteration, staged, self._group, keep)
 
     @property
     def has_ended(self) -> bool:

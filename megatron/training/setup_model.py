@@ -15,6 +15,7 @@ from megatron.core.distributed.torch_fully_sharded_data_parallel import (
 from megatron.core.errors import ConfigError
 from megatron.core.lanes import Lanes
 from megatron.core.num_microbatches_calculator import NumMicroBatches
+from megatron.core.optimizer.grad_scaler import build_grad_scaler
 from megatron.core.optimizer.optimizer import get_megatron_optimizer
 from megatron.core.param_role import deferred_init, logical_shards, role_of
 from megatron.core.pipeline_parallel.executor import Message, PipelineExecutor
@@ -52,7 +53,12 @@ def setup_run(
         config=config,
         world=world,
         model=model,
-        optimizer=get_megatron_optimizer(config.optimizer, model, pg_collection=groups),
+        optimizer=get_megatron_optimizer(
+            config.optimizer,
+            model,
+            pg_collection=groups,
+            grad_scaler=build_grad_scaler(config.optimizer, fp16=config.model.fp16),
+        ),
         scheduler=build_scheduler(config),
         forward_step=forward_step,
         pipeline=build_pipeline(config, world, num_microbatches),

@@ -3,38 +3,49 @@
 import logging
 
 from megatron.core.dist_checkpointing.agreement import attempt
-from megatron.core.dist_checkpointing.folders import (
-    checkpoint_path,
-    latest_iteration,
-    prove_writable,
-)
+from megatron.core.dist_checkpointing.folders import prove_writable
 from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.errors import CheckpointError
 from megatron.core.extensions import registry
 from megatron.core.log import banner
 from megatron.training.checkpointing import world_group
 from megatron.training.config.run_config import RunConfig
+from megatron.training.initialize import Launch
+from megatron.training.starting_point import starting_point
 
 log = logging.getLogger(__name__)
 
 
-def start_line(config: RunConfig) -> str:
+def start_line(config: RunConfig, launch: Launch) -> str:
     """Return the first line of the log: fresh, or resuming at which step from where.
+
+    Args:
+        config: Of the run.
+        launch: Says whether torchrun starts these ranks for the first time.
 
     Raises:
         CheckpointError: The folder of --load is damaged.
     """
+    line = _where(config)
+    if launch.restarts:
+        line += f"; restart {launch.restarts} of at most {launch.max_restarts} by torchrun"
+    return line
+
+
+def _where(config: RunConfig) -> str:
     options = config.checkpoint
-    if options.load is None:
+    start = starting_point(options)
+    if start is None and options.load is None:
         return "starting a fresh run at iteration 0 (no --load)"
-    folder = place(options.load)
-    found = latest_iteration(folder) if options.ckpt_step is None else options.ckpt_step
-    if found is None:
-        return f"starting a fresh run at iteration 0 ({folder} holds no checkpoint yet)"
-    path = checkpoint_path(folder, found)
+    if start is None:
+        return f"starting a fresh run at iteration 0 ({options.load} holds no checkpoint yet)"
+    if start.weights_only:
+        why = f"{options.load} holds no checkpoint yet" if options.load else "no --load"
+        return f"finetuning at iteration 0 with the weights of {start.path} ({why})"
     if options.finetune:
-        return f"finetuning at iteration 0 with the weights of {path}"
-    return f"resuming at iteration {found} from {path}"
+        return f"finetuning at iteration 0 with the weights of {start.path}"
+    newer = "" if options.non_persistent_ckpt_type is None else ", or from a newer one between"
+    return f"resuming at iteration {start.iteration} from {start.path}{newer}"
 
 
 def prove_store(config: RunConfig) -> None:

@@ -1,8 +1,8 @@
 """One optimizer step, in the order in which things happen: the route of a batch as code.
 
 Every loss is divided by the number of unmasked tokens of the whole global batch before backward,
-so that gradients are plain sums over microbatches and ranks, whatever the layout. The update is
-done by all ranks or by none.
+so that gradients are plain sums over microbatches and ranks, whatever the layout; and multiplied by
+the loss scale, which the optimizer takes out again. The update is done by all ranks or by none.
 """
 
 import logging
@@ -38,13 +38,17 @@ class StepOutcome(NamedTuple):
     lm_loss: float
     """Sum of the losses of all unmasked tokens of the global batch over their number."""
     grad_norm: float | None
-    """Global L2 norm before clipping; None when the loss was not finite."""
+    """Global L2 norm before clipping, of the unscaled loss; None when that was not finite."""
     learning_rate: float
     """The rate this step was made with."""
     updated: bool
     """False when loss or gradient was not finite and the weights stayed as they were."""
     notes: tuple[float, ...]
     """The ranks' reasons to stop, summed (see StopRequest)."""
+    loss_scale: float = 1.0
+    """What the next loss will be multiplied by."""
+    is_search: bool = False
+    """The update was skipped for too large a loss scale, which falls: nothing is wrong yet."""
 
 
 def train_step(
@@ -66,11 +70,13 @@ def train_step(
     losses = run_microbatches(run, state, batches, counts)
     finalize_model_grads(run.model)
     loss, agreed = agree(losses, counts.loss, notes, run.world)
-    grad_norm, updated = None, math.isfinite(loss)
+    grad_norm, updated, is_search = None, math.isfinite(loss), False
     if updated:
+        may_fall = run.optimizer.grad_scaler.can_fall
         result = run.optimizer.step()
         grad_norm, updated = result.grad_norm, result.update_successful
-        if not updated:
+        is_search = may_fall and not updated
+        if not updated and not is_search:
             _tell_parameters(run.model.nonfinite_gradients())
     else:
         _tell_samples(run.world, state, losses, batches)
@@ -82,17 +88,18 @@ def train_step(
         run.moe_metrics.end_step(groups.tp_cp)
     if run.router_tracer is not None:
         run.router_tracer.advance_step(state.iteration + 1, cpu_batches)
+    outcome = StepOutcome(
+        loss,
+        grad_norm,
+        run.optimizer.param_groups[0]["lr"],
+        updated,
+        agreed,
+        run.optimizer.grad_scaler.scale,
+        is_search,
+    )
     if not updated:
-        log.warning(
-            "iteration %d: lm loss %s, grad norm %s: not finite, the update is skipped (samples "
-            "%d to %d)",
-            state.iteration + 1,
-            loss,
-            grad_norm,
-            state.consumed_samples,
-            state.consumed_samples + run.global_batch_size - 1,
-        )
-    return StepOutcome(loss, grad_norm, run.optimizer.param_groups[0]["lr"], updated, agreed)
+        _tell_skipped(run, state, outcome)
+    return outcome
 
 
 def next_batches(run: Run, data_iterator: Iterator[Batch]) -> list[Batch]:
@@ -144,6 +151,8 @@ def run_microbatches(
     """
     forwards = run.num_microbatches * run.world.pg_collection.dp.size()  # of all their shares
     losses = torch.zeros(len(batches), dtype=torch.float64, device=run.world.device)
+    loss_scale = run.optimizer.grad_scaler.scale
+    divisor = counts.loss / loss_scale
 
     def forward(index: int, chunk: int, pipeline_input: Tensor | None) -> Tensor:
         batch = batches[index]
@@ -157,6 +166,7 @@ def run_microbatches(
             router_tracer=run.router_tracer if run.is_tracing else None,
             same_num_tokens=True,  # all are of --micro-batch-size x --seq-length
             aux_loss_scale=1.0 / forwards,
+            loss_scale=loss_scale,
             padding_mask=batch.padding_mask,
             mean_valid_tokens=counts.valid / forwards,
             lanes=run.pipeline.lanes,
@@ -166,7 +176,7 @@ def run_microbatches(
             return output
         loss_sum = checked_loss(loss_func(output)).loss_sum
         losses[index] = loss_sum.detach()
-        return loss_sum / counts.loss
+        return loss_sum / divisor
 
     run.pipeline.forward_backward(forward, no_sync=run.model.no_sync)
     return losses
@@ -205,6 +215,26 @@ def agree(
     total[0] /= num_tokens
     loss, *agreed = total.tolist()
     return loss, tuple(agreed)
+
+
+def _tell_skipped(run: Run, state: TrainState, outcome: StepOutcome) -> None:
+    if outcome.is_search:
+        log.info(
+            "iteration %d: the gradient is too large for fp16 and this loss scale: the update is "
+            "skipped, the next loss scale is %.1f",
+            state.iteration + 1,
+            outcome.loss_scale,
+        )
+        return
+    log.warning(
+        "iteration %d: lm loss %s, grad norm %s: not finite, the update is skipped (samples "
+        "%d to %d)",
+        state.iteration + 1,
+        outcome.lm_loss,
+        outcome.grad_norm,
+        state.consumed_samples,
+        state.consumed_samples + run.global_batch_size - 1,
+    )
 
 
 def _tell_parameters(bad: Sequence[str]) -> None:

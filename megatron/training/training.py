@@ -4,8 +4,9 @@ Users' scripts call it with three functions of their own: which data, which mode
 forward step is. The loop itself decides nothing about a layout.
 """
 
+import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,8 @@ from megatron.training.failure import FailureReport
 from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import Launch, collective_checks, initialize, shut_down
 from megatron.training.metrics import MetricsWriter, log_folder
+from megatron.training.non_persistent import NonPersistent
+from megatron.training.observer import RunObserver
 from megatron.training.progress import Progress
 from megatron.training.reporting import Reporter
 from megatron.training.routing_trace import open_tracer
@@ -43,7 +46,8 @@ from megatron.training.wrap_up import finish
 log = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
-"""Updates skipped one after the other before a run is ended."""
+"""Updates skipped one after the other before a run is ended; those that lower the loss scale, or
+use up its hysteresis, do not count."""
 
 Datasets = tuple[SampleDataset | None, SampleDataset | None, SampleDataset | None]
 DatasetsProvider = Callable[[tuple[int, int, int], RunConfig, Tokenizer], Datasets]
@@ -63,6 +67,7 @@ class Session:
     timers: Timers
     failure: FailureReport
     saver: Saver
+    observers: Sequence[RunObserver] = ()
     evaluated_iteration: int | None = None
     """Iteration of the newest validation."""
 
@@ -73,6 +78,7 @@ def pretrain(
     forward_step_func: ForwardStep,
     *,
     config: RunConfig | None = None,
+    observers: Sequence[RunObserver] = (),
 ) -> None:
     """Train a model as the options say; every rank calls this once.
 
@@ -84,6 +90,7 @@ def pretrain(
         forward_step_func: ``(data_iterator, model) -> (output, loss_func)`` for one microbatch;
             ``loss_func(output)`` gives the sum of losses and the number of tokens.
         config: Parsed options; the command line is parsed when None.
+        observers: Told where the run begins and of every step.
     """
     launch = Launch.from_environment()
     timers = Timers()
@@ -93,17 +100,17 @@ def pretrain(
         config = parse_args() if config is None else config
         if config.dry_run.dry_run:
             raise SystemExit(dry_run(config, model_provider, forward_step_func))
-        log.info("%s", start_line(config))
+        log.info("%s", start_line(config, launch))
         world = initialize(config)
         failure.where = world.place()
-        failure.watch()
+        failure.watch(world.start)
         watches.enter_context(collective_checks(config))
         tokenizer = build_tokenizer(config.tokenizer)
         set_global_variables(config, tokenizer, timers)
         tell_options(config)
         prove_store(config)
         run = setup_run(config, world, model_provider, forward_step_func)
-        loaded = load(run, tokenizer)
+        loaded, between = load(run, tokenizer, launch)
         state = loaded.state()
         run = replace(run, router_tracer=open_tracer(run, state.iteration))
         check_replicas(run.model)
@@ -120,9 +127,9 @@ def pretrain(
             reporter=Reporter(run, writer, vocab_size=tokenizer.vocab_size),
             timers=timers,
             failure=failure,
-            saver=Saver(run, tokenizer, fingerprint(datasets), saved_already(config, state)),
+            saver=make_saver(run, tokenizer, datasets, loaded, between),
+            observers=observers,
         )
-        timers("setup").stop()
         go(session, handler)
         if writer is not None:
             writer.close()
@@ -133,6 +140,9 @@ def pretrain(
 def go(session: Session, handler: RankHandler) -> None:
     """Train and evaluate, watching for signals; the last state is saved."""
     run, state = session.run, session.state
+    session.timers("setup").stop()
+    for observer in session.observers:
+        observer.after_load(run, state)
     with StopRequest(run.config.training) as stop:
         reason = None
         if not run.config.training.skip_train:
@@ -156,6 +166,7 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
     """Go through the remaining iterations; return why it stopped early, None at the end."""
     run, state, timers = session.run, session.state, session.timers
     every_save = run.config.checkpoint.save_interval
+    every_between = run.config.checkpoint.non_persistent_save_interval
     every_eval = run.config.validation.eval_interval
     if state.iteration >= run.train_iters:
         log.info("nothing to train: %d of %d iterations are done", state.iteration, run.train_iters)
@@ -173,15 +184,19 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         is_last = state.iteration == run.train_iters
         reason = None if is_last else stop.reason(outcome.notes, state.iteration)
         check_replicas_in_time(run, state)
+        for observer in session.observers:
+            observer.after_step(run, state, outcome)
         session.saver.look()
         session.reporter.record(state, outcome, is_last=is_last or reason is not None)
         progress.update(outcome.lm_loss)
-        skipped = 0 if outcome.updated else skipped + 1
-        refuse_divergence(skipped, state)
+        skipped = 0 if outcome.updated else skipped + (not outcome.is_search)
+        refuse_divergence(skipped, run, state)
         if is_last:
             break  # what is due now comes after the last save
         if every_save and state.iteration % every_save == 0:
-            save(session)
+            save(session, session.saver.save)
+        elif every_between and state.iteration % every_between == 0:
+            save(session, session.saver.save_between)
         in_time = reason is None or not reason.hurry
         if every_eval and state.iteration % every_eval == 0 and in_time:
             validate(session)
@@ -201,19 +216,24 @@ def check_replicas_in_time(run: Run, state: TrainState) -> None:
         check_replicas(run.model, iteration=state.iteration)
 
 
-def refuse_divergence(skipped: int, state: TrainState) -> None:
+def refuse_divergence(skipped: int, run: Run, state: TrainState) -> None:
     """End a run that only skips: it would go on to its end for nothing, and save that.
 
     Raises:
         DivergedError: On every rank, since all skip together.
     """
-    if skipped == MAX_SKIPPED_IN_A_ROW:
-        raise DivergedError(
-            f"the last {skipped} updates, up to iteration {state.iteration}, were all skipped "
-            "because loss or gradient was not finite; nothing is saved. Go back to a checkpoint "
-            "from before (--load, --ckpt-step) with a lower --lr, or look at the samples that the "
-            "warnings name"
-        )
+    if skipped < MAX_SKIPPED_IN_A_ROW:
+        return
+    advice, optimizer = "with a lower --lr", run.config.optimizer
+    if run.config.model.fp16 and optimizer.loss_scale is not None:
+        advice += f", with less than --loss-scale {optimizer.loss_scale:g} or without it"
+    elif run.config.model.fp16:
+        advice += f", with less than --min-loss-scale {optimizer.min_loss_scale:g}"
+    raise DivergedError(
+        f"the last {skipped} updates, up to iteration {state.iteration}, were all skipped "
+        "because loss or gradient was not finite; nothing is saved. Go back to a checkpoint "
+        f"from before (--load, --ckpt-step) {advice}, or look at the samples that the warnings name"
+    )
 
 
 def batches(
@@ -265,28 +285,47 @@ def held_out_loss(session: Session, which: int) -> float:
     return loss
 
 
-def save(session: Session) -> None:
-    """Save a checkpoint of the state, unless it is saved already or --save is not set."""
+def save(session: Session, saving: Callable[[TrainState], None]) -> None:
+    """Save a checkpoint of the state by a method of the saver."""
     session.timers("save").start()
-    session.saver.save(session.state)
+    saving(session.state)
     session.timers("save").stop()
     session.reporter.resume_clock()
 
 
-def load(run: Run, tokenizer: Tokenizer) -> LoadedState:
-    """Load the checkpoint of --load, if any, into the run; return where training begins."""
-    loaded = load_checkpoint(
-        run.config.checkpoint.load,
-        config=run.config,
-        model=run.model,
-        optimizer=run.optimizer,
-        tokenizer=tokenizer,
+def load(
+    run: Run, tokenizer: Tokenizer, launch: Launch
+) -> tuple[LoadedState, NonPersistent | None]:
+    """Load the checkpoint of --load, if any, into the run.
+
+    Returns:
+        Where training begins, and where non-persistent checkpoints are, if there are any.
+    """
+    between = NonPersistent.create(run.config, launch)
+    reader = functools.partial(
+        load_checkpoint, model=run.model, optimizer=run.optimizer, tokenizer=tokenizer
     )
+    if between is None:
+        loaded = reader(run.config.checkpoint.load, config=run.config)
+    else:
+        loaded = between.load(run.config, reader)
     if loaded.path is not None:
         log.info("%s", loaded.line())
     for notice in loaded.notices:
         log.info(" > %s", notice)
-    return loaded
+    return loaded, between
+
+
+def make_saver(
+    run: Run,
+    tokenizer: Tokenizer,
+    datasets: Datasets,
+    loaded: LoadedState,
+    between: NonPersistent | None,
+) -> Saver:
+    """Return what saves the run, which knows what lies in --save already."""
+    already = saved_already(run.config, loaded)
+    return Saver(run, tokenizer, fingerprint(datasets), already, between)
 
 
 def fingerprint(datasets: Datasets) -> str | None:
@@ -305,11 +344,11 @@ def tell_changed_data(loaded: LoadedState, datasets: Datasets) -> None:
         )
 
 
-def saved_already(config: RunConfig, state: TrainState) -> int | None:
+def saved_already(config: RunConfig, loaded: LoadedState) -> int | None:
     """Return the iteration that lies in --save because it was loaded from there, or None."""
-    save, load = config.checkpoint.save, config.checkpoint.load
-    same = save is not None and load is not None and place(save).resolve() == place(load).resolve()
-    return state.iteration if same and state.iteration else None
+    save, path = config.checkpoint.save, loaded.path
+    same = save is not None and path is not None and place(save).resolve() == path.parent.resolve()
+    return loaded.iteration if same and loaded.iteration else None
 
 
 def num_samples(run: Run, state: TrainState) -> tuple[int, int, int]:

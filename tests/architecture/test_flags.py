@@ -22,6 +22,13 @@ OURS = {flag for option in OPTIONS.values() for flag in option.flags}
 ONLY_DERIVES = {"make_vocab_size_divisible_by": "padded_vocab_size"}
 # decided before the run, by a rule alone
 ONLY_RULES = {"allow_fresh_start"}
+# decided when options are read: what is taken from a checkpoint
+ONLY_TAKES = {
+    "use_checkpoint_args",
+    "use_mp_args_from_checkpoint_args",
+    "use_tokenizer_model_from_checkpoint_args",
+    "use_checkpoint_opt_param_scheduler",
+}
 NO_READERS = ("training/config/", "training/resume_rules.py")
 
 
@@ -197,7 +204,8 @@ def _options_with_effect() -> set[str]:
 
 
 def test_every_option_is_read_by_the_program():
-    unread = set(OPTIONS) - _options_with_effect() - set(ONLY_DERIVES) - ONLY_RULES
+    elsewhere = {*ONLY_DERIVES, *ONLY_RULES, *ONLY_TAKES}
+    unread = set(OPTIONS) - _options_with_effect() - elsewhere
     assert unread == set(), "options without effect: remove them, or use them"
 
 
@@ -208,6 +216,10 @@ def test_options_that_only_derive_others_do():
         assert f'use("{made}"' in text
     rules = (ROOT / "megatron/training/config/run_rules.py").read_text()
     assert all(f".{name}" in rules for name in ONLY_RULES)
+    config = ROOT / "megatron/training/config"
+    takers = [config / f"checkpoint_{what}.py" for what in ("args", "schedule")]
+    text = "".join(path.read_text() for path in takers)
+    assert all(f".{name}" in text for name in ONLY_TAKES)
 
 
 def test_importing_the_arguments_does_not_import_torch():

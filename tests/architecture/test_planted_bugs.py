@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.planted import run
+from tests.planted import plants
 from tests.planted.bugs import BUGS
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_bug_can_be_planted(bug):
     text = (ROOT / bug.file).read_text()
-    changed = run.planted(text, bug)
+    changed = plants.planted(text, bug)
     assert changed != text
     compile(changed, bug.file, "exec")
 
@@ -31,4 +31,4 @@ def test_names_are_distinct_and_each_invariant_has_two():
 
 def test_a_bug_whose_text_is_gone_is_an_error():
     with pytest.raises(AssertionError, match="stands 0 times"):
-        run.planted("x = 1\n", BUGS[0])
+        plants.planted("x = 1\n", BUGS[0])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.planted import run, run_layouts
+from tests.planted import plants, run_layouts
 from tests.planted.layout_bugs import LAYOUT_BUGS
 from tools.layouts.quick import QUICK
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("bug", LAYOUT_BUGS, ids=lambda bug: bug.name)
 def test_a_bug_can_be_planted(bug):
     text = (ROOT / bug.file).read_text()
-    changed = run.planted(text, bug)
+    changed = plants.planted(text, bug)
     assert changed != text
     compile(changed, bug.file, "exec")
 

@@ -31,6 +31,7 @@ TORCH_FREE = [
     "megatron/training/arguments.py",
     "megatron/training/log_line.py",
     "megatron/training/schedule_settings.py",
+    "megatron/training/starting_point.py",
     *(str(p.relative_to(ROOT)) for p in (ROOT / "megatron/training/config").glob("*.py")),
     *(str(p.relative_to(ROOT)) for p in (ROOT / "megatron/core/transformer/config").glob("*.py")),
     *(

@@ -1,7 +1,9 @@
 """The table of mistakes: command lines and what the message about them must say."""
 
+from tests.functional.bad_checkpoint_input import CHECKPOINT_CASES
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
+from tests.functional.bad_loss_scale_input import LOSS_SCALE_CASES
 from tests.functional.bad_moe_input import MOE_CASES
 from tests.functional.bad_optimizer_input import OPTIMIZER_CASES
 from tests.functional.bad_pipeline_input import PIPELINE_CASES
@@ -18,7 +20,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "no model": (1, "--mock-data", ["--num-layers is missing", "--hidden-size is missing"]),
     "no data": (1, SHAPE, ["--data-path PREFIX", "--mock-data"]),
     "both precisions": (1, f"{GOOD} --bf16 --fp64", ["--bf16 and --fp64 exclude each other"]),
-    "fp16": (1, f"{GOOD} --fp16 --bf16", ["--fp16", "use --bf16"]),
+    **LOSS_SCALE_CASES,
     "typo": (1, f"{MOE} --moe-rooter-topk 2", ["did you mean --moe-router-topk?"]),
     "abbreviation": (1, f"{MOE} --moe-router-top 2", ["did you mean --moe-router-topk?"]),
     "attention backend": (1, f"{GOOD} --attention-backend flsh", ["did you mean flash?"]),
@@ -98,6 +100,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     **OPTIMIZER_CASES,
     **DRY_RUN_CASES,
     **STORE_CASES,
+    **CHECKPOINT_CASES,
     "ep of experts": (
         4,
         f"{MOE} --expert-model-parallel-size 3",

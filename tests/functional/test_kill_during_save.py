@@ -2,79 +2,40 @@
 
 import os
 import random
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron.core.dist_checkpointing import folders
-from megatron.core.dist_checkpointing.serialization import read_tensors
 from megatron.core.dist_checkpointing.store import (
     CheckpointContent,
     open_checkpoint,
     write_checkpoint,
 )
+from tests.helpers.endless_saves import kill_at_random
 
-KILLS = 12
-NUMBERS = 200_000
 KILLED = 9
+SYNC_AND_ASYNC = [pytest.param(False, id="sync"), pytest.param(True, id="async")]
 
 
-def save_for_ever(folder: Path, first: int) -> None:
-    for iteration in range(first, 1_000_000):
-        tensors = {f"model.{name}": torch.full((NUMBERS,), float(iteration)) for name in "abcd"}
-        write_checkpoint(
-            folder,
-            iteration,
-            CheckpointContent(tensors=tensors, common={"iteration": iteration}),
-            None,
-            keep_last=2,
-        )
-
-
-def loaded_iteration(folder: Path) -> int:
-    opened = open_checkpoint(folder, None)
-    assert opened is not None
-    iteration = opened.common["iteration"]
-    tensors = {f"model.{name}": torch.zeros(NUMBERS) for name in "abcd"}
-    read_tensors(opened.path, tensors, None, prefixes=("model.",))
-    assert all(tensor.eq(iteration).all() for tensor in tensors.values())
-    return iteration
-
-
-def test_the_latest_checkpoint_is_loadable_after_kill_9_at_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_async", SYNC_AND_ASYNC)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_latest_checkpoint_loads_after_kill_9_at_random_moments(
+    world_size: int, is_async: bool, tmp_path: Path
+) -> None:
     draw = random.Random(11)
-    iteration = 1
-    began = time.perf_counter()
-    write_checkpoint(
-        tmp_path,
-        iteration,
-        CheckpointContent(
-            tensors={f"model.{name}": torch.ones(NUMBERS) for name in "abcd"},
-            common={"iteration": iteration},
-        ),
-        None,
-    )
-    save_s = time.perf_counter() - began  # what a moment is, on a machine as busy as this
-    killed_in_the_middle = 0
-    for _ in range(KILLS):
-        child = os.fork()
-        if child == 0:
-            try:
-                save_for_ever(tmp_path, iteration + 1)
-            finally:
-                os._exit(1)
-        time.sleep(draw.uniform(0.2, 5.0) * save_s)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        killed_in_the_middle += any(entry.suffix == ".tmp" for entry in tmp_path.iterdir())
-        after = loaded_iteration(tmp_path)
-        assert after >= iteration
-        iteration = after
-    assert iteration > 1, "no save ever finished: the test kills too early"
-    assert killed_in_the_middle > 0, "no save was ever interrupted: the test shows nothing"
+    kill_at_random(tmp_path / "run", world_size, is_async=is_async, interrupted=3, draw=draw)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_async", SYNC_AND_ASYNC)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_latest_checkpoint_loads_after_kill_9_in_20_saves(
+    world_size: int, is_async: bool, tmp_path: Path
+) -> None:
+    draw = random.Random(12)
+    kill_at_random(tmp_path / "run", world_size, is_async=is_async, interrupted=20, draw=draw)
 
 
 def small(value: float) -> CheckpointContent:

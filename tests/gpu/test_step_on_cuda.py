@@ -61,3 +61,11 @@ def test_bf16_training_with_grouped_gemm_stays_near_fp32():
 def test_two_runs_give_the_same_bits():
     options = {"fp64": False, "hidden_size": 64, "ffn_hidden_size": 64}
     assert _train("cuda", **options) == _train("cuda", **options)
+
+
+def test_fp16_training_with_a_loss_scale_stays_near_fp32():
+    options = {"fp64": False, "hidden_size": 64, "ffn_hidden_size": 64, "init_method_std": 0.05}
+    fp32, fp16 = _train("cuda", **options), _train("cuda", fp16=True, loss_scale=4096.0, **options)
+    for ours, theirs in zip(fp16, fp32, strict=True):
+        assert ours.lm_loss == pytest.approx(theirs.lm_loss, rel=2e-3)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)

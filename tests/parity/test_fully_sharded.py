@@ -17,10 +17,10 @@ from megatron.core.distributed.torch_fully_sharded_data_parallel import (
 )
 from megatron.core.optimizer import fully_sharded_optimizer
 from megatron.training.evaluate import evaluate
-from megatron.training.run import Run, TrainState
-from megatron.training.train_step import train_step
+from megatron.training.run import TrainState
 from tests.helpers.layouts import LayoutResult, make_config, make_run, microbatches, run_layout
 from tests.helpers.ranks import run_ranks
+from tests.helpers.train_steps import train_steps
 from tests.parity.test_layouts import CASES, assert_equal, check_layout
 
 FSDP = {"use_torch_fsdp2": True}
@@ -145,7 +145,7 @@ def _main_weights(options: dict[str, Any]) -> None:
     kept = [shard.weight for shard in run.model.shards]
     assert all(weight.dtype == torch.float32 for weight in kept)
     assert all(torch.equal(weight, weight.bfloat16().float()) for weight in kept), "drawn in bf16"
-    _train(run, TrainState(), 1)
+    train_steps(run, TrainState(), 1)
     assert not all(torch.equal(weight, weight.bfloat16().float()) for weight in kept)
 
 
@@ -157,7 +157,7 @@ def _kept(options: dict[str, Any], folder: str) -> None:
     """Count the bytes of all tensors that a run of two steps leaves alive."""
     before = _alive()
     run = make_run(make_config(**options))
-    _train(run, TrainState(dropout_seed=run.config.training.seed), 2)
+    train_steps(run, TrainState(dropout_seed=run.config.training.seed), 2)
     gc.collect()
     after = _alive()
     kept = sum(size for key, size in after.items() if key not in before)
@@ -169,15 +169,6 @@ def _alive() -> dict[int, int]:
     found = (x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter))
     storages = [x.untyped_storage() for x in found if x.is_floating_point()]
     return {storage._cdata: storage.nbytes() for storage in storages}
-
-
-def _train(run: Run, state: TrainState, steps: int) -> list[float]:
-    losses = []
-    for _ in range(steps):
-        losses.append(train_step(run, state, microbatches(run, state.consumed_samples)).lm_loss)
-        state.iteration += 1
-        state.consumed_samples += run.global_batch_size
-    return losses
 
 
 WIDE = {"hidden_size": 64, "ffn_hidden_size": 128, "num_moe_experts": 8}
@@ -205,7 +196,7 @@ def _gathered(options: dict[str, Any]) -> None:
         assert not any(isinstance(p, DTensor) for p in layers["1"].input_layernorm.parameters())
 
     layers["1"].input_layernorm.register_forward_hook(look)
-    _train(run, TrainState(), 1)
+    train_steps(run, TrainState(), 1)
     assert len(seen) == run.num_microbatches
     assert all(all(one) is not run.config.ddp.torch_fsdp2_no_reshard_after_forward for one in seen)
 
@@ -221,14 +212,14 @@ def _evaluated(options: dict[str, Any]) -> None:
     runs = [make_run(config), make_run(config)]
     states = [TrainState(), TrainState()]
     for run, state in zip(runs, states, strict=True):
-        _train(run, state, 1)
+        train_steps(run, state, 1)
     for _ in range(2):
         losses = [evaluate(run, microbatches(run, 64), 1) for run in runs]
         assert losses[0] == losses[1]
-        assert _train(runs[0], states[0], 1) == _train(runs[1], states[1], 1)
+        assert train_steps(runs[0], states[0], 1) == train_steps(runs[1], states[1], 1)
         evaluate(runs[0], microbatches(runs[0], 80), 1)
     plain = make_run(make_config(**(options | dict.fromkeys(FSDP, False))))
-    _train(plain, TrainState(), 3)
+    train_steps(plain, TrainState(), 3)
     want = evaluate(plain, microbatches(plain, 64), 1)
     assert evaluate(runs[0], microbatches(runs[0], 64), 1) == pytest.approx(want, rel=1e-10)
 

@@ -16,9 +16,9 @@ from megatron.training.checkpoint_model import load_trained_model
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.evaluate import evaluate
 from megatron.training.run import Run, TrainState
-from megatron.training.train_step import train_step
 from tests.helpers.layouts import make_config, make_run, microbatches
 from tests.helpers.ranks import run_ranks
+from tests.helpers.train_steps import train_steps
 from tools.layouts.sharded_blocks import sharded_main_weights
 from tools.layouts.whole_tensors import Blocks, whole_of_ranks
 
@@ -44,15 +44,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SOURCES = ["sharded 4, ep 2", "sharded 3", "plain 2", "zero-1 2"]
 
 
-def _train(run: Run, state: TrainState, steps: int) -> list[float]:
-    losses = []
-    for _ in range(steps):
-        losses.append(train_step(run, state, microbatches(run, state.consumed_samples)).lm_loss)
-        state.iteration += 1
-        state.consumed_samples += run.global_batch_size
-    return losses
-
-
 def _save(folder: str, run: Run, state: TrainState) -> None:
     saved = save_checkpoint(
         folder, state, config=run.config, model=run.model, optimizer=run.optimizer
@@ -67,7 +58,7 @@ def _load(folder: str, run: Run) -> TrainState:
 
 def _train_and_save(folder: str, options: dict[str, Any]) -> None:
     run, state = make_run(make_config(**options)), TrainState()
-    _train(run, state, 2)
+    train_steps(run, state, 2)
     evaluate(run, microbatches(run, 64), 1)  # leaves what a forward gathers last
     _save(folder, run, state)
 
@@ -123,11 +114,11 @@ def _blocks(run: Run) -> Blocks:
 
 def _goes_on(folder: str, options: dict[str, Any]) -> None:
     run, state = make_run(make_config(**options)), TrainState(dropout_seed=7)
-    _train(run, state, 2)
+    train_steps(run, state, 2)
     _save(folder, run, state)
-    want = _train(run, state, 2)
+    want = train_steps(run, state, 2)
     other = make_run(run.config)
-    assert _train(other, _load(folder, other), 2) == want
+    assert train_steps(other, _load(folder, other), 2) == want
     for mine, theirs in zip(_blocks(run), _blocks(other), strict=True):
         assert mine.name == theirs.name
         assert torch.equal(mine.tensor, theirs.tensor), mine.name
@@ -184,7 +175,7 @@ def test_a_model_to_generate_with_is_read_from_it(tmp_path: Path) -> None:
 
 def _checked(options: dict[str, Any]) -> None:
     run = make_run(make_config(**options))
-    _train(run, TrainState(), 1)
+    train_steps(run, TrainState(), 1)
     check_replicas(run.model, iteration=1)
     biases = [b for name, b in run.model.module.named_buffers() if name.endswith("expert_bias")]
     if dist.get_rank() == 1:

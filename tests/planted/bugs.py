@@ -15,6 +15,7 @@ LINEAR = (
     "test_router.py::"
     "test_balance_gradient_is_linear_in_coefficient_and_scale_and_ignores_the_main_one"
 )
+LOSS_SCALE = "test_fp16.py::test_a_constant_scale_of_a_power_of_two_changes_no_bit"
 LEARNS = "test_router.py::test_router_learns_from_the_main_loss_alone"
 RULE = "test_routing.py::test_weights_and_gradients_are_those_of_the_plain_rule"
 SCOPES = "test_router.py::test_several_balance_losses_each_keep_their_scope_and_coefficient"
@@ -62,6 +63,14 @@ BUGS = (
         "aux_loss_scale=1.0 / forwards,",
         "aux_loss_scale=1.0 / run.num_microbatches,",
         (f"{UNEVEN}[2---micro-batch-size 2]",),
+    ),
+    Bug(
+        "balance losses are not multiplied by the loss scale",
+        "R1",
+        f"{MOE}/router.py",
+        "scale = context.aux_loss_scale * context.loss_scale",
+        "scale = context.aux_loss_scale",
+        (f"{LOSS_SCALE}[options0]", f"{LOSS_SCALE}[options1]"),
     ),
     Bug(
         "the coefficient of a balance loss enters twice",

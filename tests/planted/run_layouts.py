@@ -6,8 +6,6 @@ First every layout that is used runs without a bug and must be equal. Exit code 
 seen, or is called something else.
 """
 
-import argparse
-import os
 import re
 import subprocess
 import sys
@@ -17,60 +15,39 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.planted.layout_bugs import LAYOUT_BUGS, LayoutBug
-from tests.planted.run import copy_project, planted
+from tests.planted.plants import chosen, copy_project, in_place, run_in, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bugs whose name or number has one of the words; all when there are none."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("words", nargs="*", help="of names, or numbers such as R2")
-    words = parser.parse_args(argv).words
-    bugs = [
-        bug
-        for bug in LAYOUT_BUGS
-        if not words or any(word in (bug.invariant, *bug.name.split()) for word in words)
-    ]
+    bugs = chosen(LAYOUT_BUGS, argv, __doc__.splitlines()[0], "R2")
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         copy = Path(folder)
         copy_project(copy)
         layouts = dict.fromkeys(bug.layout for bug in bugs)
         wrong = [layout for layout in layouts if verify(copy, layout).returncode]
-        _say(f"without a bug: {len(layouts)} layouts, {len(wrong)} wrong", *wrong)
+        say(f"without a bug: {len(layouts)} layouts, {len(wrong)} wrong", *wrong)
         missed = [bug for bug in bugs if not is_named(copy, bug)]
-    _say(f"{len(bugs) - len(missed)} of {len(bugs)} bugs are seen and called what they are")
+    say(f"{len(bugs) - len(missed)} of {len(bugs)} bugs are seen and called what they are")
     return int(bool(wrong or missed))
 
 
 def verify(copy: Path, layout: str) -> subprocess.CompletedProcess[str]:
     """Run the tool in the copy on one layout."""
-    command = [sys.executable, "-B", "tools/verify_layouts.py", "--layout", layout]
-    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command,
-        cwd=copy,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    return run_in(copy, ["tools/verify_layouts.py", "--layout", layout])
 
 
 def is_named(copy: Path, bug: LayoutBug) -> bool:
     """Plant, run, take it out again; say how it went."""
-    path, start = copy / bug.file, time.monotonic()
-    text = path.read_text()
-    path.write_text(planted(text, bug))
-    try:
+    start = time.monotonic()
+    with in_place(copy, bug):
         done = verify(copy, bug.layout)
-    finally:
-        path.write_text(text)
     missing = unsaid(bug, done.stdout) if done.returncode == 1 else ["exit code 1"]
     seconds = time.monotonic() - start
     verdict = "MISSED" if missing else "named "
     said = [f"wanted: {words}" for words in missing]
     said += [line.strip() for line in done.stdout.splitlines()] if missing else []
-    _say(f"{verdict} {bug.invariant:4}{bug.name} ({seconds:.0f} s)", *said, *_error(done, missing))
+    say(f"{verdict} {bug.invariant:4}{bug.name} ({seconds:.0f} s)", *said, *_error(done, missing))
     return not missing
 
 
@@ -82,11 +59,6 @@ def unsaid(bug: LayoutBug, said: str) -> list[str]:
 
 def _error(done: subprocess.CompletedProcess[str], missing: list[str]) -> list[str]:
     return done.stderr.splitlines()[-5:] if missing else []
-
-
-def _say(line: str, *more: str) -> None:
-    sys.stdout.write("\n    ".join([line, *more]) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ _NOT_MODEL = """
     train_iters exit_interval exit_duration_in_mins skip_train
     tokenizer_type tokenizer_model vocab_file merge_file tiktoken_pattern
     tiktoken_num_special_tokens make_vocab_size_divisible_by
-    moe_enable_routing_replay bf16 fp64
+    moe_enable_routing_replay bf16 fp16 fp64
 """
 _LAYOUT = """
     recompute_granularity recompute_method recompute_num_layers recompute_modules

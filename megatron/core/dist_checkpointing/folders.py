@@ -10,8 +10,8 @@ Functions that dispatch have another version for object stores, in object_folder
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import singledispatch
 from io import RawIOBase
 from pathlib import Path
@@ -25,6 +25,8 @@ Place: TypeAlias = Path | ObjectPath
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
+COMMON = "common.json"
+"""Everything of a checkpoint that is no tensor."""
 _NUMBERED = re.compile(r"\.?iter_(\d{7,})")
 _HIDDEN = re.compile(r"\.iter_\d{7,}\.(tmp|old|pruned)")
 
@@ -117,18 +119,33 @@ def begin(folder: Place, iteration: int) -> Place:
 
 @singledispatch
 def publish(temporary: Place, folder: Place, iteration: int) -> Place:
-    """Give a finished checkpoint its name, then let the tracker name it. Returns its path."""
+    """Give a finished checkpoint its name, then let the tracker name it. Returns its path.
+
+    Raises:
+        OSError: The disk is full, say; names are as they were before, unless the tracker was
+            written and could not be flushed.
+    """
     temporary, folder = _local(temporary), _local(folder)
     flush_folder(temporary)
     final = folder / checkpoint_name(iteration)
     replaced = _hidden(folder, iteration, "old")
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
+    tracker = _prepared(folder / TRACKER, str(iteration))  # takes room before anything is named
+    try:
+        if final.exists():
+            final.rename(replaced)
+        temporary.rename(final)
+        flush_folder(folder)
+        tracker.replace(folder / TRACKER)
+    except OSError:
+        with suppress(OSError):  # what cannot be undone now, the next save undoes
+            tracker.unlink(missing_ok=True)
+            if final.exists() and not temporary.exists():
+                final.rename(temporary)
+            if replaced.exists():
+                replaced.rename(final)
+        raise
     flush_folder(folder)
-    write_file(folder / TRACKER, str(iteration))
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    shutil.rmtree(replaced, ignore_errors=True)  # what stays, the next save clears
     return final
 
 
@@ -138,24 +155,50 @@ def discard(temporary: Place) -> None:
     shutil.rmtree(_local(temporary), ignore_errors=True)
 
 
-def prune(folder: Place, keep_last: int, current: int) -> list[int]:
-    """Delete all but the ``keep_last`` newest checkpoints up to ``current``, the one just saved.
+def prune(
+    folder: Place, keep_last: int | None, current: int, *, retain_interval: int | None = None
+) -> list[int]:
+    """Delete checkpoints that the one of ``current``, just saved, makes superfluous.
 
     Later ones are not of this run, which has not come so far: they neither count nor go.
+
+    Args:
+        folder: Holds the checkpoints.
+        keep_last: This many of the newest stay. None: only the one before ``current`` may go, and
+            only with a ``retain_interval``.
+        current: Iteration of the newest checkpoint of this run.
+        retain_interval: Multiples of it stay for good and are not counted.
 
     Returns:
         The iterations that were deleted.
     """
-    own = [iteration for iteration in complete_iterations(folder) if iteration <= current]
-    doomed = own[:-keep_last]
-    for iteration in doomed:
-        delete(folder, iteration)
+    doomed = superfluous(complete_iterations(folder), keep_last, current, retain_interval)
+    delete(folder, doomed)
     return doomed
 
 
+def delete(folder: Place, iterations: Iterable[int]) -> None:
+    """Delete complete checkpoints."""
+    for iteration in iterations:
+        remove(folder, iteration)
+
+
+def superfluous(
+    complete: list[int], keep_last: int | None, current: int, retain_interval: int | None
+) -> list[int]:
+    """Return which of the ``complete`` iterations, in ascending order, ``prune`` deletes."""
+    own = [iteration for iteration in complete if iteration <= current]
+    passing = [i for i in own if retain_interval is None or i % retain_interval]
+    if keep_last is not None:
+        return passing[:-keep_last]
+    if retain_interval is None:
+        return []
+    return [iteration for iteration in own[-2:-1] if iteration in passing]
+
+
 @singledispatch
-def delete(folder: Place, iteration: int) -> None:
-    """Delete a checkpoint; at no moment is there half of one by its name."""
+def remove(folder: Place, iteration: int) -> None:
+    """Delete one checkpoint; at no moment is there half of one by its name."""
     folder = _local(folder)
     hidden = _hidden(folder, iteration, "pruned")
     (folder / checkpoint_name(iteration)).rename(hidden)
@@ -197,17 +240,27 @@ def local_copies(folder: Place, names: Mapping[str, str]) -> Iterator[dict[str, 
 def write_file(path: Place, text: str) -> None:
     """Write ``text`` so that a reader sees the old content or the new, never a part."""
     path = _local(path)
+    prepared = _prepared(path, text)
+    try:
+        prepared.replace(path)
+    except OSError:
+        prepared.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def _prepared(path: Path, text: str) -> Path:
+    """Write what ``path`` shall hold beside it, flushed to the disk; return that file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    flush_folder(path.parent)
+    return temporary
 
 
 @singledispatch

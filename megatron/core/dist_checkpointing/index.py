@@ -130,7 +130,7 @@ def _to_data(index: TensorIndex) -> dict[str, Any]:
                     "begin": block.facts.begin,
                     "bytes": block.facts.nbytes,
                     "crc32": block.facts.crc32,
-                    "sha256": block.facts.sha256,
+                    "xor64": block.facts.xor64,
                 }
                 for block in tensor.blocks
             ],
@@ -152,7 +152,7 @@ def _from_data(data: Mapping[str, Any]) -> dict[str, StoredTensor]:
                         int(block["begin"]),
                         int(block["bytes"]),
                         int(block["crc32"]),
-                        str(block["sha256"]),
+                        int(block["xor64"]),
                     ),
                 )
                 for block in entry["blocks"]

@@ -73,7 +73,7 @@ def _(written: ObjectPath) -> None:
             _remove(written)
 
 
-@folders.delete.register
+@folders.remove.register
 def _(folder: ObjectPath, iteration: int) -> None:
     for found in set(_places(folder, iteration)):
         _remove(found)

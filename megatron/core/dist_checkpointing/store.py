@@ -25,7 +25,7 @@ from megatron.core.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-COMMON = "common.json"
+COMMON = folders.COMMON
 FORMAT_VERSION = 2
 ResultT = TypeVar("ResultT")
 
@@ -57,6 +57,8 @@ def write_checkpoint(
     group: ProcessGroup | None,
     *,
     keep_last: int | None = None,
+    retain_interval: int | None = None,
+    is_complete: bool = True,
 ) -> tuple[Place, int]:
     """Add a checkpoint to ``folder`` and make it the latest; every rank must call this.
 
@@ -67,6 +69,9 @@ def write_checkpoint(
         group: The ranks that take part; None for one process without torch.distributed.
         keep_last: Keep this many checkpoints up to this iteration, after success; later ones, of
             a run that was given up, stay and are told once.
+        retain_interval: Iterations that are multiples of it stay and are not counted; without
+            ``keep_last`` the one before goes; see ``folders.prune``.
+        is_complete: The ranks hold every element of every tensor; see ``write_tensors``.
 
     Returns:
         Path and size in bytes.
@@ -78,7 +83,7 @@ def write_checkpoint(
     temporary = _on_first(lambda: folders.begin(folder, iteration), group)
     try:
         attempt(lambda: _must_see(temporary), group)
-        write_tensors(temporary, content.tensors, group)
+        write_tensors(temporary, content.tensors, group, complete=is_complete)
         _on_first(lambda: _write_documents(temporary, content), group)
         size = _on_first(lambda: write_manifest(temporary), group)
         final = _on_first(lambda: folders.publish(temporary, folder, iteration), group)
@@ -86,8 +91,8 @@ def write_checkpoint(
         if rank_in(group) == 0:
             folders.discard(temporary)
         raise
-    if keep_last is not None and rank_in(group) == 0:
-        _prune(folder, keep_last, iteration)
+    if (keep_last or retain_interval) and rank_in(group) == 0:
+        _prune(folder, keep_last, iteration, retain_interval)
     return final, size
 
 
@@ -130,14 +135,16 @@ def _write_documents(temporary: Place, content: CheckpointContent) -> None:
     folders.write_file(temporary / COMMON, json.dumps(common, indent=1) + "\n")
 
 
-def _prune(folder: Place, keep_last: int, iteration: int) -> None:
+def _prune(
+    folder: Place, keep_last: int | None, iteration: int, retain_interval: int | None
+) -> None:
     try:
-        folders.prune(folder, keep_last, iteration)
+        folders.prune(folder, keep_last, iteration, retain_interval=retain_interval)
         newest = max(folders.complete_iterations(folder), default=iteration)
     except OSError as error:
         log.warning("could not delete old checkpoints in %s: %s", folder, error)
         return
-    if newest > iteration:
+    if newest > iteration and keep_last is not None:
         _tell_later(folders.checkpoint_path(folder, newest))
 
 

@@ -103,8 +103,8 @@ def grouped_weight_grad(grad: Tensor, rows: Tensor, tokens_per_expert: Tensor) -
 
 
 def _fits_grouped_mm(rows: Tensor, *widths: int) -> bool:
-    """Whether ``F.grouped_mm`` takes it: fp32 or bf16, some rows, widths of whole 16 bytes."""
-    typed = rows.dtype in (torch.float32, torch.bfloat16)
+    """Whether ``F.grouped_mm`` takes it: no fp64, some rows, widths of whole 16 bytes."""
+    typed = rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
     aligned = all(width * rows.element_size() % 16 == 0 for width in widths)
     return typed and aligned and rows.shape[0] > 0
 

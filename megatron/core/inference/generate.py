@@ -6,7 +6,7 @@ mask keeps padding out of attention and positions count from each row's own firs
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,8 @@ def generate(
     Changes neither the model (its training mode comes back) nor any global generator.
 
     Args:
-        model: A GPTModel, on any device.
+        model: A whole GPTModel, on any device; its experts may be spread over ranks, which then all
+            call this with the same prompts.
         config: Of the model.
         prompts: Ids of each prompt, at least one each.
         options: How far, and how tokens are chosen.
@@ -65,10 +66,11 @@ def generate(
         The new ids of each prompt.
 
     Raises:
-        ConfigError: A prompt is empty, or does not fit the model's positions.
+        ConfigError: A prompt is empty, or does not fit the model's positions; or the model is split
+            in slices or stages.
         MegatronError: The model gives logits that are not numbers.
     """
-    _refuse(prompts, options)
+    _refuse(prompts, options, config)
     if not prompts or options.max_new_tokens == 0:
         return [[] for _ in prompts]
     if config.num_moe_experts is not None and config.chooses_by_expert:
@@ -86,8 +88,10 @@ def generate(
         model.train(was_training)
 
 
-def _refuse(prompts: Sequence[Sequence[int]], options: GenerationOptions) -> None:
-    problems = list(options.sampling.problems())
+def _refuse(
+    prompts: Sequence[Sequence[int]], options: GenerationOptions, config: TransformerConfig
+) -> None:
+    problems = [*_split_problems(config), *options.sampling.problems()]
     if options.max_new_tokens < 0:
         problems.append(f"--max-new-tokens {options.max_new_tokens} must be 0 or more")
     for row, prompt in enumerate(prompts):
@@ -101,6 +105,18 @@ def _refuse(prompts: Sequence[Sequence[int]], options: GenerationOptions) -> Non
                 f"{options.max_positions}"
             )
     ConfigError.raise_if_any(problems)
+
+
+def _split_problems(config: TransformerConfig) -> Iterator[str]:
+    """Yield a sentence where a rank has not all of every layer that every token goes through."""
+    for axis in ("tensor_model", "pipeline_model", "context"):
+        size = getattr(config, f"{axis}_parallel_size")
+        if size > 1:
+            yield (
+                f"a model split by --{axis.replace('_', '-')}-parallel-size {size} does not "
+                "generate: save a checkpoint and load it on one process (tools/generate.py, "
+                "load_trained_model), whatever layout saved it"
+            )
 
 
 class _Batch:

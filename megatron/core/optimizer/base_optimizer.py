@@ -1,5 +1,6 @@
 """What training asks of an optimizer, whatever it steps: flat buffers or shards."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megatron.core.optimizer.flat_step import FlatStep
+from megatron.core.optimizer.grad_scaler import GradScaler
 from megatron.core.param_blocks import ParamBlocks
 from megatron.core.param_role import ParamRole
 
@@ -17,7 +19,7 @@ class StepResult(NamedTuple):
     update_successful: bool
     """False: the gradient was not finite and nothing was changed, on no rank."""
     grad_norm: float | None
-    """Global L2 norm before clipping."""
+    """Global L2 norm before clipping, of the gradient of the loss itself: without its scale."""
 
 
 class NamedState(NamedTuple):
@@ -28,8 +30,8 @@ class NamedState(NamedTuple):
     role: ParamRole
     """Role of the parameter."""
     tensors: dict[str, Tensor | ParamBlocks]
-    """Views shaped like the parameter: the moments and, of a bf16 model, ``main_param``; sharded,
-    the blocks of it that this rank keeps."""
+    """Views shaped like the parameter: the moments and, of a bf16 or fp16 model, ``main_param``;
+    sharded, the blocks of it that this rank keeps."""
 
 
 class BaseOptimizer(ABC):
@@ -40,6 +42,8 @@ class BaseOptimizer(ABC):
     """
 
     _flat_step: FlatStep
+    grad_scaler: GradScaler
+    """Says what losses are to be multiplied by before backward; ``step`` tells it what came."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -59,9 +63,17 @@ class BaseOptimizer(ABC):
     def step(self) -> StepResult:
         """Clip the gradient and update the weights, on all ranks or on none.
 
-        Collective over all ranks. ``finish_grad_sync`` was called before; the gradients are used
-        up (clipping scales them in place).
+        Collective over all ranks. ``finish_grad_sync`` was called before; the gradients, of a loss
+        times ``grad_scaler.scale``, are used up (they are divided in place). The scale of the next
+        step may be another one.
         """
+
+    def _clip_and_step(self, norm: Tensor) -> StepResult:
+        """Step the main weights and tell the scaler. ``norm`` is of the scaled gradient, []."""
+        true_norm = self._flat_step.step(norm, self.grad_scaler.scale)
+        is_finite = math.isfinite(true_norm)
+        self.grad_scaler.update(found_inf=not is_finite)
+        return StepResult(is_finite, true_norm)
 
     @abstractmethod
     def named_state(self) -> Iterator[NamedState]:

@@ -63,42 +63,53 @@ class FlatStep:
         state = self.optimizer.state[main]
         return {name: state[name] for name in self.moment_names}
 
-    def step(self, norm: Tensor) -> float:
+    def step(self, norm: Tensor, loss_scale: float = 1.0) -> float:
         """Clip and step; do nothing at all if the gradient is not finite.
 
-        Gradients are divided in place when they are clipped.
+        Gradients are divided in place when they are clipped or scaled.
 
         Args:
-            norm: Global norm of the gradient, a scalar on the device, equal on all ranks.
+            norm: Global norm of the gradient as it is in ``.grad``, a scalar on the device, equal
+                on all ranks.
+            loss_scale: What the loss was multiplied by, and so the gradient.
 
         Returns:
-            The norm; reading it is the only time the host waits for the device.
+            The norm of the gradient of the loss itself; reading it is the only time the host
+            waits for the device.
         """
+        norm = norm / loss_scale
         if self._folds:
-            self._launch(norm)
+            self._launch(norm, loss_scale)
             value = norm.item()
         else:
             value = norm.item()
             if math.isfinite(value):
-                self._divide(norm)
+                self._divide(norm, loss_scale)
                 self.optimizer.step()
         self._step_count += math.isfinite(value)
         return value
 
-    def _launch(self, norm: Tensor) -> None:
+    def _launch(self, norm: Tensor, loss_scale: float) -> None:
         """Queue the step without knowing the norm on the host (the protocol of ``GradScaler``)."""
         optimizer: Any = self.optimizer
         optimizer.found_inf = torch.logical_not(torch.isfinite(norm)).float()
         optimizer.grad_scale = None
-        if self._clip_grad > 0.0 and self._folds_clipping:
-            optimizer.grad_scale = clip_divisor(norm, self._clip_grad).float()
+        divisor = self._divisor(norm, loss_scale)
+        if divisor is not None and self._folds_clipping:
+            optimizer.grad_scale = divisor.float()
         else:
-            self._divide(norm)
+            self._divide(norm, loss_scale)
         optimizer.step()
 
-    def _divide(self, norm: Tensor) -> None:
+    def _divisor(self, norm: Tensor, loss_scale: float) -> Tensor | None:
+        """Return what gradients are divided by, [] fp64; None for nothing."""
         if self._clip_grad > 0.0:
-            divisor = clip_divisor(norm, self._clip_grad)
+            return clip_divisor(norm, self._clip_grad) * loss_scale
+        return None if loss_scale == 1.0 else torch.full_like(norm, loss_scale)
+
+    def _divide(self, norm: Tensor, loss_scale: float) -> None:
+        divisor = self._divisor(norm, loss_scale)
+        if divisor is not None:
             for main in self._mains:
                 assert main.grad is not None, "a flat gradient is set once and kept"
                 main.grad.div_(divisor)

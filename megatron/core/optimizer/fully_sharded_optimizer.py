@@ -4,18 +4,19 @@ What is stepped are the main weights in fp32 (fp64); the units of the model are 
 when they are gathered, so that nothing is sent after a step.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from megatron.core.distributed.param_and_grad_buffer import main_dtype
 from megatron.core.distributed.torch_fully_sharded_data_parallel import (
     TorchFullyShardedDataParallel,
 )
 from megatron.core.optimizer.base_optimizer import BaseOptimizer, NamedState, StepResult
 from megatron.core.optimizer.clip_grads import sum_of_squares, sum_over_ranks
 from megatron.core.optimizer.flat_step import FlatStep
+from megatron.core.optimizer.grad_scaler import GradScaler
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.param_blocks import ParamBlocks
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -30,8 +31,10 @@ class FullyShardedOptimizer(BaseOptimizer):
         ddp: TorchFullyShardedDataParallel,
         *,
         pg_collection: ProcessGroupCollection,
+        grad_scaler: GradScaler,
     ) -> None:
         """Make moments (zeros) for every shard of a trainable parameter of ``ddp``."""
+        self.grad_scaler = grad_scaler
         self._ddp = ddp
         self._group = pg_collection.dp_cp
         members: dict[bool, list[Tensor]] = {}
@@ -55,12 +58,12 @@ class FullyShardedOptimizer(BaseOptimizer):
     @torch.no_grad()
     def step(self) -> StepResult:
         """See BaseOptimizer.step."""
-        norm = self._flat_step.step(self._grad_norm())
-        return StepResult(math.isfinite(norm), norm)
+        return self._clip_and_step(self._grad_norm())
 
     def named_state(self) -> Iterator[NamedState]:
         """See BaseOptimizer.named_state."""
-        has_main = self._ddp.model_dtype == torch.bfloat16  # else the weights are the main weights
+        model = self._ddp.model_dtype
+        has_main = model != main_dtype(model)  # else the weights are the main weights
         for shard in self._ddp.shards:
             kept: dict[str, Tensor | ParamBlocks] = {}
             if shard.weight.numel():

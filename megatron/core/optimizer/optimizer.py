@@ -1,13 +1,12 @@
 """The optimizer of a model in flat buffers: global norm, clipping, step, and state by parameter.
 
-fp32 and fp64 models are stepped in place. bf16 models have fp32 main weights, which are stepped
-and then rounded into the model; the model's own weights are never read.
+fp32 and fp64 models are stepped in place. bf16 and fp16 models have fp32 main weights, which are
+stepped and then rounded into the model; the model's own weights are never read.
 
 Sharded (ZeRO-1, Rajbhandari et al. 2020, arXiv:1910.02054), a rank keeps main weights and moments
 of its slices of the buffers only, steps those, and takes the rest of the weights from their owners.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +27,7 @@ from megatron.core.optimizer.clip_grads import (
 )
 from megatron.core.optimizer.flat_step import FlatStep
 from megatron.core.optimizer.fully_sharded_optimizer import FullyShardedOptimizer
+from megatron.core.optimizer.grad_scaler import GradScaler, build_grad_scaler
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import plan_param_groups
 from megatron.core.optimizer.shard_layout import Piece, overlaps, owned_slices, whole_buffers
@@ -47,8 +47,10 @@ class MegatronOptimizer(BaseOptimizer):
         ddp: DistributedDataParallel,
         *,
         pg_collection: ProcessGroupCollection,
+        grad_scaler: GradScaler,
     ) -> None:
         """Make main weights and moments (zeros) for every trainable parameter of ``ddp``."""
+        self.grad_scaler = grad_scaler
         self._ddp = ddp
         self._pg_collection = pg_collection
         self._pieces = _pieces(ddp)
@@ -75,10 +77,10 @@ class MegatronOptimizer(BaseOptimizer):
     def step(self) -> StepResult:
         """See BaseOptimizer.step."""
         self._ddp.finish_param_sync()
-        norm = self._flat_step.step(self._grad_norm())
-        if math.isfinite(norm):
+        result = self._clip_and_step(self._grad_norm())
+        if result.update_successful:
             self._copy_main_to_model()
-        return StepResult(math.isfinite(norm), norm)
+        return result
 
     def named_state(self) -> Iterator[NamedState]:
         """See BaseOptimizer.named_state."""
@@ -146,12 +148,24 @@ def get_megatron_optimizer(
     ddp: DataParallelBase,
     *,
     pg_collection: ProcessGroupCollection,
+    grad_scaler: GradScaler | None = None,
 ) -> BaseOptimizer:
-    """Return the optimizer that the options ask for, over what ``ddp`` keeps."""
+    """Return the optimizer that the options ask for, over what ``ddp`` keeps.
+
+    Args:
+        optimizer_config: Kind and constants.
+        ddp: The model, whose gradients are summed.
+        pg_collection: Of this rank.
+        grad_scaler: See BaseOptimizer; when None, that of a model that is not in fp16.
+    """
+    scaler = grad_scaler or build_grad_scaler(optimizer_config, fp16=False)
+    groups = pg_collection
     if isinstance(ddp, TorchFullyShardedDataParallel):
-        return FullyShardedOptimizer(optimizer_config, ddp, pg_collection=pg_collection)
+        return FullyShardedOptimizer(
+            optimizer_config, ddp, pg_collection=groups, grad_scaler=scaler
+        )
     assert isinstance(ddp, DistributedDataParallel), f"{type(ddp)} has no optimizer"
-    return MegatronOptimizer(optimizer_config, ddp, pg_collection=pg_collection)
+    return MegatronOptimizer(optimizer_config, ddp, pg_collection=groups, grad_scaler=scaler)
 
 
 def _pieces(ddp: DistributedDataParallel) -> list[Piece]:
@@ -167,7 +181,7 @@ def _pieces(ddp: DistributedDataParallel) -> list[Piece]:
 
 
 def _main_tensor(buffer: ParamAndGradBuffer, piece: Piece) -> Tensor:
-    """Return what is stepped: the model's flat weights, or fp32 copies of bf16 ones."""
+    """Return what is stepped: the model's flat weights, or fp32 copies of narrower ones."""
     weights = buffer.param_data[piece.start : piece.end]
     same = main_dtype(weights.dtype) == weights.dtype
     main = weights if same else weights.to(buffer.grad_data.dtype)

@@ -36,3 +36,22 @@ class OptimizerConfig:
 
     clip_grad: float = 1.0
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
+
+    loss_scale: float | None = None
+    """What --fp16 multiplies the loss by, so that small gradients are not rounded to 0. When not
+    given the scale is dynamic: it follows from the gradients that were not finite."""
+
+    initial_loss_scale: float = 4294967296
+    """Dynamic loss scale of the first step, 2**32. Updates are skipped until it has fallen to what
+    gradients bear, 20 or so."""
+
+    min_loss_scale: float = 1.0
+    """The dynamic loss scale never falls below it; ten skipped updates in a row there end the
+    run."""
+
+    loss_scale_window: float = 1000
+    """Updates in a row after which the dynamic loss scale doubles."""
+
+    hysteresis: int = 2
+    """Gradients that are not finite until the dynamic loss scale halves, and it halves at each one
+    from then on until it has doubled again."""

@@ -34,7 +34,9 @@ class ForwardContext:
     router_tracer: "RouterTracer | None" = None
     """Where MoE layers write what each token chose; None traces nothing."""
     aux_loss_scale: float | Tensor = 1.0
-    """Gradient with which auxiliary losses enter backward: 1 / (microbatches x data ranks)."""
+    """Weight of auxiliary losses in the loss of the step: 1 / (microbatches x data ranks)."""
+    loss_scale: float = 1.0
+    """What the loss of the step is multiplied by before backward, auxiliary losses too."""
     padding_mask: Tensor | None = None
     """[b, s] bool, True where a token is padding: it is routed like any other, but is in no
     balance loss, count, entropy or expert bias. None for none."""

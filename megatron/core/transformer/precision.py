@@ -6,7 +6,7 @@ from megatron.core.transformer.config.precision import PrecisionConfig
 
 
 def params_dtype(config: PrecisionConfig) -> torch.dtype:
-    """Return the dtype of parameters and activations: bfloat16, float64 or float32."""
+    """Return the dtype of parameters and activations: bfloat16, float16, float64 or float32."""
     dtype = getattr(torch, config.params_dtype_name)
     assert isinstance(dtype, torch.dtype), f"{config.params_dtype_name=} names no torch dtype"
     return dtype

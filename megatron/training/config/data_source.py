@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.errors import MegatronError
+from megatron.training.config.checkpoint_schedule import StoredSchedule
 from megatron.training.config.data import DataConfig
 from megatron.training.config.tokenizer import TokenizerConfig
 
@@ -33,6 +34,8 @@ class DataSource:
     """Where those come from."""
     vocab_size: int | None = None
     """Ids, the end of document included; None if the tokenizer could not be built."""
+    schedule: StoredSchedule | None = None
+    """Learning-rate settings of the checkpoint, where the run takes those."""
     problems: list[str] = field(default_factory=list)
 
 

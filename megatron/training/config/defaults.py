@@ -182,6 +182,23 @@ def _iterations(run: Derivation) -> None:
     )
 
 
+def _schedule_of_checkpoint(run: Derivation) -> None:
+    stored = run.source.schedule
+    if stored is None:
+        return
+    batch, iters = run.get("global_batch_size"), run.get("train_iters")
+    found = stored.options(batch=batch, train_iters=iters)
+    run.problems += found.problems
+    if stored.values:
+        lines = found.lines(run.config.flat(), run.config.given, run.options)
+        run.notices.append(f"{stored.told}: {', '.join(lines) or 'as the flags say'}")
+    elif stored.told:
+        run.notices.append(stored.told)
+    for name, value in found.values.items():
+        run.use(name, value)
+        run.config.sources[name] = "checkpoint"
+
+
 def _schedule(run: Derivation) -> None:
     if not run.is_set("lr_decay_iters"):
         run.use("lr_decay_iters", run.get("train_iters"))
@@ -340,6 +357,7 @@ _STEPS: tuple[Callable[[Derivation], None], ...] = (
     _figures,
     _batches,
     _iterations,
+    _schedule_of_checkpoint,
     _schedule,
     _tokenizer,
     _pipeline_layout,

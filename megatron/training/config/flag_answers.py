@@ -49,7 +49,8 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--disable-jit-fuser": NoEffect(_FUSED),
     "--empty-unused-memory-level": NoEffect("PyTorch's allocator keeps its cache", ("0",)),
     "--exit-on-missing-checkpoint": NoEffect(
-        "--load without a checkpoint always ends the run, unless --allow-fresh-start"
+        "--load without a checkpoint always ends the run, unless --allow-fresh-start or "
+        "--pretrained-checkpoint"
     ),
     "--exit-signal": NoEffect("SIGTERM saves and ends the run", ("15", "SIGTERM")),
     "--exit-signal-handler": NoEffect("SIGTERM always saves and ends the run"),
@@ -131,7 +132,6 @@ SUBSTITUTES: dict[str, str] = {
     "--encoder-seq-length": "use --seq-length",
     "--eval-global-batch-size": "evaluation uses --global-batch-size",
     "--eval-micro-batch-size": "evaluation uses --micro-batch-size",
-    "--fp16": "use --bf16, which needs no loss scaling",
     "--fp16-lm-cross-entropy": "the loss is always computed in fp32",
     "--full-validation": "use --eval-iters",
     "--grad-reduce-in-bf16": "gradients are always reduced in fp32",
@@ -153,22 +153,16 @@ SUBSTITUTES: dict[str, str] = {
     "--no-mmap-bin-files": "data files are always memory-mapped; leave it out",
     "--no-pad-vocab-size": "use --make-vocab-size-divisible-by 1",
     "--openai-gelu": "leave it out for GELU, or use --swiglu",
-    "--pretrained-checkpoint": "use --load with --finetune",
     "--qk-layernorm": "queries and keys are not normalised yet",
     "--quick-geglu": "use --swiglu",
     "--rampup-batch-size": "the batch size is constant; use --global-batch-size",
     "--recompute-activations": _RECOMPUTE + "selective",
     "--rope-type": "use --position-embedding-type rope",
-    "--save-retain-interval": "use --keep-last",
     "--spec": "the layers follow from the options of --help",
     "--squared-relu": "leave it out for GELU, or use --swiglu",
     "--step-batch-size-schedule": "the batch size is constant; use --global-batch-size",
     "--test-mode": "use --skip-train",
     "--train-samples": _SAMPLES + "--train-iters",
-    "--use-checkpoint-args": "give the model's flags again",
-    "--use-checkpoint-opt_param-scheduler": (
-        "give the settings of the checkpoint again, or --override-opt_param-scheduler"
-    ),
     "--use-precision-aware-optimizer": "moments are always fp32",
     "--use-rotary-position-embeddings": "use --position-embedding-type rope",
     "--warmup": "use --lr-warmup-fraction, a share and not a percentage",
@@ -184,7 +178,7 @@ CHOICES: dict[tuple[str, str], str] = {
 
 _GPU_LIB = "it tunes a package that is not used here; leave it out"
 _STAGE_GROUPS = "stages talk over the library of --distributed-backend; leave it out"
-_BF16 = "number formats offered are fp32, --bf16 and --fp64"
+_BF16 = "number formats offered are fp32, --bf16, --fp16 and --fp64"
 _OTHER_MODEL = "only GPT models with attention are offered"
 _GENERATE = "tools/generate.py generates text"
 
@@ -195,10 +189,6 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--fp4", _BF16),
     ("--first-last-layers-bf16", _BF16),
     ("--num-layers-at-", _BF16),
-    ("--loss-scale", "--bf16 needs no loss scaling; leave it out"),
-    ("--initial-loss-scale", "--bf16 needs no loss scaling; leave it out"),
-    ("--min-loss-scale", "--bf16 needs no loss scaling; leave it out"),
-    ("--hysteresis", "--bf16 needs no loss scaling; leave it out"),
     ("--distribute-saved-activations", _KEPT),
     ("--cpu-offload", _KEPT),
     ("--fine-grained-", _KEPT),

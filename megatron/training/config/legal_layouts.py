@@ -133,6 +133,11 @@ def _kinds(problems: Iterable[str]) -> frozenset[str]:
     return frozenset(re.sub(r"\d+(\.\d+)?", "#", problem) for problem in problems)
 
 
+def tilings(asked: Layout, *, has_experts: bool) -> Iterator[Layout]:
+    """Yield every layout on the asked number of ranks, legal or not, nearest to ``asked`` first."""
+    return _by_distance(asked, has_experts)
+
+
 def sentence(asked: Layout, found: Neighbours) -> str:
     """Say it in one line: ``nearest legal layouts on 8 ranks: EP 4 ETP 2 DP 8; ...``."""
     ranks = f"{asked.world_size} rank{'s' if asked.world_size > 1 else ''}"

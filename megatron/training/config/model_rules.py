@@ -301,7 +301,8 @@ def grouped_products(check: Check) -> Iterator[str]:
                 "use --moe-grouped-mm-backend torch_native"
             )
         elif model.params_dtype_name != "bfloat16":
-            yield f"{shown} multiplies bf16 only: add --bf16, or use torch_native"
+            instead = "use --bf16 instead of --fp16" if model.fp16 else "add --bf16"
+            yield f"{shown} multiplies bf16 only: {instead}, or use torch_native"
 
 
 def fused_activation(check: Check) -> Iterator[str]:
@@ -311,8 +312,9 @@ def fused_activation(check: Check) -> Iterator[str]:
         return
     if not model.swiglu:
         yield f"{shown} computes SwiGLU only: add --swiglu, or leave it out"
-    if model.params_dtype_name == "float64":
-        yield f"{shown} computes bf16 and fp32 only: leave --fp64 or it out"
+    if model.params_dtype_name in ("float64", "float16"):
+        wrong = "--fp64" if model.fp64 else "--fp16"
+        yield f"{shown} computes bf16 and fp32 only: leave {wrong} or it out"
     for name, needed in (("moe_experts_type", "grouped"), ("moe_grouped_mm_backend", "auto")):
         if getattr(model, name) != needed:
             yield f"{shown} has no effect with {check.show(name)}; leave one out"

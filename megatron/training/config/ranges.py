@@ -41,6 +41,7 @@ _NAMES_BY_RANGE = {
         micro_batch_size global_batch_size train_iters exit_interval exit_duration_in_mins
         lr_decay_iters lr_wsd_decay_iters seq_length
         vocab_size make_vocab_size_divisible_by padded_vocab_size save_interval keep_last
+        save_retain_interval non_persistent_save_interval
         ckpt_step eval_interval log_interval tensorboard_log_interval tensorboard_queue_size
         distributed_timeout_minutes bucket_size moe_dispatcher_node_size
         num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
@@ -48,7 +49,7 @@ _NAMES_BY_RANGE = {
         decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
         check_replica_hash moe_routing_trace_max_training_iters
         moe_expert_chunk_tokens recompute_num_layers
-        dry_run_world_size
+        dry_run_world_size loss_scale_window hysteresis
     """,
     Range(0): """
         num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate
@@ -57,6 +58,7 @@ _NAMES_BY_RANGE = {
         tiktoken_num_special_tokens
     """,
     Range(0, 1e6, open_low=True): "moe_expert_capacity_factor",
+    Range(0, 2.0**64, open_low=True): "loss_scale initial_loss_scale min_loss_scale",
     Range(0, open_low=True): "init_method_std layernorm_epsilon adam_eps rotary_base "
     "moe_router_topk_scaling_factor moe_routing_trace_max_mb dry_run_memory_gib",
     Range(-1e3, 1e3): "moe_router_force_biased",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.core.errors import ConfigError
+from megatron.training.config.checkpoint_schedule import stored_schedule
 from megatron.training.config.checks import Check
 from megatron.training.config.data_source import look_at_data
 from megatron.training.config.defaults import Derivation, derive
@@ -20,6 +21,8 @@ from megatron.training.config.run_config import RunConfig
 
 # what no default can stand for; the numbers only let the rules go on
 _REQUIRED = {"num_layers": 2, "hidden_size": 256}
+
+_SOURCES = {"checkpoint": "the checkpoint", "yaml": "--yaml-cfg", "cli": "the command line"}
 
 
 @dataclass
@@ -52,7 +55,7 @@ def resolve(
     """Merge the sources, derive what is missing, and check everything.
 
     Args:
-        sources: ``yaml`` and ``cli`` to what they say; later ones hold.
+        sources: ``checkpoint``, ``yaml`` and ``cli`` to what they say; later ones hold.
         options: The table of all options.
         world_size: Ranks of the run.
         node_size: Ranks of this node, where the launcher says it.
@@ -68,6 +71,7 @@ def resolve(
     merged = _merge(sources, options)
     config = _as_given(merged, options)
     source = look_at_data(config.data, config.tokenizer)
+    source.schedule = stored_schedule(config.checkpoint)
     run = derive(config, options, world_size, source, node_size=node_size)
     found = [*_broken_rules(merged, run), *source.problems, *run.problems]
     problems = [*merged.problems, *without_doubtful(found, merged.doubtful)]
@@ -122,7 +126,7 @@ def _advice(merged: _Merged, run: Derivation) -> str | None:
 def _merge(sources: dict[str, Given], options: dict[str, Option]) -> _Merged:
     merged = _Merged()
     for origin, given in sources.items():
-        merged.notices += _overridden(merged.values, given.values, options)
+        merged.notices += _overridden(merged, origin, given.values, options)
         merged.values |= given.values
         merged.origins |= dict.fromkeys(given.values, origin)
         merged.problems += given.problems
@@ -143,11 +147,14 @@ def _merge(sources: dict[str, Given], options: dict[str, Option]) -> _Merged:
     return merged
 
 
-def _overridden(old: dict[str, Any], new: dict[str, Any], options: dict[str, Option]) -> list[str]:
+def _overridden(
+    merged: _Merged, origin: str, new: dict[str, Any], options: dict[str, Option]
+) -> list[str]:
     """Say which values of an earlier source another one replaces."""
+    old = merged.values
     return [
-        f"{options[name].show(new[name])} from the command line replaces "
-        f"{options[name].text(old[name])} of --yaml-cfg"
+        f"{options[name].show(new[name])} from {_SOURCES[origin]} replaces "
+        f"{options[name].text(old[name])} of {_SOURCES[merged.origins[name]]}"
         for name in new
         if name in old and old[name] != new[name]
     ]

@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable
 
+from megatron.training.config.checkpoint_rules import (
+    CHECKPOINT_RULES,
+    CHECKPOINT_RULES_OF_FOLDERS,
+)
 from megatron.training.config.checks import Check
 from megatron.training.config.data_rules import DATA_RULES
 from megatron.training.config.model_rules import MODEL_RULES
@@ -9,7 +13,8 @@ from megatron.training.config.overlap_rules import OVERLAP_RULES
 from megatron.training.config.pipeline_rules import PIPELINE_RULES
 from megatron.training.config.run_rules import RULES_OF_FOLDERS, RUN_RULES
 
-RULES = (*MODEL_RULES, *PIPELINE_RULES, *OVERLAP_RULES, *DATA_RULES, *RUN_RULES)
+RULES = (*MODEL_RULES, *PIPELINE_RULES, *OVERLAP_RULES, *DATA_RULES, *RUN_RULES, *CHECKPOINT_RULES)
+OF_FOLDERS = (*RULES_OF_FOLDERS, *CHECKPOINT_RULES_OF_FOLDERS)
 
 
 def find_problems(check: Check, *, looks_at_folders: bool = True) -> list[str]:
@@ -19,7 +24,7 @@ def find_problems(check: Check, *, looks_at_folders: bool = True) -> list[str]:
         check: The run.
         looks_at_folders: Apply the rules that read disks; they know no layout.
     """
-    rules = [rule for rule in RULES if looks_at_folders or rule not in RULES_OF_FOLDERS]
+    rules = [rule for rule in RULES if looks_at_folders or rule not in OF_FOLDERS]
     return [sentence for rule in rules for sentence in rule(check)]
 
 

@@ -35,7 +35,7 @@ class RunConfig:
     ddp: DistributedDataParallelConfig
     dry_run: DryRunConfig = field(default_factory=DryRunConfig)
     sources: dict[str, str] = field(default_factory=dict)
-    """Field name -> ``default``, ``derived``, ``yaml`` or ``cli``."""
+    """Field name -> ``default``, ``derived``, ``checkpoint``, ``yaml`` or ``cli``."""
     notices: list[str] = field(default_factory=list)
     """Lines to show at the start: what was derived, what is in force, what has no effect."""
 

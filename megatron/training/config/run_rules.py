@@ -33,6 +33,26 @@ def optimizer(check: Check) -> Iterator[str]:
         yield from check.useless("sgd_momentum", "with --optimizer adam")
 
 
+def loss_scaling(check: Check) -> Iterator[str]:
+    """A loss scale needs fp16, and a constant one does not move."""
+    settings = check.config.optimizer
+    if not check.config.model.fp16:
+        names = "loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis"
+        yield from check.useless(names, "without --fp16")
+        return
+    if settings.loss_scale is not None:
+        names = "initial_loss_scale min_loss_scale loss_scale_window hysteresis"
+        yield from check.useless(names, "with --loss-scale, which is constant")
+        return
+    if settings.min_loss_scale > settings.initial_loss_scale:
+        yield (
+            f"{check.show('min_loss_scale')} must be at most {check.show('initial_loss_scale')}, "
+            "where the loss scale begins"
+        )
+    if settings.loss_scale_window % 1:
+        yield f"{check.show('loss_scale_window')} counts updates: give a whole number"
+
+
 def schedule(check: Check) -> Iterator[str]:
     """Rates, decays and lengths agree with each other, as the schedule itself sees it."""
     settings = check.config.scheduler
@@ -81,7 +101,9 @@ def saving(check: Check) -> Iterator[str]:
     folder = check.config.checkpoint.save
     if folder is None:
         yield from check.useless(
-            "save_interval async_save keep_last no_save_optim no_save_rng", "without --save"
+            "save_interval async_save keep_last save_retain_interval no_save_optim no_save_rng "
+            "non_persistent_save_interval",
+            "without --save",
         )
     if check.config.logging.moe_routing_trace_path is None:
         yield from check.useless(
@@ -94,6 +116,8 @@ def saving(check: Check) -> Iterator[str]:
         "tensorboard_dir",
         "data_cache_path",
         "moe_routing_trace_path",
+        "non_persistent_global_ckpt_dir",
+        "non_persistent_local_ckpt_dir",
     ):
         if check.value(name) is not None:
             yield from _unusable_folder(check, name)
@@ -105,7 +129,8 @@ def _unusable_folder(check: Check, name: str) -> Iterator[str]:
     """Say why the folder of option ``name`` cannot be made or written to."""
     found = place(check.value(name))
     if not isinstance(found, Path):
-        problem = store_problem(found) if name == "save" else "is a URL; a folder is needed"
+        urls = ("save", "non_persistent_global_ckpt_dir")
+        problem = store_problem(found) if name in urls else "is a URL; a folder is needed"
         if problem:
             yield f"{check.show(name)} {problem}"
         return
@@ -136,7 +161,7 @@ def loading(check: Check) -> Iterator[str]:
     if wanted.load is None:
         yield from check.useless(
             "ckpt_step allow_fresh_start finetune no_load_optim no_load_rng "
-            "override_opt_param_scheduler",
+            "override_opt_param_scheduler use_checkpoint_opt_param_scheduler",
             "without --load",
         )
         return
@@ -145,14 +170,16 @@ def loading(check: Check) -> Iterator[str]:
         yield f"{check.show('load')} {problem}"
         return
     there = (folder / TRACKER).is_file() or bool(complete_iterations(folder))
-    if not wanted.allow_fresh_start and not there:
+    if not wanted.allow_fresh_start and not there and wanted.pretrained_checkpoint is None:
         what = "has no checkpoint" if folder.is_dir() else "is no folder"
         yield (
             f"{check.show('load')} {what} (looked for {folder / TRACKER}); for the "
             "first run of a job that resumes itself add --allow-fresh-start"
         )
     if wanted.finetune:
-        yield from check.useless("override_opt_param_scheduler", "with --finetune")
+        yield from check.useless(
+            "override_opt_param_scheduler use_checkpoint_opt_param_scheduler", "with --finetune"
+        )
 
 
 def machine(check: Check) -> Iterator[str]:
@@ -256,6 +283,7 @@ def _problems_of(build: Callable[[], object]) -> tuple[str, ...]:
 RUN_RULES: tuple[Rule, ...] = (
     batches,
     optimizer,
+    loss_scaling,
     schedule,
     learning_rate,
     weight_decay,

@@ -167,7 +167,7 @@ def kept_microbatches(config: RunConfig, table: GroupTable) -> list[float]:
 
 def optimizer_text(config: RunConfig) -> str:
     """Say what the optimizer keeps of an element, and where."""
-    wide = config.model.params_dtype_name != "bfloat16"
+    wide = config.model.params_dtype_name not in ("bfloat16", "float16")
     adam = config.optimizer.optimizer == "adam"
     moments = 2 if adam else int(config.optimizer.sgd_momentum > 0)
     parts = [] if wide else ["main weights in fp32"]

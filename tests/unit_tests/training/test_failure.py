@@ -46,11 +46,31 @@ def test_the_first_of_two_failing_ranks_tells_the_other_one_points_to_it(caplog)
     assert caplog.messages == ["rank 0 stops because rank 1, iteration 5 failed: ValueError: first"]
 
 
-def test_a_lost_connection_is_never_the_first_failure() -> None:
+def test_what_every_rank_finds_is_told_once_and_all_end_with_exit_code_2(caplog, capsys) -> None:
     store = dist.HashStore()
-    with pytest.raises(RuntimeError) as caught, _rank(0, store):
-        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:6019")
-    assert "it was killed" in caught.value.__notes__[0]
+    for rank in (1, 0, 2):
+        with pytest.raises(SystemExit) as caught, _rank(rank, store):
+            raise DataError("x.bin is damaged")
+        assert caught.value.code == 2
+    assert capsys.readouterr().err == "x.bin is damaged\n"
+    with pytest.raises(SystemExit) as caught, _rank(3, store):
+        raise DataError("y.bin is damaged")
+    assert caught.value.code == 1
+    assert caplog.messages == [
+        "rank 3 stops because rank 1, iteration 5 failed: DataError: x.bin is damaged"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["Connection closed by peer [127.0.0.1]:6019", "connectFullMesh failed"]
+)
+def test_a_lost_connection_is_one_line_and_never_the_first_failure(text: str, caplog) -> None:
+    store = dist.HashStore()
+    with pytest.raises(SystemExit) as caught, _rank(0, store):
+        raise RuntimeError(f"[pair.cc:553] {text}")
+    assert caught.value.code == 1
+    assert caplog.messages[0].startswith("rank 0, iteration 5: lost the connection to another")
+    assert text in caplog.messages[0]
     with pytest.raises(ValueError, match="cause"), _rank(1, store):
         raise ValueError("cause")
 
@@ -81,3 +101,15 @@ def test_no_thread_is_left_inside_the_store_when_a_run_ends() -> None:
         assert store.asked.wait(20)
     assert store.answers > 0
     assert "failure watch" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_failure_before_a_restart_is_none_of_the_ranks_after_it() -> None:
+    store = dist.HashStore()
+    failing, beside, after = _rank(1, store), _rank(0, store), _rank(0, store)
+    for report, start in ((failing, "first"), (beside, "first"), (after, "second")):
+        report.watch(start)
+    with pytest.raises(ValueError, match="oops"), failing:
+        raise ValueError("oops")
+    with after, beside:
+        assert after._noted() is None
+        assert beside._noted() is not None

@@ -77,6 +77,7 @@ RESOLVED = {
     "moe_num_experts_per_layer": "moe_experts_by_layer",
     "moe_router_topk_per_layer": "moe_topk_by_layer",
     "bf16": "params_dtype_name",
+    "fp16": "params_dtype_name",
     "fp64": "params_dtype_name",
 }
 

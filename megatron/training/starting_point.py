@@ -1,0 +1,105 @@
+"""Which checkpoint a run begins with: that of --load, else that of --pretrained-checkpoint.
+
+Looks at folders and at common.json, changes nothing and imports no torch: options are taken from
+the checkpoint, and mistakes told, before anything is set up.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.dist_checkpointing.folders import (
+    COMMON,
+    Place,
+    complete_iterations,
+    find_checkpoint,
+    latest_iteration,
+)
+from megatron.core.dist_checkpointing.object_folders import place, store_problem
+from megatron.core.errors import CheckpointError
+from megatron.training.config.checkpoint import CheckpointConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingPoint:
+    """A checkpoint, not opened yet."""
+
+    folder: Place
+    """Holds it, and perhaps others."""
+    iteration: int
+    weights_only: bool = False
+    """Whether the run begins anew with its weights, as --finetune does, because it was found by
+    --pretrained-checkpoint."""
+
+    @property
+    def path(self) -> Place:
+        """Where it lies.
+
+        Raises:
+            CheckpointError: It is not there.
+        """
+        found = find_checkpoint(self.folder, self.iteration)
+        if found is None:
+            complete = complete_iterations(self.folder)
+            raise CheckpointError(
+                f"{self.folder} has no complete checkpoint of iteration {self.iteration}; "
+                f"complete here: {', '.join(map(str, complete)) or 'none'}"
+            )
+        return found
+
+
+def starting_point(options: CheckpointConfig) -> StartingPoint | None:
+    """Return the checkpoint that a run with these options begins with; None for a fresh run.
+
+    Raises:
+        CheckpointError: A tracker file is damaged, or names what is not there.
+    """
+    if options.load is not None:
+        folder, iteration = _usable("--load", options.load), options.ckpt_step
+        if iteration is None:
+            iteration = latest_iteration(folder)
+        if iteration is not None:
+            return StartingPoint(folder=folder, iteration=iteration)
+    if options.pretrained_checkpoint is None:
+        return None
+    folder, iteration = folder_and_iteration(
+        _usable("--pretrained-checkpoint", options.pretrained_checkpoint)
+    )
+    if iteration is None:
+        iteration = latest_iteration(folder)
+    if iteration is None:
+        return None
+    return StartingPoint(folder=folder, iteration=iteration, weights_only=True)
+
+
+def _usable(flag: str, text: str) -> Place:
+    """Return the place that ``text`` names; a CheckpointError if it cannot be looked into."""
+    found = place(text)
+    if problem := store_problem(found):
+        raise CheckpointError(f"{flag} {text} {problem}")
+    return found
+
+
+def folder_and_iteration(path: Place) -> tuple[Place, int | None]:
+    """Read ``path`` as one checkpoint, such as ``iter_0000010``, or a folder of them (None)."""
+    if path.name.startswith("iter_") and path.name[5:].isdecimal():
+        return path.parent, int(path.name[5:])
+    return path, None
+
+
+def stored_facts(start: StartingPoint) -> dict[str, Any]:
+    """Read what a checkpoint says of the run that saved it.
+
+    Raises:
+        CheckpointError: It is not there or damaged.
+    """
+    file = start.path / COMMON
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+        raise CheckpointError(f"{file} is damaged: it holds no configuration")
+    return facts
