@@ -60,6 +60,7 @@ def _rank(rank: int, ranks: int, port: int, flags: str, fails: str) -> None:
             os.environ |= {name: str(value) for name, value in names.items()}
         if fails:
             ObjectStore.fails = staticmethod(lambda path: fails in path)
+        sys.modules["matplotlib"] = None  # type: ignore[assignment]  # no plot: seconds
         torch.set_num_threads(1)
         sys.argv = ["pretrain_gpt.py", *TINY.split(), *flags.split()]
         pretrain_gpt.main()

@@ -1,7 +1,8 @@
 """One checkpoint, written or opened by all ranks together: the order of steps is here.
 
 Write: hidden folder, tensors, documents, manifest, rename, tracker, pruning. A failure at any
-step removes the hidden folder and leaves every earlier checkpoint as it was.
+step removes the hidden folder and leaves every earlier checkpoint as it was. An object store has no
+rename; what is done there is in object_folders.py.
 """
 
 import functools
