@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the pairs; 1 when one of them is wrong."""
     args = _parse(argv)
     names = args.model or list(MODELS)
-    is_whole = not (args.quick or args.model or args.source or args.target)
+    is_whole = not (args.quick or args.source or args.target)
     with exit_on_user_error():
         if args.markdown and not is_whole:
-            raise ConfigError("--markdown needs all pairs: leave out what chooses some")
+            raise ConfigError("--markdown needs all pairs of a model: leave out what chooses some")
         pairs = {name: _pairs(MODELS[name], args) for name in names}
         if not any(pairs.values()):
             raise ConfigError("--from and --to: no pair of layouts has such names")
@@ -47,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         refusals = [*refused(), *tried_loads(Path(folder))]
     let_in = [f"{one.what}: was not refused" for one in refusals if not one.said]
     problems = [problem for proof in proofs for problem in proof.problems] + let_in
-    print(table.summary(proofs))
+    minutes = sum(proof.seconds for proof in proofs) / 60
+    print(f"{table.summary(proofs)}; {minutes:.1f} minutes")
     print("".join(f"WRONG {problem}\n" for problem in problems), end="")
     if args.markdown:
-        table.write_between_markers(Path(args.markdown), table.section(proofs, refusals))
+        table.write_between_markers(Path(args.markdown), table.sections(proofs, refusals))
     return int(bool(problems))
 
 
@@ -65,7 +66,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a few pairs that change every axis both ways")
     add("--from", dest="source", metavar="PATTERN", help="layouts that save, with * and ?")
     add("--to", dest="target", metavar="PATTERN", help="layouts that load, with * and ?")
-    add("--markdown", metavar="FILE", help="put the tables between the markers of this page")
+    add("--markdown", metavar="FILE", help="put its tables between the markers of this page")
     return parser.parse_args(argv)
 
 

@@ -9,6 +9,7 @@ your layout and on others, and compares with a run that nobody disturbed. Exit c
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         others = _others(args, run)
         _check(args, run)
         folder = _folder(args.output, stack)
-        for flag in left_out(given):
-            _tell(f"{flag} is left out: the proof has folders and intervals of its own")
+        if replaced := left_out(given):
+            _tell(f"the proof has its own: {', '.join(replaced)}")
         from tools.resume import report
         from tools.resume.proof import prove
 
@@ -182,10 +183,16 @@ def _at_least_1(text: str) -> int:
     return int(text)
 
 
+def _end(number: int, _frame: object) -> None:
+    """End as after an error, so that no rank outlives the tool."""
+    raise SystemExit(128 + number)
+
+
 def _tell(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(main())

@@ -60,6 +60,16 @@ def load_trained_model(
     if opened is None:
         raise CheckpointError(f"--load {folder} holds no checkpoint")
     config = config_from_data(opened.common["config"])
+    for_one_process(config)
+    tokenizer = saved_tokenizer(opened)
+    model = _model(opened, config).to(device)
+    read_tensors(opened.path, model_tensors(model), None, prefixes=(MODEL,))
+    model.eval()
+    return TrainedModel(model=model, config=config, tokenizer=tokenizer, path=opened.path)
+
+
+def for_one_process(config: RunConfig) -> None:
+    """Take from ``config``, in place, what only the ranks that trained with it have."""
     config.model.expert_model_parallel_size = config.model.expert_tensor_parallel_size = 1
     config.model.moe_grouped_mm_backend = "auto"  # its package need not be here
     config.model.moe_fused_activation = "off"  # nor a compiler
@@ -68,11 +78,6 @@ def load_trained_model(
     for option in fields(PipelineConfig):
         setattr(config.model, option.name, option.default)
     config.model.pipeline_model_parallel_size = 1
-    tokenizer = saved_tokenizer(opened)
-    model = _model(opened, config).to(device)
-    read_tensors(opened.path, model_tensors(model), None, prefixes=(MODEL,))
-    model.eval()
-    return TrainedModel(model=model, config=config, tokenizer=tokenizer, path=opened.path)
 
 
 def saved_tokenizer(opened: OpenCheckpoint) -> Tokenizer | None:

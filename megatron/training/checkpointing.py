@@ -327,10 +327,14 @@ def _read(
         restore_rng_state(states)
     if with_rng and not same_world:
         return [
-            f"saved by {opened.common['world_size']} ranks, resumed on {size_of(world)}: torch's "
+            f"saved by {_ranks(opened.common['world_size'])}, resumed on {size_of(world)}: torch's "
             "global generators start anew (dropout and data order do not use them)"
         ]
     return []
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number > 1 else ''}"
 
 
 def _refuse_vocab(opened: OpenCheckpoint, model: nn.Module, group: ProcessGroup | None) -> None:

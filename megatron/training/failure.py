@@ -86,7 +86,8 @@ class FailureReport:
             log.error("%s stops because %s failed: %s", self.where, first.place, first.message)
             raise SystemExit(1) from None
         if lost:
-            log.error("%s: %s (%s)", self.place(), LOST, str(error).partition("\n")[0])
+            reason = str(error).partition("\n")[0].partition(". This is typically")[0]
+            log.error("%s: %s (%s)", self.place(), LOST, reason)
             raise SystemExit(1) from None
         error.add_note(f"First failure of the run: {self.place()}")
         get_error_handler().record_exception(error)  # torchrun shows it at its very end

@@ -266,6 +266,12 @@ def config_from_data(data: dict[str, dict[str, Any]]) -> RunConfig:
     return RunConfig.from_flat(values)
 
 
+def model_options(config: RunConfig) -> dict[str, Any]:
+    """Return the options of the model, field -> value, without those that any start may choose."""
+    named = {field.name: getattr(config.model, field.name) for field in fields(config.model)}
+    return {name: value for name, value in named.items() if name not in _FREE}
+
+
 def flat(data: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Merge the sections of saved configuration: option -> value."""
     return {name: value for section in data.values() for name, value in section.items()}

@@ -35,17 +35,30 @@ def start_line(config: RunConfig, launch: Launch) -> str:
 def _where(config: RunConfig) -> str:
     options = config.checkpoint
     start = starting_point(options)
+    between = options.non_persistent_ckpt_type
+    newer = f", unless a newer {between} checkpoint is there" if between else ""
     if start is None and options.load is None:
         return "starting a fresh run at iteration 0 (no --load)"
     if start is None:
-        return f"starting a fresh run at iteration 0 ({options.load} holds no checkpoint yet)"
+        return (
+            f"starting a fresh run at iteration 0 ({options.load} holds no checkpoint yet{newer})"
+        )
     if start.weights_only:
         why = f"{options.load} holds no checkpoint yet" if options.load else "no --load"
         return f"finetuning at iteration 0 with the weights of {start.path} ({why})"
     if options.finetune:
         return f"finetuning at iteration 0 with the weights of {start.path}"
-    newer = "" if options.non_persistent_ckpt_type is None else ", or from a newer one between"
     return f"resuming at iteration {start.iteration} from {start.path}{newer}"
+
+
+def ready(config: RunConfig) -> None:
+    """Show the options, then prove that --save can be written; every rank must call this.
+
+    Raises:
+        CheckpointError: It cannot; see ``prove_store``.
+    """
+    tell_options(config)
+    prove_store(config)
 
 
 def prove_store(config: RunConfig) -> None:

@@ -38,7 +38,7 @@ from megatron.training.run import ForwardStep, Run, TrainState
 from megatron.training.saver import Saver
 from megatron.training.setup_data import build_data_iterator
 from megatron.training.setup_model import ModelProvider, setup_run
-from megatron.training.start_up import prove_store, start_line, tell_options
+from megatron.training.start_up import ready, start_line
 from megatron.training.stop import StopRequest
 from megatron.training.train_step import train_step
 from megatron.training.wrap_up import finish
@@ -107,8 +107,7 @@ def pretrain(
         watches.enter_context(collective_checks(config))
         tokenizer = build_tokenizer(config.tokenizer)
         set_global_variables(config, tokenizer, timers)
-        tell_options(config)
-        prove_store(config)
+        ready(config)
         run = setup_run(config, world, model_provider, forward_step_func)
         loaded, between = load(run, tokenizer, launch)
         state = loaded.state()

@@ -87,10 +87,15 @@ MISFORTUNES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MISFORTUNES)
-def test_no_misfortune_changes_the_end(name: str, unbroken: Unbroken, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [(name, "") for name in MISFORTUNES] + [(name, "--async-save") for name in MISFORTUNES],
+)
+def test_no_misfortune_changes_the_end(
+    name: str, flag: str, unbroken: Unbroken, tmp_path: Path
+) -> None:
     deaths = MISFORTUNES[name]
-    ended = DyingRun(RUN.format(tmp_path), deaths).end()
+    ended = DyingRun(f"{RUN.format(tmp_path)} {flag}", deaths).end()
     assert_same_end(tmp_path, ended, unbroken)
     restarts = len({death.restart for death in deaths})
     assert len(starts(ended.out)) == 1 + restarts, "every planned death happened"

@@ -1,6 +1,12 @@
 """A run that is started again on fewer ranks, or on more, is the unbroken run to 1e-12 (fp64)."""
 
+import os
+import re
 import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +15,7 @@ from _pytest.mark import ParameterSet
 
 from megatron.core.errors import ConfigError
 from megatron.training.arguments import parse_args
-from tests.helpers.dying_runs import LAYERS, Death, DyingRun, steps, tensors
+from tests.helpers.dying_runs import LAYERS, PAUSE, Death, DyingRun, steps, tensors
 from tests.helpers.forked_training import train
 from tests.helpers.ranks import run_ranks
 
@@ -121,3 +127,59 @@ def test_a_batch_that_the_new_ranks_cannot_share_is_one_error_with_what_fits() -
         "ranks (= 6); nearest: 6 or 12",
         "no sizes on 3 ranks are legal with the other flags; legal: as asked on 4 ranks",
     ]
+
+
+LONG = 100
+LONG_RUN = (
+    FLAGS.replace(f"--train-iters {ITERATIONS}", f"--train-iters {LONG}")
+    .replace(f"--save-interval {STOP}", "--save-interval 20")
+    .replace("--eval-iters 1", "--eval-iters 0")
+    .replace("--eval-interval 3", "")
+)
+LATE_TOLERANCE = 1e-6
+"""What a rounding at the first step may become in a hundred steps of Adam."""
+PATIENCE_SECONDS = 120
+
+
+def node(folder: Path, port: int) -> DyingRun:
+    """Start torchrun on one of at most two nodes; it has one rank."""
+    torchrun = (
+        f"--nnodes 1:2 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port} "
+        "--rdzv-id a --rdzv-conf last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    )
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", PAUSE: "0.1"}
+    return DyingRun(LONG_RUN.format(folder), ranks=1, torchrun=torchrun, variables=variables)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it never happens"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_node_joins_and_is_lost_again(tmp_path: Path) -> None:
+    """1 rank, then 2, then 1: torchrun with --nnodes 1:2, and the flags never change."""
+    folder, reference = tmp_path / "run", tmp_path / "reference"
+    run_ranks(train, 2, LONG_RUN.format(reference).split(), 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    first = node(folder, port)
+    wait_for(lambda: len(steps(folder)) > 2)
+    second = node(folder, port)
+    wait_for(lambda: bool(second.ranks()))
+    alone = len(steps(folder))
+    wait_for(lambda: len(steps(folder)) > alone + 3)
+    for pid in (second.process.pid, *second.ranks()):
+        os.kill(pid, signal.SIGKILL)
+    second.process.communicate()
+    ended = first.end()
+    assert ended.code == 0, ended.out + ended.err
+    assert re.findall(r" > (\d) ranks? on cpu", ended.out) == ["1", "2", "1"]
+    assert "stopped after iteration" in ended.out, "the first world saved when the node came"
+    found, expected = steps(folder), steps(reference)
+    assert [line["iteration"] for line in found] == list(range(1, LONG + 1))
+    for line, other in zip(found, expected, strict=True):
+        assert line["lm_loss"] == pytest.approx(other["lm_loss"], rel=LATE_TOLERANCE)

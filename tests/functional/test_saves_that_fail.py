@@ -88,7 +88,7 @@ TROUBLES = {
     "full on one rank": (full_on_rank_1, "rank 1: File too large"),
     "no space": (no_room_left, "No space left on device"),
     "read-only": (read_only, "Read-only file system"),
-    "gone": (folder_gone_in_mid_save, "rank"),
+    "gone": (folder_gone_in_mid_save, "is not visible on"),
 }
 
 
@@ -137,7 +137,8 @@ def test_training_goes_on_over_saves_that_fail(
     assert len(told) == len(BAD_ITERATIONS), "one line for a save, whatever the ranks"
     for line, iteration in zip(told, BAD_ITERATIONS, strict=True):
         assert line.startswith("warning [rank 0]: checkpoint of iteration"), line
-        assert f"iteration {iteration} was NOT saved: {TROUBLES[name][1]}" in line
+        assert f"iteration {iteration} was NOT saved: " in line
+        assert TROUBLES[name][1] in line
         assert line.endswith("earlier checkpoints are untouched; training goes on")
     assert sorted(os.listdir(folder)) == ["iter_0000004", "iter_0000008", TRACKER]
     logs = [Path(f"{path}.log") for path in (folder, undisturbed)]

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pretrain_gpt
-from tests.helpers.dying_runs import Death, planned
+from tests.helpers.dying_runs import PAUSE, Death, planned
 
 
 def dying(function: Callable[..., Any], death: Death) -> Callable[..., Any]:
@@ -23,7 +24,19 @@ def dying(function: Callable[..., Any], death: Death) -> Callable[..., Any]:
     return counted
 
 
+def slow(function: Callable[..., Any], pause_s: float) -> Callable[..., Any]:
+    """Return ``function`` with a pause before each call."""
+
+    def paused(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(pause_s)
+        return function(*args, **kwargs)
+
+    return paused
+
+
 def main() -> None:
+    if PAUSE in os.environ:
+        pretrain_gpt.forward_step = slow(pretrain_gpt.forward_step, float(os.environ[PAUSE]))
     for death in planned(os.environ):
         if death.moment == "microbatch":
             pretrain_gpt.forward_step = dying(pretrain_gpt.forward_step, death)

@@ -16,6 +16,8 @@ from megatron.core.dist_checkpointing.store import open_checkpoint
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/helpers/dying_pretrain_gpt.py"
 PLAN = "TEST_DEATHS"
+PAUSE = "TEST_PAUSE_SECONDS"
+"""Variable: how long a rank sleeps before each microbatch."""
 LAYERS = (
     "--mock-data --num-layers 2 --hidden-size 32 --num-attention-heads 2 --num-experts 4 "
     "--moe-router-topk 2 --moe-router-enable-expert-bias --moe-router-score-function sigmoid "
@@ -65,6 +67,7 @@ class DyingRun:
         ranks: int = 2,
         torchrun: str = "--standalone --max-restarts 3",
         script: Path = SCRIPT,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         words = [sys.executable, "-m", "torch.distributed.run", *torchrun.split()]
         words += ["--nproc-per-node", str(ranks), str(script), *flags.split()]
@@ -72,7 +75,7 @@ class DyingRun:
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), PLAN: json.dumps(deaths)}
         self.process = subprocess.Popen(
             words,
-            env=free | own,
+            env=free | own | dict(variables or {}),
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

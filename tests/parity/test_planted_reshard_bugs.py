@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing import mapping
 from megatron.core.errors import CheckpointError
 from megatron.core.optimizer.base_optimizer import BaseOptimizer
 from megatron.core.optimizer.flat_step import FlatStep
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.param_role import LogicalShard
 from megatron.training import checkpointing
 from megatron.training.checkpointing import load_checkpoint
@@ -19,7 +20,7 @@ from megatron.training.config.run_config import RunConfig
 from tools.layouts.oracle import make_run
 from tools.layouts.ranks import run_ranks
 from tools.reshard.blocks import blocks_of
-from tools.reshard.layouts import TIED
+from tools.reshard.layouts import FP16, TIED
 from tools.reshard.on_ranks import train_and_save
 from tools.reshard.proof import Proof
 
@@ -211,6 +212,21 @@ def test_a_mistake_of_loading_is_named(
     plant(monkeypatch)
     (outcome,) = proof.load(TIED.layout(target), [ONE])
     assert re.search(said, outcome.problem), outcome
+
+
+@pytest.mark.slow
+def test_a_loss_scale_that_is_forgotten_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof = Proof(FP16, tmp_path)
+    assert proof.save(FP16.layout(ONE)).problem == ""
+    monkeypatch.setattr(DynamicGradScaler, "load_state_dict", lambda self, state: None)
+    (outcome,) = proof.load(FP16.layout(EP), [ONE])
+    assert re.search(
+        r"after loading: loss_scale is {'scale': 65536.0, 'growth_tracker': 0, .* on rank 0, "
+        r"must be {'scale': 65536.0, 'growth_tracker': 2,",
+        outcome.problem,
+    )
 
 
 def _saves(change: Callable[[dict[str, Any]], None], of: str = "model_tensors") -> Plant:

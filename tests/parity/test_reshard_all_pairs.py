@@ -1,5 +1,6 @@
 """R10, R11: what any layout saved goes on at any other; see `tools/verify_reshard.py`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tools.reshard.layouts import AXES, MODELS, QUICK, TIED, sizes_of, unchanged
 from tools.reshard.proof import Outcome, Proof, Saved
 from tools.reshard.refusals import Refusal, refused, tried_loads
 
+SLOW = pytest.mark.slow
 SIZES = {layout.name: sizes_of(TIED.config(layout), layout.ranks) for layout in TIED.layouts}
 
 
@@ -26,7 +28,7 @@ def test_pairs_that_change_every_axis_go_on_as_one_process(model: str, tmp_path:
     assert 0.0 < proof.worst[0] < 1e-12 or not MODELS[model].is_exact
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("model", MODELS)
 def test_all_pairs_go_on_as_one_process(model: str, tmp_path: Path) -> None:
     proof = Proof(MODELS[model], tmp_path)
@@ -100,22 +102,27 @@ def test_keys_are_compared_both_ways() -> None:
 def test_the_page_gets_a_mark_for_every_pair(tmp_path: Path) -> None:
     proof = Proof(TIED, tmp_path)
     one, two, three = (layout.name for layout in TIED.layouts[:3])
-    proof.saved = [Saved(layout, 1e-15, "w", {}) for layout in TIED.layouts]
+    proof.saved = [Saved(layout, 1.2e-15, "w", {}) for layout in TIED.layouts]
     proof.outcomes = [
         Outcome(one, one),
         Outcome(one, two, "", 2.4e-15, "w"),
         Outcome(two, one, "after loading: w[3] is 1.0, must be 2.0", 0.5, "w"),
     ]
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    table.write_between_markers(page, table.section([proof], [Refusal("a", "no | yes")]))
+    places = [
+        f"{table.BEGIN.format(name=name)}\nold {name}\n{table.END.format(name=name)}\n"
+        for name in ("layouts", "tied", "bf16", "refused")
+    ]
+    page.write_text(f"before\n{''.join(places)}after\n")
+    table.write_between_markers(page, table.sections([proof], [Refusal("a", "no | yes")]))
     text = page.read_text()
     assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert "| **A** | = | 2e-15 |" in text
-    assert "| **B** | FAILS |" in text
-    assert f"| C | `{three}` | 3 | 1e-15 |" in text
+    assert text.endswith("after\n")
+    assert re.findall("old .*", text) == ["old bf16"]
+    assert "| **A** | 1e-15 | = | 2e-15 |" in text
+    assert "| **B** | 1e-15 | FAILS |" in text
+    assert f"| C | {three} | 3 | `--use-torch-fsdp2` |" in text
+    assert r"Et\|tt\|tL" in text
     assert "| a | no / yes |" in text
     assert "2 proved, 1 wrong" in text
 

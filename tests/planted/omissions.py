@@ -103,6 +103,16 @@ OMISSIONS = (
         "only number 2 differs",
     ),
     Omission(
+        "loss scale: begins anew at its first value",
+        "R12",
+        "megatron/training/checkpointing.py",
+        '            optimizer.grad_scaler.load_state_dict(opened.common.get("loss_scale"))\n',
+        "",
+        "loss scale",
+        "rank 0, growth_tracker",
+        "--fp16 --initial-loss-scale 65536 --loss-scale-window 3",
+    ),
+    Omission(
         "step count: bias corrections of Adam begin anew",
         "R12",
         "megatron/training/checkpointing.py",

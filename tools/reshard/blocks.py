@@ -29,7 +29,7 @@ from pretrain_gpt import model_provider
 from tools.reshard.differences import Keyed
 
 POISON = 777
-"""Step count of an optimizer that waits for a checkpoint."""
+"""Counts of an optimizer that waits for a checkpoint."""
 
 
 def blocks_of(run: Run) -> Iterator[Keyed]:
@@ -63,6 +63,8 @@ def poison(run: Run) -> None:
     for _, block in blocks_of(run):
         block.tensor.fill_(float("nan") if block.tensor.is_floating_point() else -POISON)
     run.optimizer.step_count = POISON
+    scale = {"scale": 2.0**24, "growth_tracker": POISON, "hysteresis_tracker": 1}
+    run.optimizer.grad_scaler.load_state_dict(scale)  # kept by one that moves
 
 
 def elements_of_model(config: RunConfig, states: int) -> dict[str, int]:

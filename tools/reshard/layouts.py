@@ -146,6 +146,14 @@ pp4 sequential                    | 4 | 6
 pp2 vpp2 dp2 ep2 zero1            | 4 | 3
 tp2 sp pp2 dp2 ep4 etp1 zero1     | 8 | 6
 """
+_OF_FP16 = """
+one                               | 1 | 6
+dp3 zero1 overlap                 | 3 | 2
+dp2 ep2 zero3                     | 2 | 3
+tp4 sp ep2 etp2 zero1             | 4 | 6
+pp2 vpp2 dp2 ep2 zero1            | 4 | 3
+"""
+_SCALED = "--fp16 --initial-loss-scale 65536 --loss-scale-window 4 --hysteresis 2"
 _BIASED = """
     --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.02
     --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.01
@@ -173,7 +181,8 @@ UNTIED = Model(
     "untied", (*_SHARED.split(), "--fp64", *_OTHERWISE.split()), _layouts(_OF_UNTIED), is_exact=True
 )
 BF16 = Model("bf16", (*_WORDS, "--bf16"), _layouts(_OF_BF16), is_exact=False)
-MODELS = {model.name: model for model in (TIED, UNTIED, BF16)}
+FP16 = Model("fp16", (*_WORDS, *_SCALED.split()), _layouts(_OF_FP16), is_exact=False)
+MODELS = {model.name: model for model in (TIED, UNTIED, BF16, FP16)}
 
 
 def _both_ways(text: str) -> tuple[tuple[str, str], ...]:
@@ -190,6 +199,7 @@ QUICK = {
     """),
     "untied": _both_ways("tp4 sp ep2 etp2 zero1 <-> dp2 ep2 zero3"),
     "bf16": _both_ways("dp3 zero1 overlap <-> dp2 ep2 zero3"),
+    "fp16": _both_ways("tp4 sp ep2 etp2 zero1 <-> dp2 ep2 zero3"),
 }
 """Pairs for every day: every one of ``AXES`` changes in both directions."""
 

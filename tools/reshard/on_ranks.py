@@ -92,12 +92,14 @@ def train_and_save(config: RunConfig, folder: Path) -> None:
 def load_each(job: Job) -> None:
     """Load every source, save it again, train on; the records go to ``records.pt``."""
     run = make_run(job.config)
-    records = [_pair(run, source, job) for source in job.sources]
+    keys = set().union(*_gathered({key for key, _ in blocks_of(run)}))
+    records = [_pair(run, source, keys, job) for source in job.sources]
     if dist.get_rank() == 0:
         torch.save(records, job.folder / "records.pt")
 
 
-def _pair(run: Run, source: Source, job: Job) -> PairRecord:
+def _pair(run: Run, source: Source, keys: set[str], job: Job) -> PairRecord:
+    """Try one source; ``keys`` are those that all ranks hold together."""
     poison(run)
     try:
         loaded = load_checkpoint(
@@ -112,12 +114,13 @@ def _pair(run: Run, source: Source, job: Job) -> PairRecord:
         "dropout_seed": loaded.dropout_seed,
         "data_fingerprint": loaded.data_fingerprint,
         "step_count": run.optimizer.step_count,
+        "loss_scale": run.optimizer.grad_scaler.state_dict(),
     }
     stored = {**source.facts, "step_count": source.facts["optimizer"]["step_count"]}
     found = [
         *of_facts(when, facts, {key: stored[key] for key in facts}),
         *of_bits(when, blocks_of(run), source.tensors),
-        *_of_all_keys(when, run, source.tensors),
+        *of_keys(when, keys, source.tensors),
     ]
     if (first := _first(found)) is not None:
         return PairRecord(source.name, first)
@@ -142,12 +145,6 @@ def _after_steps(run: Run, state: TrainState, want: Source, allowed: float) -> l
     ]
     when = f"after step {SAVED_AT + MORE_STEPS}"
     return [*nears, of_numbers(when, blocks_of(run), want.end, allowed)]
-
-
-def _of_all_keys(when: str, run: Run, want: Tensors) -> list[Difference]:
-    """Compare the keys that all ranks hold together with those of a checkpoint."""
-    here = {key for key, _ in blocks_of(run)}
-    return list(of_keys(when, set().union(*_gathered(here)), want))
 
 
 def _first(found: Iterable[Difference]) -> Difference | None:

@@ -176,7 +176,7 @@ class Proof:
                 what = f"elements of {kind} on disk"
                 yield Difference("what was saved", what, None, str(number), str(counts.get(kind)))
         needed = {"optimizer.exp_avg", "optimizer.exp_avg_sq"}
-        needed |= {"optimizer.main_param"} if config.model.bf16 else set()
+        needed |= set() if config.model.fp64 else {"optimizer.main_param"}
         yield from of_keys("what was saved", states, needed)
 
     def _load(self, layout: Layout, names: Sequence[str]) -> list[Outcome]:

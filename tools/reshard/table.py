@@ -1,24 +1,15 @@
 """The proof as text: a summary, and the tables of docs/checkpoint_format.md. Pure."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tools.reshard.layouts import MORE_STEPS, SAVED_AT
+from tools.reshard.layouts import MODELS, Model
 from tools.reshard.proof import Outcome, Proof
 from tools.reshard.refusals import Refusal
 
-BEGIN, END = "<!-- made by `make verify-reshard`: begin -->", "<!-- end -->"
-
-HOW = f"""Each layout trained {SAVED_AT} steps and saved. Every other one loaded that into memory
-full of NaN, was compared bit by bit on every rank with what had been saved (weights, buffers with
-the expert bias, both moments, fp32 main weights, step count, iteration, samples, dropout seed),
-saved it again, and those files were compared too (keys both ways, elements of the model, every
-bit). Then it trained {MORE_STEPS} more steps; losses, gradient norms, learning rates, and weights
-and moments after them were compared with one process that never stopped. A cell is the largest
-difference / the largest element of the worst of these; on the diagonal every bit must be that of
-the same layout without a stop. Rows saved, columns loaded; a pair that is wrong would say `FAILS`
-and the command would end with the first key, its global place and both values."""
+BEGIN = "<!-- {name}, made by `make verify-reshard`: begin -->"
+END = "<!-- {name}: end -->"
 
 
 def summary(proofs: Sequence[Proof]) -> str:
@@ -27,64 +18,68 @@ def summary(proofs: Sequence[Proof]) -> str:
     wrong = sum(bool(one.problem) for one in done)
     worst, of = max((proof.worst for proof in proofs), default=(0.0, ""))
     parts = [f"{len(proof.outcomes)} {proof.model.name}" for proof in proofs]
-    seconds = sum(proof.seconds for proof in proofs)
     return (
         f"{len(done)} pairs ({', '.join(parts)}): {len(done) - wrong} proved, {wrong} wrong; worst "
-        f"relative error {worst:.1e}{f' of {of}' if of else ''}; {seconds / 60:.1f} minutes"
+        f"relative error {worst:.1e}{f' of {of}' if of else ''}"
     )
 
 
-def section(proofs: Sequence[Proof], refused: Sequence[Refusal]) -> str:
-    """Return all tables in Markdown."""
-    letters = _letters(proofs)
-    parts = [HOW, "", f"{summary(proofs)}.", "", *_layouts(proofs, letters)]
-    for proof in proofs:
-        parts += ["", *_matrix(proof, letters)]
-    parts += ["", "Refused, with what is said (the layouts and models above are compared):", ""]
-    parts += ["| what | why |", "|---|---|"]
-    parts += [f"| {one.what} | {one.said.replace('|', '/')} |" for one in refused]
-    return "\n".join(parts)
+def sections(proofs: Sequence[Proof], refused: Sequence[Refusal]) -> dict[str, str]:
+    """Return Markdown by the name of its place: ``layouts``, each model, ``refused``."""
+    letters = letters_of(MODELS.values())
+    found = {"layouts": _layouts(letters)}
+    found |= {proof.model.name: _matrix(proof, letters) for proof in proofs}
+    rows = [f"| {one.what} | {one.said.replace('|', '/')} |" for one in refused]
+    return found | {"refused": "\n".join(["| what | why |", "|---|---|", *rows])}
 
 
-def write_between_markers(page: Path, text: str) -> None:
-    """Replace what stands between the markers of ``page``."""
-    old = page.read_text()
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    assert len(pattern.findall(old)) == 1, f"{page} needs one pair of markers: {BEGIN} ... {END}"
-    page.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", old))
+def write_between_markers(page: Path, texts: Mapping[str, str]) -> None:
+    """Replace what stands between the markers of each name in ``page``."""
+    text = page.read_text()
+    for name, new in texts.items():
+        begin, end = BEGIN.format(name=name), END.format(name=name)
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        assert len(pattern.findall(text)) == 1, f"{page} needs one pair: {begin} ... {end}"
+        text = pattern.sub(f"{begin}\n\n{new}\n\n{end}".replace("\\", r"\\"), text)
+    page.write_text(text)
 
 
-def _letters(proofs: Sequence[Proof]) -> dict[str, str]:
-    names = dict.fromkeys(layout.name for proof in proofs for layout in proof.model.layouts)
+def letters_of(models: Sequence[Model]) -> dict[str, str]:
+    """Return name of a layout -> its letter in the tables."""
+    names = dict.fromkeys(layout.name for model in models for layout in model.layouts)
     return {name: chr(ord("A") + number) for number, name in enumerate(names)}
 
 
-def _layouts(proofs: Sequence[Proof], letters: dict[str, str]) -> list[str]:
-    exact = [proof for proof in proofs if proof.model.is_exact]
-    heads = " | ".join(f"saved by {proof.model.name}" for proof in exact)
-    ranks_of = {one.name: one.ranks for proof in proofs for one in proof.model.layouts}
-    rows = [f"| | layout | ranks | {heads} |", "|---|---|---|" + "---|" * len(exact)]
+def _layouts(letters: Mapping[str, str]) -> str:
+    known = {layout.name: layout for model in MODELS.values() for layout in model.layouts}
+    rows = ["| | layout | ranks | options |", "|---|---|---|---|"]
     for name, letter in letters.items():
-        found = {p.model.name: one for p in exact for one in p.saved if one.layout.name == name}
-        errors = [_shown(found[p.model.name].error) if p.model.name in found else "" for p in exact]
-        rows.append(f"| {letter} | `{name}` | {ranks_of[name]} | {' | '.join(errors)} |")
-    return rows
+        words = " ".join(known[name].words[:-2]).replace("|", "\\|")  # samples: the model's
+        rows.append(f"| {letter} | {name} | {known[name].ranks} | `{words}` |")
+    return "\n".join(rows).replace(" | `` |", " | |")
 
 
-def _matrix(proof: Proof, letters: dict[str, str]) -> list[str]:
+def _matrix(proof: Proof, letters: Mapping[str, str]) -> str:
     names = [layout.name for layout in proof.model.layouts]
     outcomes = {(one.source, one.target): one for one in proof.outcomes}
-    model = " ".join(proof.model.words).replace("|", "\\|")
+    saved = {one.layout.name: one for one in proof.saved}
+    words = " ".join(proof.model.words).replace("|", "\\|")
     rows = [
-        f"**{proof.model.name}**: `{model}`",
+        f"**{proof.model.name}**: `{words}`",
         "",
-        f"| | {' | '.join(letters[name] for name in names)} |",
-        "|---" * (len(names) + 1) + "|",
+        f"{summary([proof])}.",
+        "",
+        f"| | saved | {' | '.join(letters[name] for name in names)} |",
+        "|---" * (len(names) + 2) + "|",
     ]
     for source in names:
         cells = [_cell(outcomes.get((source, target)), proof) for target in names]
-        rows.append(f"| **{letters[source]}** | {' | '.join(cells)} |")
-    return rows
+        found = saved.get(source)
+        is_compared = proof.model.is_exact and found is not None
+        error = _shown(found.error) if found is not None and is_compared else ""
+        error = "FAILS" if found is not None and found.problem else error
+        rows.append(f"| **{letters[source]}** | {error} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def _cell(outcome: Outcome | None, proof: Proof) -> str:

@@ -35,8 +35,8 @@ LOSS_SCALE = Item(
     "the loss scale follows something that is in no checkpoint",
 )
 WEIGHTS = Item("weights", f"a weight {_NOT_SAVED}", _STEP)
-EXPERTS = Item("experts", f"the weights of an expert {_NOT_SAVED}", _STEP)
-MAIN = Item("main weights", f"the fp32 main weights of the optimizer {_NOT_SAVED}", _STEP)
+EXPERTS = Item("experts", f"an expert {_NOT_SAVED}", _STEP)
+MAIN = Item("main weights", f"a main weight of the optimizer {_NOT_SAVED}", _STEP)
 FIRST = Item("first moment", f"the optimizer's mean of gradients {_NOT_SAVED}", _STEP)
 SECOND = Item("second moment", f"the optimizer's mean of squares {_NOT_SAVED}", _STEP)
 BIAS = Item(

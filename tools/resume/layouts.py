@@ -163,15 +163,15 @@ def _variants(own: Asked, layout: Layout) -> Iterator[dict[str, Any]]:
         if getattr(layout, axis) == 1:
             values |= dict.fromkeys(names)
     values |= {
+        # a balance loss is one of a microbatch: another size is another loss
+        "micro_batch_size": own.config.training.micro_batch_size,
         "global_batch_size": own.config.training.global_batch_size,
         "padded_vocab_size": own.config.tokenizer.padded_vocab_size,
         "train_iters": own.config.training.train_iters,
     }
     yield values
-    yield values | {"micro_batch_size": None}
     if layout.tp > 1:
         yield values | {"sequence_parallel": True}
-        yield values | {"sequence_parallel": True, "micro_batch_size": None}
 
 
 def _problems(own: Asked, values: Mapping[str, Any], world_size: int) -> list[str]:

@@ -112,8 +112,8 @@ def _standing(run: Run, state: TrainState) -> dict[str, Any]:
 
 def loss_scale(run: Run) -> dict[str, Any] | None:
     """Return all that the loss scale remembers, saved or not; None where it is a constant."""
-    scaler = getattr(run.optimizer, "grad_scaler", None)
-    if scaler is None or scaler.state_dict() is None:
+    scaler = run.optimizer.grad_scaler
+    if scaler.state_dict() is None:
         return None
     return {name.removeprefix("_"): value for name, value in vars(scaler).items()}
 

@@ -40,7 +40,7 @@ def _verdict(first: Difference | None, compared: int, causes: set[str]) -> list[
     if first is None:
         return [SAME if compared else NOT_THERE, ""]
     moment = "loading" if first.when == AT_LOAD else f"step {first.iteration}"
-    values = f"{_short(first.want)} -> {_short(first.got)}"
+    values = " -> ".join(_short(first.want, first.got))
     where = f"{moment}, {first.where}: {values}"
     return [DIFFERS if first.item.name in causes else FOLLOWS, where]
 
@@ -74,8 +74,13 @@ def _is_tensor(item: Item) -> bool:
     )
 
 
-def _short(value: str, most: int = 24) -> str:
-    return value if len(value) <= most else value[: most - 3] + "..."
+def _short(one: str, other: str) -> list[str]:
+    """Write numbers with few digits, unless they would look alike then."""
+    try:
+        few = [f"{float(value):.6g}" for value in (one, other)]
+    except ValueError:
+        return [one, other]
+    return few if few[0] != few[1] else [one, other]
 
 
 def _layouts(others: Sequence[Outcome]) -> Iterator[str]:
@@ -145,7 +150,8 @@ def hint(proof: Proof, cause: Difference) -> str:
 
 def verdict(settings: Settings, proof: Proof) -> str:
     """Return the last line."""
-    others = f" and {len(proof.others)} other layouts" if proof.others else ""
+    count = len(proof.others)
+    others = f" and {count} other layout{'s' if count > 1 else ''}" if count else ""
     if proof.passes:
         return (
             f"PASS: resumed at iteration {proof.killed.checkpoint} after SIGKILL, the run is the "

@@ -17,11 +17,15 @@ from megatron.training.config.run_config import RunConfig
 from megatron.training.config.yaml_file import read_yaml_file
 
 _REPLACED = """
-    save load ckpt_step save_interval save_retain_interval keep_last allow_fresh_start
-    exit_on_missing_checkpoint use_checkpoint_args non_persistent_save_interval
-    non_persistent_ckpt_type non_persistent_local_ckpt_dir
-    exit_interval exit_duration_in_mins log_interval log_dir tensorboard_dir moe_routing_trace_path
-    moe_routing_trace_max_training_iters
+    save save_interval save_retain_interval keep_last
+    non_persistent_save_interval non_persistent_ckpt_type
+    non_persistent_global_ckpt_dir non_persistent_local_ckpt_dir
+    load ckpt_step allow_fresh_start
+    use_checkpoint_args use_mp_args_from_checkpoint_args use_tokenizer_model_from_checkpoint_args
+    override_opt_param_scheduler use_checkpoint_opt_param_scheduler
+    exit_interval exit_duration_in_mins
+    log_interval log_dir tensorboard_dir
+    moe_routing_trace_path moe_routing_trace_max_training_iters
 """
 REPLACED = frozenset(_REPLACED.split())
 """Options whose place the tool takes, or that would write into the user's folders."""

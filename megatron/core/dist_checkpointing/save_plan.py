@@ -5,7 +5,7 @@ as if it were its whole tensor, and so gives some ranks much more to write than 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -51,6 +51,24 @@ def plan_save(
     local = _planner(tensors, rank_in(group) == 0).create_local_plan()
     plans = gather_first(local, group)
     return scatter_first(None if plans is None else _shares(plans, complete), group)
+
+
+def plan_for_ranks(
+    tensors_of_ranks: Iterable[Mapping[str, Storable]],
+) -> list[list[PlannedBlock]]:
+    """Share out the blocks of all ranks as ``plan_save`` does, in one process.
+
+    Args:
+        tensors_of_ranks: For each rank, key -> tensor, or its blocks of one; need hold no data.
+
+    Returns:
+        The blocks of each rank.
+    """
+    plans = [
+        _planner(tensors, rank == 0).create_local_plan()
+        for rank, tensors in enumerate(tensors_of_ranks)
+    ]
+    return _shares(plans, True)
 
 
 def block_of(tensors: Mapping[str, Storable], block: PlannedBlock) -> Tensor:

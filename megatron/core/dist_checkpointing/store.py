@@ -85,7 +85,7 @@ def write_checkpoint(
     try:
         attempt(lambda: _must_see(temporary), group)
         write_tensors(temporary, content.tensors, group, complete=is_complete)
-        _on_first(lambda: _write_documents(temporary, content), group)
+        _on_first(lambda: write_documents(temporary, content), group)
         size = _on_first(lambda: write_manifest(temporary), group)
         final = _on_first(lambda: folders.publish(temporary, folder, iteration), group)
     except CheckpointError:
@@ -129,7 +129,8 @@ def _must_see(path: Place) -> None:
         )
 
 
-def _write_documents(temporary: Place, content: CheckpointContent) -> None:
+def write_documents(temporary: Place, content: CheckpointContent) -> None:
+    """Write everything of ``content`` that is no tensor into ``temporary``, flushed to the disk."""
     for name, source in content.files.items():
         folders.add_file(temporary / name, source)
     common = {"format_version": FORMAT_VERSION, **content.common}

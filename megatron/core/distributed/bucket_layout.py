@@ -148,17 +148,18 @@ def _lay_out(
     buckets: list[Bucket] = []
     begin, end, params = 0, 0, []
     for place, (param, numel) in enumerate(members):
-        start = _round_up(end, PARAM_ALIGNMENT)
+        start = round_up(end, PARAM_ALIGNMENT)
         end = start + numel
         spans.append(Span(param, start, end))
         params.append(param)
         if end - begin >= bucket_size or place == len(members) - 1:
             # padding belongs to the bucket before it, so that buckets tile the buffer
-            end = begin + _round_up(end - begin, unit)
+            end = begin + round_up(end - begin, unit)
             buckets.append(Bucket(number, begin, end, tuple(params)))
             begin, params = end, []
     return spans, buckets
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """Return the next multiple of ``multiple`` that is not below ``value``."""
     return -(-value // multiple) * multiple

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from megatron.core.distributed.bucket_layout import BUFFER_ALIGNMENT, PARAM_ALIGNMENT
+from megatron.core.distributed.bucket_layout import BUFFER_ALIGNMENT, PARAM_ALIGNMENT, round_up
 from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import main_dtype
@@ -178,9 +178,9 @@ class TorchFullyShardedDataParallel(DataParallelBase):
             role = role_of(param)
             members.setdefault((role.is_expert, role.decays), []).append((name, param))
         for kept in members.values():
-            sizes = [_padded(_local(tensor).numel(), PARAM_ALIGNMENT) for _, tensor in kept]
+            sizes = [round_up(_local(tensor).numel(), PARAM_ALIGNMENT) for _, tensor in kept]
             flat = torch.zeros(
-                _padded(sum(sizes), BUFFER_ALIGNMENT),
+                round_up(sum(sizes), BUFFER_ALIGNMENT),
                 dtype=main_dtype(self.model_dtype),
                 device=self.device,
             )
@@ -279,7 +279,3 @@ def _set_gradient(sharded: Tensor, local: Tensor) -> None:
     )
     param.grad = gradient
     setattr(param, "main_grad", gradient)  # noqa: B010 (not an attribute of Tensor)
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -14,7 +14,9 @@ class CheckpointConfig:
     """Folder to write checkpoints to, or URL of an object store such as s3://bucket/run (needs the
     extra ``object-store``); none are written when not set."""
 
-    save_interval: int | None = None
+    save_interval: int | None = field(
+        default=None, metadata=flag("--save-interval", "--persistent-save-interval")
+    )
     """Iterations between checkpoints; only at the end when not set."""
 
     async_save: bool = False

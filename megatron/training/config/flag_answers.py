@@ -152,11 +152,17 @@ SUBSTITUTES: dict[str, str] = {
     "--no-ckpt-fully-parallel-save": "every rank always writes its own part; leave it out",
     "--no-mmap-bin-files": "data files are always memory-mapped; leave it out",
     "--no-pad-vocab-size": "use --make-vocab-size-divisible-by 1",
+    "--non-persistent-local-ckpt-algo": (
+        "each rank of a node writes its share of what the node holds; leave it out"
+    ),
     "--openai-gelu": "leave it out for GELU, or use --swiglu",
     "--qk-layernorm": "queries and keys are not normalised yet",
     "--quick-geglu": "use --swiglu",
     "--rampup-batch-size": "the batch size is constant; use --global-batch-size",
     "--recompute-activations": _RECOMPUTE + "selective",
+    "--replication": "nodes keep no copies of each other's checkpoints; leave it out",
+    "--replication-factor": "nodes keep no copies of each other's checkpoints; leave it out",
+    "--replication-jump": "nodes keep no copies of each other's checkpoints; leave it out",
     "--rope-type": "use --position-embedding-type rope",
     "--spec": "the layers follow from the options of --help",
     "--squared-relu": "leave it out for GELU, or use --swiglu",

@@ -10,6 +10,7 @@ from megatron.core.errors import CheckpointError
 from megatron.training.checkpoint_state import LoadedState, TrainState
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.config.run_config import RunConfig
+from megatron.training.initialize import Launch
 from megatron.training.start_up import start_line
 from tests.helpers.ranks import run_ranks
 from tests.unit_tests.core.dist_checkpointing.stand_in import build, fill, wrong_keys
@@ -60,7 +61,8 @@ def _first_start_and_restart(folder: Path) -> None:
         assert wrong_keys(fresh.weights()) == []
         assert not any(moment.any() for moment in fresh.moments().values())
         assert fresh.optimizer.step_count == 3  # untouched, not that of the checkpoint
-        line = start_line(config_of(load=None if load is None else str(load), **options))
+        config = config_of(load=None if load is None else str(load), **options)
+        line = start_line(config, Launch.from_environment())
         assert line.startswith("finetuning at iteration 0 with the weights of")
         assert ("holds no checkpoint yet" in line) == (load is not None)
     Stood().save(own, 4)

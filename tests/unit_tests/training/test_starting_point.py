@@ -6,6 +6,9 @@ import pytest
 
 from megatron.core.errors import CheckpointError
 from megatron.training.config.checkpoint import CheckpointConfig
+from megatron.training.config.run_config import RunConfig
+from megatron.training.initialize import Launch
+from megatron.training.start_up import start_line
 from megatron.training.starting_point import (
     StartingPoint,
     folder_and_iteration,
@@ -53,3 +56,20 @@ def test_a_damaged_tracker_is_an_error_and_no_reason_to_begin_anew(tmp_path: Pat
 )
 def test_one_checkpoint_or_a_folder_of_them(path: str, expected: tuple) -> None:
     assert folder_and_iteration(Path(path)) == (Path(expected[0]), expected[1])
+
+
+def line_of(options: dict) -> str:
+    return start_line(RunConfig.from_flat(options), Launch.from_environment())
+
+
+def test_the_first_line_of_the_log_says_where_a_run_begins(tmp_path: Path) -> None:
+    shape = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "load": str(tmp_path)}
+    between = shape | {"non_persistent_ckpt_type": "in_memory"}
+    nothing = f"starting a fresh run at iteration 0 ({tmp_path} holds no checkpoint yet"
+    newer = ", unless a newer in_memory checkpoint is there"
+    assert line_of(shape) == f"{nothing})"
+    assert line_of(between) == f"{nothing}{newer})"
+    store_facts(tmp_path, 3, {"config": {}})
+    there = f"resuming at iteration 3 from {tmp_path}/iter_0000003"
+    assert line_of(shape) == there
+    assert line_of(between) == f"{there}{newer}"

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from megatron.core.errors import ConfigError
+from megatron.training.config.options import options_of
+from megatron.training.config.run_config import RunConfig
 from tools.resume.layouts import asked, parse, propose
 from tools.resume.record import load_script
-from tools.resume.settings import REPLACED, config_of, left_out, read_flags
+from tools.resume.settings import _PART_OF_A_RUN, REPLACED, config_of, left_out, read_flags
 from tools.verify_resume import _parser, split_words
 
 _DENSE = """
@@ -53,8 +55,12 @@ def test_flags_that_make_a_proof_pointless_are_refused_all_at_once(flag: str) ->
         assert said in str(error.value)
 
 
-def test_options_whose_place_is_taken_exist_or_are_megatrons() -> None:
-    assert {"save", "load", "exit_interval", "log_dir", "keep_last"} <= REPLACED
+def test_options_whose_place_is_taken_exist_and_no_folder_is_forgotten() -> None:
+    options = options_of(RunConfig)
+    assert options.keys() >= REPLACED
+    of_checkpoints = {name for name, option in options.items() if option.section == "checkpoint"}
+    kept = {"async_save", "pretrained_checkpoint"} | set(_PART_OF_A_RUN)
+    assert of_checkpoints - REPLACED <= kept, "a new option: replaced, refused or kept?"
 
 
 def test_half_and_double_the_ranks_and_each_axis_are_proposed() -> None:
@@ -86,11 +92,15 @@ def test_options_of_an_axis_go_with_it() -> None:
     assert config_of(pipeline, parse(own, "2,pp=1").values, 2).model.pipeline_schedule != "zb-h1"
 
 
-def test_the_batch_and_the_vocabulary_stay_those_of_the_users_layout() -> None:
-    words = [word for word in DENSE if word not in ("--global-batch-size", "8")]
+@pytest.mark.parametrize("layout", ["4,tp=2", "1,ep=1", "2,pp=2,ep=1"])
+def test_batches_and_the_vocabulary_stay_those_of_the_users_layout(layout: str) -> None:
+    """Of a microbatch there is one balance loss, so that its size must stay."""
+    words = [word for word in WORDS if word not in ("--global-batch-size", "8")]
     own = asked(words, read_flags(words), 2)
-    config = config_of(words, parse(own, "4,tp=2").values, 4)
+    other = parse(own, layout)
+    config = config_of(words, other.values, other.world_size)
     assert config.training.global_batch_size == own.config.training.global_batch_size
+    assert config.training.micro_batch_size == own.config.training.micro_batch_size
     assert config.tokenizer.padded_vocab_size == own.config.tokenizer.padded_vocab_size
 
 
