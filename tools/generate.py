@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron.core.dist_checkpointing.object_folders import place, store_problem
 from megatron.core.errors import ConfigError, DataError
 from tools.preprocessing import command_line
 
@@ -33,7 +34,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; the parser ends the process with code 2 on mistakes."""
     parser = command_line.ToolParser("Continue text with a trained model.")
     add = parser.add_argument
-    add("--load", type=Path, required=True, help="Folder of checkpoints (--save of the run).")
+    add(
+        "--load",
+        type=place,
+        required=True,
+        help="Folder or URL of checkpoints (--save of the run).",
+    )
     add("--ckpt-step", type=int, help="Iteration to load; the latest when not set.")
     add("--prompt", action="append", default=[], help="Text to continue; may be repeated.")
     add("--prompt-file", type=Path, help="Text file with one prompt a line.")
@@ -87,7 +93,9 @@ def check(options: argparse.Namespace) -> None:
         problems.append("--greedy and --temperature contradict each other; leave one out")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         problems.append("one process generates: start with python, not torchrun")
-    if not options.load.is_dir():
+    if problem := store_problem(options.load):
+        problems.append(f"--load {options.load} {problem}")
+    elif not options.load.is_dir():
         problems.append(f"--load {options.load} is not a folder")
     file = options.prompt_file
     if file is not None and (file.is_dir() or not file.exists()):  # a pipe is good

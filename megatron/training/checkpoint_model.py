@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron.core.dist_checkpointing.folders import Place, local_copies
 from megatron.core.dist_checkpointing.mapping import MODEL, model_tensors
 from megatron.core.dist_checkpointing.serialization import read_tensors
 from megatron.core.dist_checkpointing.store import OpenCheckpoint, open_checkpoint
@@ -36,12 +36,12 @@ class TrainedModel:
     """Of the run that saved it, for one rank."""
     tokenizer: Tokenizer | None
     """None when the run had none (mock data)."""
-    path: Path
+    path: Place
     """The checkpoint."""
 
 
 def load_trained_model(
-    folder: Path, *, iteration: int | None = None, device: torch.device | str = "cpu"
+    folder: Place, *, iteration: int | None = None, device: torch.device | str = "cpu"
 ) -> TrainedModel:
     """Build the model that a run saved, on one process.
 
@@ -89,12 +89,12 @@ def saved_tokenizer(opened: OpenCheckpoint) -> Tokenizer | None:
     facts: dict[str, Any] | None = opened.common["tokenizer"]
     if facts is None:
         return None
-    files = dict(facts["files"])
-    for role, name in facts["copies"].items():
-        files[role] = str(opened.path / name)
-    settings = TokenizerSettings(tokenizer_type=facts["type"], **files, **facts["settings"])
-    tokenizer = build_tokenizer(settings)
-    if tokenizer.fingerprint() != facts["fingerprint"]:
+    with local_copies(opened.path, facts["copies"]) as copies:
+        files = facts["files"] | {role: str(path) for role, path in copies.items()}
+        settings = TokenizerSettings(tokenizer_type=facts["type"], **files, **facts["settings"])
+        tokenizer = build_tokenizer(settings)
+        fingerprint = tokenizer.fingerprint()
+    if fingerprint != facts["fingerprint"]:
         raise DataError(
             f"the tokenizer of {opened.path} ({facts['type']}, {', '.join(files.values())}) is "
             "not the one that the model was trained with: its content has changed"

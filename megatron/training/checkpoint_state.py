@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.mapping import NamedState
 from megatron.core.optimizer.grad_scaler import GradScaler
 from megatron.training.config.checkpoint import CheckpointConfig
@@ -68,7 +69,7 @@ class SaveResult:
     """How a save went. A failed one leaves earlier checkpoints as they were."""
 
     iteration: int
-    path: Path | None
+    path: Place | None
     """None when nothing was saved."""
     size_bytes: int = 0
     seconds: float = 0.0
@@ -105,7 +106,7 @@ class LoadedState:
     """Place in the global order of samples."""
     dropout_seed: int
     """Of the dropout stream: ``SampleRng(dropout_seed, sample_ids)``."""
-    path: Path | None = None
+    path: Place | None = None
     """Checkpoint that was loaded; None in a fresh run."""
     data_fingerprint: str | None = None
     """Of the training data that the checkpoint's run read; None where its order does not matter."""

@@ -7,7 +7,6 @@ a checkpoint are refused is in resume_rules.py. Every rank calls these functions
 import hashlib
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from megatron.core.dist_checkpointing.agreement import (
     rank_in,
     size_of,
 )
+from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.mapping import (
     MODEL,
     OPTIMIZER,
@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.mapping import (
     model_tensors,
     optimizer_tensors,
 )
+from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.dist_checkpointing.rng_state import capture_rng_state, restore_rng_state
 from megatron.core.dist_checkpointing.serialization import read_tensors, stored_tensors
 from megatron.core.dist_checkpointing.store import (
@@ -69,7 +70,7 @@ _KEEP_ALL = Retention()
 
 
 def save_checkpoint(
-    folder: str | Path,
+    folder: str | Place,
     state: TrainState,
     *,
     config: RunConfig,
@@ -102,11 +103,11 @@ def save_checkpoint(
         data_fingerprint=data_fingerprint,
     )
     keep = Retention.of(config.checkpoint)
-    return publish(Path(folder), state.iteration, content, world_group(), keep)
+    return publish(place(folder), state.iteration, content, world_group(), keep)
 
 
 def publish(
-    folder: Path,
+    folder: Place,
     iteration: int,
     content: CheckpointContent,
     group: ProcessGroup | None,
@@ -177,7 +178,7 @@ def checkpoint_content(
 
 
 def load_checkpoint(
-    folder: str | Path | None,
+    folder: str | Place | None,
     *,
     config: RunConfig,
     model: nn.Module,
@@ -238,7 +239,7 @@ def load_checkpoint(
 
 
 def _start(
-    folder: str | Path | None, options: CheckpointConfig, group: ProcessGroup | None
+    folder: str | Place | None, options: CheckpointConfig, group: ProcessGroup | None
 ) -> StartingPoint | None:
     """Find the checkpoint to begin with: the first rank looks, all take what it finds."""
     options = replace(options, load=None if folder is None else str(folder))

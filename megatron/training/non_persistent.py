@@ -8,7 +8,6 @@ shared, and they load only where every node and every rank is what it was.
 import hashlib
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +21,8 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.dist_checkpointing import folders
 from megatron.core.dist_checkpointing.agreement import attempt, broadcast, gather, rank_in
+from megatron.core.dist_checkpointing.folders import Place
+from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.dist_checkpointing.store import CheckpointContent
 from megatron.core.errors import CheckpointError
 from megatron.core.process_groups_config import node_group
@@ -80,14 +81,14 @@ class NonPersistent:
         layout = _layout(config, launch.world_size, node)
         return cls(options=options, world=world, group=group, node=node, layout=layout)
 
-    def folder(self, base: str) -> Path:
+    def folder(self, base: str) -> Place:
         """Return where this node keeps them.
 
         Args:
             base: Folder of the run's persistent checkpoints: ``--save`` or ``--load``.
         """
         if self.options.non_persistent_ckpt_type == "global":
-            return Path(self.options.non_persistent_global_ckpt_dir or Path(base) / SUBFOLDER)
+            return place(self.options.non_persistent_global_ckpt_dir or place(base) / SUBFOLDER)
         return self._folder_of_run(base) / f"node{self.node:05d}"
 
     def save(self, iteration: int, content: CheckpointContent) -> SaveResult:
@@ -177,7 +178,7 @@ class NonPersistent:
         if self.options.non_persistent_ckpt_type != "in_memory" or self.options.save is None:
             return
         if rank_in(self.group) == 0:
-            shutil.rmtree(self.folder(self.options.save), ignore_errors=True)
+            folders.discard(self.folder(self.options.save))
             with suppress(OSError):  # another node of this machine has something there
                 self._folder_of_run(self.options.save).rmdir()
 
@@ -263,11 +264,11 @@ def _difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 def _name_of_run(base: str) -> str:
     """Return a name that restarts of a run share and other runs do not."""
-    path = Path(base).resolve()
+    path = place(base).resolve()
     return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
 
 
-def _delete(folder: Path, iterations: Sequence[int]) -> None:
+def _delete(folder: Place, iterations: Sequence[int]) -> None:
     try:
         folders.delete(folder, iterations)
     except OSError as error:

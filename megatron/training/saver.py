@@ -9,8 +9,9 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
+from megatron.core.dist_checkpointing.folders import Place
+from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.dist_checkpointing.staging import Staging
 from megatron.core.dist_checkpointing.store import CheckpointContent
 from megatron.core.errors import CheckpointError
@@ -50,7 +51,7 @@ class Saver:
         self._saved_iteration = saved_iteration
         self._non_persistent = non_persistent
         options = run.config.checkpoint
-        self._folder = None if options.save is None else Path(options.save)
+        self._folder = None if options.save is None else place(options.save)
         self._keep = Retention.of(options)
         self._background: BackgroundWriter | None = None
         if options.async_save:
@@ -153,7 +154,7 @@ class BackgroundWriter:
         self._written: Future[SaveResult] | None = None
 
     def begin(
-        self, folder: Path, iteration: int, content: CheckpointContent, keep: Retention
+        self, folder: Place, iteration: int, content: CheckpointContent, keep: Retention
     ) -> None:
         """Copy ``content`` and let the thread write it; the one before must have been awaited."""
         assert self._written is None, "one save at a time"

@@ -2,8 +2,13 @@
 
 import logging
 
+from megatron.core.dist_checkpointing.agreement import attempt
+from megatron.core.dist_checkpointing.folders import prove_writable
+from megatron.core.dist_checkpointing.object_folders import place
+from megatron.core.errors import CheckpointError
 from megatron.core.extensions import registry
 from megatron.core.log import banner
+from megatron.training.checkpointing import world_group
 from megatron.training.config.run_config import RunConfig
 from megatron.training.initialize import Launch
 from megatron.training.starting_point import starting_point
@@ -44,6 +49,34 @@ def _where(config: RunConfig) -> str:
     if options.finetune:
         return f"finetuning at iteration 0 with the weights of {start.path}"
     return f"resuming at iteration {start.iteration} from {start.path}{newer}"
+
+
+def ready(config: RunConfig) -> None:
+    """Show the options, then prove that --save can be written; every rank must call this.
+
+    Raises:
+        CheckpointError: It cannot; see ``prove_store``.
+    """
+    tell_options(config)
+    prove_store(config)
+
+
+def prove_store(config: RunConfig) -> None:
+    """Write to the object store of --save and delete that again; every rank must call this.
+
+    Raises:
+        CheckpointError: Some rank cannot; the same on all, before anything is computed.
+    """
+    save = config.checkpoint.save
+    if save is not None:
+        attempt(lambda: _prove(save), world_group())
+
+
+def _prove(save: str) -> None:
+    try:
+        prove_writable(place(save))
+    except OSError as error:
+        raise CheckpointError(f"--save {save} cannot be written: {error.strerror}") from error
 
 
 def tell_options(config: RunConfig) -> None:

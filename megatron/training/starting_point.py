@@ -6,15 +6,16 @@ the checkpoint, and mistakes told, before anything is set up.
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.folders import (
     COMMON,
+    Place,
     complete_iterations,
     find_checkpoint,
     latest_iteration,
 )
+from megatron.core.dist_checkpointing.object_folders import place, store_problem
 from megatron.core.errors import CheckpointError
 from megatron.training.config.checkpoint import CheckpointConfig
 
@@ -23,7 +24,7 @@ from megatron.training.config.checkpoint import CheckpointConfig
 class StartingPoint:
     """A checkpoint, not opened yet."""
 
-    folder: Path
+    folder: Place
     """Holds it, and perhaps others."""
     iteration: int
     weights_only: bool = False
@@ -31,7 +32,7 @@ class StartingPoint:
     --pretrained-checkpoint."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         """Where it lies.
 
         Raises:
@@ -54,14 +55,16 @@ def starting_point(options: CheckpointConfig) -> StartingPoint | None:
         CheckpointError: A tracker file is damaged, or names what is not there.
     """
     if options.load is not None:
-        folder, iteration = Path(options.load), options.ckpt_step
+        folder, iteration = _usable("--load", options.load), options.ckpt_step
         if iteration is None:
             iteration = latest_iteration(folder)
         if iteration is not None:
             return StartingPoint(folder=folder, iteration=iteration)
     if options.pretrained_checkpoint is None:
         return None
-    folder, iteration = folder_and_iteration(Path(options.pretrained_checkpoint))
+    folder, iteration = folder_and_iteration(
+        _usable("--pretrained-checkpoint", options.pretrained_checkpoint)
+    )
     if iteration is None:
         iteration = latest_iteration(folder)
     if iteration is None:
@@ -69,7 +72,15 @@ def starting_point(options: CheckpointConfig) -> StartingPoint | None:
     return StartingPoint(folder=folder, iteration=iteration, weights_only=True)
 
 
-def folder_and_iteration(path: Path) -> tuple[Path, int | None]:
+def _usable(flag: str, text: str) -> Place:
+    """Return the place that ``text`` names; a CheckpointError if it cannot be looked into."""
+    found = place(text)
+    if problem := store_problem(found):
+        raise CheckpointError(f"{flag} {text} {problem}")
+    return found
+
+
+def folder_and_iteration(path: Place) -> tuple[Place, int | None]:
     """Read ``path`` as one checkpoint, such as ``iter_0000010``, or a folder of them (None)."""
     if path.name.startswith("iter_") and path.name[5:].isdecimal():
         return path.parent, int(path.name[5:])

@@ -9,9 +9,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron.core.datasets.gpt_dataset import SampleDataset
+from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.distributed.replica_check import check_replicas
 from megatron.core.errors import ConfigError, DivergedError
 from megatron.core.log import RankHandler, setup_logging
@@ -38,7 +38,7 @@ from megatron.training.run import ForwardStep, Run, TrainState
 from megatron.training.saver import Saver
 from megatron.training.setup_data import build_data_iterator
 from megatron.training.setup_model import ModelProvider, setup_run
-from megatron.training.start_up import start_line, tell_options
+from megatron.training.start_up import ready, start_line
 from megatron.training.stop import StopRequest
 from megatron.training.train_step import train_step
 from megatron.training.wrap_up import finish
@@ -107,7 +107,7 @@ def pretrain(
         watches.enter_context(collective_checks(config))
         tokenizer = build_tokenizer(config.tokenizer)
         set_global_variables(config, tokenizer, timers)
-        tell_options(config)
+        ready(config)
         run = setup_run(config, world, model_provider, forward_step_func)
         loaded, between = load(run, tokenizer, launch)
         state = loaded.state()
@@ -346,7 +346,7 @@ def tell_changed_data(loaded: LoadedState, datasets: Datasets) -> None:
 def saved_already(config: RunConfig, loaded: LoadedState) -> int | None:
     """Return the iteration that lies in --save because it was loaded from there, or None."""
     save, path = config.checkpoint.save, loaded.path
-    same = save is not None and path is not None and Path(save).resolve() == path.parent.resolve()
+    same = save is not None and path is not None and place(save).resolve() == path.parent.resolve()
     return loaded.iteration if same and loaded.iteration else None
 
 

@@ -9,6 +9,7 @@ from tests.functional.bad_optimizer_input import OPTIMIZER_CASES
 from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
 from tests.functional.bad_sharded_input import SHARDED_CASES
+from tests.functional.bad_store_input import STORE_CASES
 
 SHAPE = "--num-layers 4 --hidden-size 64"
 GOOD = f"{SHAPE} --mock-data"
@@ -98,6 +99,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     **PIPELINE_CASES,
     **OPTIMIZER_CASES,
     **DRY_RUN_CASES,
+    **STORE_CASES,
     **CHECKPOINT_CASES,
     "ep of experts": (
         4,

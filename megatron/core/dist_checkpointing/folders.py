@@ -3,16 +3,25 @@
 A checkpoint is complete as soon as it has its final name: it is written under a hidden name in
 the same folder, flushed, and renamed; the tracker file that names the newest follows last.
 Readers change nothing: folders may be read-only, or a writer at work in them.
+
+Functions that dispatch have another version for object stores, in object_folders.py.
 """
 
 import os
 import re
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import singledispatch
+from io import RawIOBase
 from pathlib import Path
+from typing import BinaryIO, TypeAlias
 
 from megatron.core.errors import CheckpointError
+from megatron.core.extensions.object_store import ObjectPath
+
+Place: TypeAlias = Path | ObjectPath
+"""A folder or file that holds checkpoints or is one; ``object_folders.place`` reads a user's."""
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -22,9 +31,14 @@ _NUMBERED = re.compile(r"\.?iter_(\d{7,})")
 _HIDDEN = re.compile(r"\.iter_\d{7,}\.(tmp|old|pruned)")
 
 
-def checkpoint_path(folder: Path, iteration: int) -> Path:
+def checkpoint_path(folder: Place, iteration: int) -> Place:
     """Return the place of the checkpoint of ``iteration`` (which need not exist)."""
-    return folder / f"iter_{iteration:07d}"
+    return folder / checkpoint_name(iteration)
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Return the name of the checkpoint of ``iteration``."""
+    return f"iter_{iteration:07d}"
 
 
 def temporary_path(folder: Path, iteration: int) -> Path:
@@ -32,27 +46,39 @@ def temporary_path(folder: Path, iteration: int) -> Path:
     return _hidden(folder, iteration, "tmp")
 
 
-def complete_iterations(folder: Path) -> list[int]:
+def iteration_of(name: str) -> int | None:
+    """Return the iteration of which ``name`` is a checkpoint's, hidden or not; None for others."""
+    return int(m[1]) if (m := _NUMBERED.match(name)) else None
+
+
+def complete_iterations(folder: Place) -> list[int]:
     """List the iterations that have a checkpoint in ``folder``, in ascending order."""
     if not folder.is_dir():
         return []
-    found = {int(m[1]) for entry in folder.iterdir() if (m := _NUMBERED.match(entry.name))}
-    return sorted(number for number in found if find_checkpoint(folder, number) is not None)
+    found = {iteration_of(entry.name) for entry in folder.iterdir()} - {None}
+    return sorted(n for n in found if n is not None and find_checkpoint(folder, n) is not None)
 
 
-def find_checkpoint(folder: Path, iteration: int) -> Path | None:
-    """Return where the complete checkpoint of ``iteration`` lies, or None.
+def find_checkpoint(folder: Place, iteration: int) -> Place | None:
+    """Return where the complete checkpoint of ``iteration`` lies, or None."""
+    found = places(folder, iteration)
+    return next((place for place in found if (place / MANIFEST).is_file()), None)
+
+
+@singledispatch
+def places(folder: Place, iteration: int) -> tuple[Place, ...]:
+    """Return where the checkpoint of ``iteration`` may lie: the first that is complete counts.
 
     Between the two renames of a replacement it has only its hidden name; the next save renames it
     back if that one was killed there.
     """
+    folder = _local(folder)
     final = checkpoint_path(folder, iteration)
     # the last look is for a writer that published between the first two
-    places = (final, _hidden(folder, iteration, "old"), final)
-    return next((place for place in places if (place / MANIFEST).is_file()), None)
+    return final, _hidden(folder, iteration, "old"), final
 
 
-def latest_iteration(folder: Path) -> int | None:
+def latest_iteration(folder: Place) -> int | None:
     """Return the iteration that the tracker file names, or None in a folder without checkpoints.
 
     A folder whose first save was killed just before the tracker was written has a complete
@@ -77,8 +103,10 @@ def latest_iteration(folder: Path) -> int | None:
     return int(text)
 
 
-def begin(folder: Path, iteration: int) -> Path:
+@singledispatch
+def begin(folder: Place, iteration: int) -> Place:
     """Clear what killed runs left and make the hidden folder that ``publish`` will rename."""
+    folder = _local(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _recover(folder)
     for entry in list(folder.iterdir()):
@@ -89,15 +117,17 @@ def begin(folder: Path, iteration: int) -> Path:
     return temporary
 
 
-def publish(temporary: Path, folder: Path, iteration: int) -> Path:
+@singledispatch
+def publish(temporary: Place, folder: Place, iteration: int) -> Place:
     """Give a finished checkpoint its name, then let the tracker name it. Returns its path.
 
     Raises:
         OSError: The disk is full, say; names are as they were before, unless the tracker was
             written and could not be flushed.
     """
+    temporary, folder = _local(temporary), _local(folder)
     flush_folder(temporary)
-    final = checkpoint_path(folder, iteration)
+    final = folder / checkpoint_name(iteration)
     replaced = _hidden(folder, iteration, "old")
     tracker = _prepared(folder / TRACKER, str(iteration))  # takes room before anything is named
     try:
@@ -119,8 +149,14 @@ def publish(temporary: Path, folder: Path, iteration: int) -> Path:
     return final
 
 
+@singledispatch
+def discard(temporary: Place) -> None:
+    """Remove what a failed save made, as far as that can be done."""
+    shutil.rmtree(_local(temporary), ignore_errors=True)
+
+
 def prune(
-    folder: Path, keep_last: int | None, current: int, *, retain_interval: int | None = None
+    folder: Place, keep_last: int | None, current: int, *, retain_interval: int | None = None
 ) -> list[int]:
     """Delete checkpoints that the one of ``current``, just saved, makes superfluous.
 
@@ -141,12 +177,10 @@ def prune(
     return doomed
 
 
-def delete(folder: Path, iterations: Iterable[int]) -> None:
+def delete(folder: Place, iterations: Iterable[int]) -> None:
     """Delete complete checkpoints."""
     for iteration in iterations:
-        hidden = _hidden(folder, iteration, "pruned")
-        checkpoint_path(folder, iteration).rename(hidden)  # never half a checkpoint by its name
-        shutil.rmtree(hidden)
+        remove(folder, iteration)
 
 
 def superfluous(
@@ -162,8 +196,50 @@ def superfluous(
     return [iteration for iteration in own[-2:-1] if iteration in passing]
 
 
-def write_file(path: Path, text: str) -> None:
+@singledispatch
+def remove(folder: Place, iteration: int) -> None:
+    """Delete one checkpoint; at no moment is there half of one by its name."""
+    folder = _local(folder)
+    hidden = _hidden(folder, iteration, "pruned")
+    (folder / checkpoint_name(iteration)).rename(hidden)
+    shutil.rmtree(hidden)
+
+
+@singledispatch
+def prove_writable(folder: Place) -> None:
+    """Raise OSError if this process cannot write; of folders the options' rules say it."""
+
+
+@singledispatch
+def file_sizes(folder: Place) -> dict[str, int]:
+    """Return relative name -> bytes of every file below ``folder``."""
+    folder = _local(folder)
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+@singledispatch
+def open_ranges(path: Place, ranges: list[tuple[int, int]]) -> BinaryIO | RawIOBase:
+    """Open a file of which these ranges (begin, end) will be read, and nothing else."""
+    return _local(path).open("rb", buffering=0)
+
+
+@singledispatch
+@contextmanager
+def local_copies(folder: Place, names: Mapping[str, str]) -> Iterator[dict[str, Path]]:
+    """Give files of a checkpoint, by role, to code that opens paths; only within the context.
+
+    Args:
+        folder: The checkpoint.
+        names: Role -> name in the checkpoint.
+    """
+    yield {role: _local(folder) / name for role, name in names.items()}
+
+
+@singledispatch
+def write_file(path: Place, text: str) -> None:
     """Write ``text`` so that a reader sees the old content or the new, never a part."""
+    path = _local(path)
     prepared = _prepared(path, text)
     try:
         prepared.replace(path)
@@ -187,11 +263,15 @@ def _prepared(path: Path, text: str) -> Path:
     return temporary
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file and flush it to the disk."""
+@singledispatch
+def add_file(target: Place, source: Path) -> None:
+    """Copy the file ``source`` into a checkpoint, flushed to the disk."""
+    target = _local(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     with target.open("rb") as stream:
         os.fsync(stream.fileno())
+    flush_folder(target.parent)
 
 
 def flush_folder(folder: Path) -> None:
@@ -213,4 +293,9 @@ def _recover(folder: Path) -> None:
 
 
 def _hidden(folder: Path, iteration: int, suffix: str) -> Path:
-    return folder / f".{checkpoint_path(folder, iteration).name}.{suffix}"
+    return folder / f".{checkpoint_name(iteration)}.{suffix}"
+
+
+def _local(place: Place) -> Path:
+    assert isinstance(place, Path), f"no steps are known for {place}: import object_folders"
+    return place

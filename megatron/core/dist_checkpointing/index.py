@@ -9,7 +9,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron.core.dist_checkpointing.folders import write_file
+from megatron.core.dist_checkpointing.folders import Place, write_file
 from megatron.core.dist_checkpointing.tensor_file import BlockFacts, dtype_code, dtype_of
 from megatron.core.errors import CheckpointError
 
@@ -72,12 +71,12 @@ TensorIndex = Mapping[str, StoredTensor]
 """Key -> where the tensor lies."""
 
 
-def write_index(folder: Path, index: TensorIndex) -> None:
+def write_index(folder: Place, index: TensorIndex) -> None:
     """Write ``index`` into the checkpoint ``folder``, flushed to the disk."""
     write_file(folder / INDEX, json.dumps(_to_data(index), separators=(",", ":")) + "\n")
 
 
-def read_index(folder: Path) -> dict[str, StoredTensor]:
+def read_index(folder: Place) -> dict[str, StoredTensor]:
     """Return where each tensor of the checkpoint ``folder`` lies.
 
     Raises:

@@ -6,10 +6,9 @@ checkpoint is read once, and what is damaged is called by its name.
 
 import hashlib
 import json
-from pathlib import Path
 from typing import TypedDict
 
-from megatron.core.dist_checkpointing.folders import MANIFEST, write_file
+from megatron.core.dist_checkpointing.folders import MANIFEST, Place, file_sizes, write_file
 from megatron.core.dist_checkpointing.index import keys_by_file, read_index
 from megatron.core.errors import CheckpointError
 
@@ -25,7 +24,7 @@ class FileFacts(TypedDict):
     """None for a file of tensors: the index has a hash of each block."""
 
 
-def write_manifest(folder: Path) -> int:
+def write_manifest(folder: Place) -> int:
     """Write the manifest of all files under ``folder``; one rank calls this.
 
     Returns:
@@ -34,20 +33,21 @@ def write_manifest(folder: Path) -> int:
     Raises:
         OSError: A file cannot be read or the manifest cannot be written.
     """
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    facts = {name: _facts(folder / name) for name in sorted(names) if name != MANIFEST}
+    sizes = sorted(file_sizes(folder).items())
+    facts = {name: _facts(folder / name, size) for name, size in sizes if name != MANIFEST}
     write_file(folder / MANIFEST, json.dumps({"files": facts}, indent=1) + "\n")
     return sum(fact["bytes"] for fact in facts.values())
 
 
-def verify_manifest(folder: Path) -> None:
+def verify_manifest(folder: Place) -> None:
     """Compare the files with the manifest, but for the bytes of tensors; one rank calls this.
 
     Raises:
         CheckpointError: Files are missing or damaged; all are named, and some of their tensors.
     """
-    facts = read_manifest(folder)
-    problems = {name: p for name, fact in facts.items() if (p := _problem(folder, name, fact))}
+    facts, sizes = read_manifest(folder), file_sizes(folder)
+    found = {name: _problem(folder / name, fact, sizes.get(name)) for name, fact in facts.items()}
+    problems = {name: problem for name, problem in found.items() if problem}
     if not problems:
         return
     held = {} if any(not n.endswith(TENSOR_SUFFIX) for n in problems) else _held(folder)
@@ -57,7 +57,7 @@ def verify_manifest(folder: Path) -> None:
     raise CheckpointError(f"{folder} is damaged:{listed}{more}")
 
 
-def read_manifest(folder: Path) -> dict[str, FileFacts]:
+def read_manifest(folder: Place) -> dict[str, FileFacts]:
     """Return file name -> facts.
 
     Raises:
@@ -79,29 +79,28 @@ def read_manifest(folder: Path) -> dict[str, FileFacts]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Place) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _facts(path: Path) -> FileFacts:
+def _facts(path: Place, size: int) -> FileFacts:
     sha = None if path.suffix == TENSOR_SUFFIX else hash_file(path)
-    return {"bytes": path.stat().st_size, "sha256": sha}
+    return {"bytes": size, "sha256": sha}
 
 
-def _problem(folder: Path, name: str, fact: FileFacts) -> str:
-    path = folder / name
-    if not path.is_file():
+def _problem(path: Place, fact: FileFacts, size: int | None) -> str:
+    if size is None:
         return "is missing"
-    if (size := path.stat().st_size) != fact["bytes"]:
+    if size != fact["bytes"]:
         return f"has {size} bytes instead of {fact['bytes']}"
     if fact["sha256"] is None or hash_file(path) == fact["sha256"]:
         return ""
     return "is not what was written (SHA-256)"
 
 
-def _held(folder: Path) -> dict[str, str]:
+def _held(folder: Place) -> dict[str, str]:
     """Return file -> which tensors it holds, for messages."""
     return {
         name: f"; it holds {len(keys)} tensors: {', '.join(keys[:_SHOWN])}"

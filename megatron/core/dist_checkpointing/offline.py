@@ -5,7 +5,6 @@ any number of files. Both go through the same index, checks and atomic publishin
 """
 
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.dist_checkpointing import folders
+from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.index import (
     INDEX,
     StoredBlock,
@@ -56,13 +56,13 @@ _DOCUMENTS = (COMMON, INDEX)
 class StoredCheckpoint:
     """A checkpoint on disk, whatever layout saved it; tensors are read when asked for."""
 
-    path: Path
+    path: Place
     common: Mapping[str, Any]
     """Its ``common.json``."""
     index: TensorIndex
 
     @classmethod
-    def open(cls, folder: Path, iteration: int | None = None) -> "StoredCheckpoint":
+    def open(cls, folder: Place, iteration: int | None = None) -> "StoredCheckpoint":
         """Open a checkpoint whose small files and file sizes are as its manifest says.
 
         Args:
@@ -86,8 +86,10 @@ class StoredCheckpoint:
     @property
     def documents(self) -> dict[str, Path]:
         """Relative name -> file of what is neither tensor nor index, such as the tokenizer's."""
+        path = self.path
+        assert isinstance(path, Path), f"{path}: tools that copy documents work in folders"
         return {
-            name: self.path / name
+            name: path / name
             for name in read_manifest(self.path)
             if name not in _DOCUMENTS and not name.endswith(TENSOR_SUFFIX)
         }
@@ -132,7 +134,7 @@ class StoredCheckpoint:
         return verify_blocks(self.path, self.index)
 
 
-def verify_checkpoint(folder: Path, iteration: int | None = None) -> tuple[Path, list[str]]:
+def verify_checkpoint(folder: Place, iteration: int | None = None) -> tuple[Place, list[str]]:
     """Look at every byte of a checkpoint, however damaged it is.
 
     Args:
@@ -166,7 +168,7 @@ def verify_checkpoint(folder: Path, iteration: int | None = None) -> tuple[Path,
     return path, [*problems, *verify_blocks(path, index)]
 
 
-def verify_blocks(path: Path, index: TensorIndex) -> list[str]:
+def verify_blocks(path: Place, index: TensorIndex) -> list[str]:
     """Return a line for each tensor with a block that is not as it was written."""
     problems = [f"{key} {problem}" for key, t in index.items() if (problem := _holes(t))]
     places = [(block, key) for key, stored in index.items() for block in stored.blocks]
@@ -211,7 +213,7 @@ class OfflineWriter:
     """
 
     def __init__(
-        self, folder: Path, iteration: int, files: Iterable[Sequence[PlannedBlock]]
+        self, folder: Place, iteration: int, files: Iterable[Sequence[PlannedBlock]]
     ) -> None:
         """Take what goes where.
 
@@ -222,7 +224,7 @@ class OfflineWriter:
         """
         self._folder, self._iteration = folder, iteration
         self._files = [list(blocks) for blocks in files]
-        self._temporary: Path | None = None
+        self._temporary: Place | None = None
         self._stack = ExitStack()
         self._places: dict[str, list[tuple[int, PlannedBlock]]] = defaultdict(list)
         for number, blocks in enumerate(self._files):
@@ -260,7 +262,7 @@ class OfflineWriter:
             if self._writers:
                 self._stack.__exit__(AssertionError, AssertionError("given up"), None)
         finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            folders.discard(self._temporary)
         assert kind is not None, "left without finish()"
 
     def add(self, key: str, tensor: Tensor) -> None:
@@ -276,7 +278,7 @@ class OfflineWriter:
             blocks.append(StoredBlock(block.offset, block.shape, name, facts))
         self._stored[key] = StoredTensor(whole, tuple(blocks))
 
-    def finish(self, common: Mapping[str, Any], documents: Mapping[str, Path]) -> tuple[Path, int]:
+    def finish(self, common: Mapping[str, Any], documents: Mapping[str, Path]) -> tuple[Place, int]:
         """Flush, write the rest, and give the checkpoint its name.
 
         Args:
@@ -299,7 +301,7 @@ class OfflineWriter:
         return path, size
 
 
-def _named(folder: Path, iteration: int | None) -> tuple[Path, int | None]:
+def _named(folder: Place, iteration: int | None) -> tuple[Place, int | None]:
     """Take ``runs/x/iter_0000010`` for iteration 10 of ``runs/x``."""
     number = folder.name.removeprefix("iter_")
     if iteration is None and number != folder.name and number.isdecimal():
@@ -317,7 +319,7 @@ def _where(block: StoredBlock, stored: StoredTensor) -> str:
     return "" if block.shape == stored.facts.shape else f" from {list(block.offset)} on"
 
 
-def _block_problem(path: Path, block: StoredBlock) -> str:
+def _block_problem(path: Place, block: StoredBlock) -> str:
     try:
         with path.open("rb", buffering=0) as stream:
             verify_block(stream, block.facts)

@@ -6,10 +6,10 @@ that resharding takes. The files are ours (see tensor_file.py): one safetensors 
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from io import RawIOBase
 from itertools import chain
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import torch
@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.agreement import (
     gather_first,
     rank_in,
 )
+from megatron.core.dist_checkpointing.folders import Place, open_ranges
 from megatron.core.dist_checkpointing.index import (
     StoredBlock,
     StoredTensor,
@@ -57,7 +58,7 @@ def tensor_file_name(number: int) -> str:
 
 
 def write_tensors(
-    folder: Path,
+    folder: Place,
     tensors: Mapping[str, Storable],
     group: ProcessGroup | None,
     *,
@@ -82,7 +83,7 @@ def write_tensors(
     attempt(lambda: None if parts is None else write_index(folder, _joined(parts)), group)
 
 
-def stored_tensors(folder: Path) -> dict[str, TensorFacts]:
+def stored_tensors(folder: Place) -> dict[str, TensorFacts]:
     """Return key -> shape and dtype of every tensor in a checkpoint, from this rank's view.
 
     Raises:
@@ -92,7 +93,7 @@ def stored_tensors(folder: Path) -> dict[str, TensorFacts]:
 
 
 def read_tensors(
-    folder: Path,
+    folder: Place,
     tensors: Mapping[str, Storable],
     group: ProcessGroup | None,
     *,
@@ -135,7 +136,7 @@ def _joined(parts: Sequence[_Written]) -> dict[str, StoredTensor]:
 
 
 def _write_blocks(
-    path: Path, blocks: Sequence[PlannedBlock], tensors: Mapping[str, Storable]
+    path: Place, blocks: Sequence[PlannedBlock], tensors: Mapping[str, Storable]
 ) -> _Written:
     if not blocks:
         return []
@@ -159,7 +160,7 @@ class _Copy(NamedTuple):
     """The box, in the saved block."""
 
 
-def _read_blocks(folder: Path, index: TensorIndex, tensors: Mapping[str, Storable]) -> None:
+def _read_blocks(folder: Place, index: TensorIndex, tensors: Mapping[str, Storable]) -> None:
     """Read what this rank wants, block after block as they lie in the files.
 
     Raises:
@@ -169,14 +170,14 @@ def _read_blocks(folder: Path, index: TensorIndex, tensors: Mapping[str, Storabl
     copies = _copies(index, tensors)
     damaged = []
     with ExitStack() as opened, torch.no_grad():
-        streams: dict[str, BinaryIO] = {}
+        streams: dict[str, BinaryIO | RawIOBase] = {}
+        for file, ranges in _ranges(index, copies).items():
+            streams[file] = open_ranges(folder / file, ranges)
+            opened.callback(streams[file].close)
         for (key, number), parts in sorted(
             copies.items(), key=lambda entry: _place(index[entry[0][0]].blocks[entry[0][1]])
         ):
             block = index[key].blocks[number]
-            if block.file not in streams:
-                path = folder / block.file
-                streams[block.file] = opened.enter_context(path.open("rb", buffering=0))
             try:
                 _read_block(streams[block.file], block, index[key].facts.dtype, parts)
             except DamagedBlockError as error:
@@ -187,12 +188,23 @@ def _read_blocks(folder: Path, index: TensorIndex, tensors: Mapping[str, Storabl
         raise CheckpointError(f"{folder} is damaged:{listed}{more}")
 
 
+def _ranges(
+    index: TensorIndex, blocks: Iterable[tuple[str, int]]
+) -> dict[str, list[tuple[int, int]]]:
+    """Return file -> first and last byte but one of each block that is read there."""
+    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for key, number in blocks:
+        block = index[key].blocks[number]
+        found[block.file].append((block.facts.begin, block.facts.begin + block.facts.nbytes))
+    return found
+
+
 def _place(block: StoredBlock) -> tuple[str, int]:
     return block.file, block.facts.begin
 
 
 def _read_block(
-    stream: BinaryIO, block: StoredBlock, dtype: torch.dtype, parts: Sequence[_Copy]
+    stream: BinaryIO | RawIOBase, block: StoredBlock, dtype: torch.dtype, parts: Sequence[_Copy]
 ) -> None:
     """Read a saved block whole, since only the whole can be checked, and hand out its parts."""
     first = parts[0].target

@@ -1,14 +1,14 @@
 """One checkpoint, written or opened by all ranks together: the order of steps is here.
 
 Write: hidden folder, tensors, documents, manifest, rename, tracker, pruning. A failure at any
-step removes the hidden folder and leaves every earlier checkpoint as it was.
+step removes the hidden folder and leaves every earlier checkpoint as it was. An object store has no
+rename; what is done there is in object_folders.py.
 """
 
 import functools
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.dist_checkpointing import folders
 from megatron.core.dist_checkpointing.agreement import attempt, broadcast, rank_in
+from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.manifest import verify_manifest, write_manifest
 from megatron.core.dist_checkpointing.serialization import write_tensors
 from megatron.core.dist_checkpointing.tensor_shards import Storable
@@ -46,12 +47,12 @@ class CheckpointContent:
 class OpenCheckpoint:
     """A checkpoint whose files were found whole."""
 
-    path: Path
+    path: Place
     common: dict[str, Any]
 
 
 def write_checkpoint(
-    folder: Path,
+    folder: Place,
     iteration: int,
     content: CheckpointContent,
     group: ProcessGroup | None,
@@ -59,7 +60,7 @@ def write_checkpoint(
     keep_last: int | None = None,
     retain_interval: int | None = None,
     is_complete: bool = True,
-) -> tuple[Path, int]:
+) -> tuple[Place, int]:
     """Add a checkpoint to ``folder`` and make it the latest; every rank must call this.
 
     Args:
@@ -80,9 +81,8 @@ def write_checkpoint(
         CheckpointError: Some rank could not write; all ranks raise the same, the hidden folder is
             gone and the latest checkpoint is the same as before.
     """
-    temporary = folders.temporary_path(folder, iteration)
+    temporary = _on_first(lambda: folders.begin(folder, iteration), group)
     try:
-        _on_first(lambda: folders.begin(folder, iteration), group)
         attempt(lambda: _must_see(temporary), group)
         write_tensors(temporary, content.tensors, group, complete=is_complete)
         _on_first(lambda: write_documents(temporary, content), group)
@@ -90,7 +90,7 @@ def write_checkpoint(
         final = _on_first(lambda: folders.publish(temporary, folder, iteration), group)
     except CheckpointError:
         if rank_in(group) == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            folders.discard(temporary)
         raise
     if (keep_last or retain_interval) and rank_in(group) == 0:
         _prune(folder, keep_last, iteration, retain_interval)
@@ -98,7 +98,7 @@ def write_checkpoint(
 
 
 def open_checkpoint(
-    folder: Path, group: ProcessGroup | None, *, iteration: int | None = None
+    folder: Place, group: ProcessGroup | None, *, iteration: int | None = None
 ) -> OpenCheckpoint | None:
     """Find a checkpoint, compare it with its manifest, read its common data; on every rank.
 
@@ -121,7 +121,7 @@ def open_checkpoint(
     return OpenCheckpoint(path, _on_first(lambda: _checked_common(path), group))
 
 
-def _must_see(path: Path) -> None:
+def _must_see(path: Place) -> None:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} was found by the first rank but is not visible on {os.uname().nodename}; "
@@ -129,19 +129,16 @@ def _must_see(path: Path) -> None:
         )
 
 
-def write_documents(temporary: Path, content: CheckpointContent) -> None:
+def write_documents(temporary: Place, content: CheckpointContent) -> None:
     """Write everything of ``content`` that is no tensor into ``temporary``, flushed to the disk."""
     for name, source in content.files.items():
-        target = temporary / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folders.copy_file(source, target)
-        folders.flush_folder(target.parent)
+        folders.add_file(temporary / name, source)
     common = {"format_version": FORMAT_VERSION, **content.common}
     folders.write_file(temporary / COMMON, json.dumps(common, indent=1) + "\n")
 
 
 def _prune(
-    folder: Path, keep_last: int | None, iteration: int, retain_interval: int | None
+    folder: Place, keep_last: int | None, iteration: int, retain_interval: int | None
 ) -> None:
     try:
         folders.prune(folder, keep_last, iteration, retain_interval=retain_interval)
@@ -154,7 +151,7 @@ def _prune(
 
 
 @functools.cache  # every save would say it again
-def _tell_later(path: Path) -> None:
+def _tell_later(path: Place) -> None:
     log.warning(
         "%s is of a later iteration than this run has saved: --keep-last leaves it and others like "
         "it alone; delete them if they are not needed",
@@ -162,7 +159,7 @@ def _tell_later(path: Path) -> None:
     )
 
 
-def _find(folder: Path, iteration: int | None) -> Path | None:
+def _find(folder: Place, iteration: int | None) -> Place | None:
     found = folders.latest_iteration(folder) if iteration is None else iteration
     if found is None:
         return None
@@ -176,7 +173,7 @@ def _find(folder: Path, iteration: int | None) -> Path | None:
     return path
 
 
-def _checked_common(path: Path) -> dict[str, Any]:
+def _checked_common(path: Place) -> dict[str, Any]:
     verify_manifest(path)
     try:
         common = json.loads((path / COMMON).read_text(encoding="utf-8"))

@@ -18,12 +18,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron.core.dist_checkpointing.folders import Place
 
 PIECE_BYTES = 1 << 20
 """Read, checked and written at a time: still in the cache for the second look at it."""
@@ -97,13 +98,13 @@ class TensorFileWriter:
     The file is flushed to the disk when the context ends without an error.
     """
 
-    def __init__(self, path: Path, outlines: Iterable[BlockOutline]) -> None:
+    def __init__(self, path: Place, outlines: Iterable[BlockOutline]) -> None:
         self._path = path
         self._outlines = tuple(outlines)
         self._header = _header(self._outlines)
         self._next = 0
         self._at = len(self._header)
-        self._stream: BinaryIO | None = None
+        self._stream: BinaryIO | RawIOBase | None = None
 
     def __enter__(self) -> "TensorFileWriter":
         self._stream = self._path.open("wb", buffering=PIECE_BYTES // 4)
@@ -180,7 +181,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(array)  # type: ignore[arg-type]
 
 
-def flush(stream: BinaryIO) -> None:
+def flush(stream: BinaryIO | RawIOBase) -> None:
     """Write what ``stream`` holds to the disk, where it has one (an object store has none)."""
     stream.flush()
     try:

@@ -11,7 +11,8 @@ class CheckpointConfig:
     """Checkpointing."""
 
     save: str | None = None
-    """Folder to write checkpoints to; none are written when not set."""
+    """Folder to write checkpoints to, or URL of an object store such as s3://bucket/run (needs the
+    extra ``object-store``); none are written when not set."""
 
     save_interval: int | None = field(
         default=None, metadata=flag("--save-interval", "--persistent-save-interval")
@@ -46,7 +47,7 @@ class CheckpointConfig:
     """Folder of --non-persistent-ckpt-type local, on a disk of each node."""
 
     load: str | None = None
-    """Folder to resume from, at its newest checkpoint. The run ends if there is none, unless
+    """Folder or URL to resume from, at its newest checkpoint. The run ends if there is none, unless
     --allow-fresh-start."""
 
     ckpt_step: int | None = None

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.folders import Place
+from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.errors import CheckpointError
 from megatron.training.config.checkpoint import CheckpointConfig
 from megatron.training.config.flags import Given
@@ -175,7 +177,7 @@ def _of_groups(
 
 
 def _tokenizer(
-    checkpoint: Path, facts: dict[str, Any] | None, said: dict[str, Any], wanted: CheckpointConfig
+    checkpoint: Place, facts: dict[str, Any] | None, said: dict[str, Any], wanted: CheckpointConfig
 ) -> tuple[dict[str, Any], str]:
     """Return the tokenizer's options and what is wrong with its files, if anything is."""
     if not facts:
@@ -190,15 +192,15 @@ def _tokenizer(
         stored = found | facts["files"]
         return {name: stored[name] for name in here if name in stored}, ""  # told as replaced
     for role, name in facts["files"].items():
-        place, problem = _file(checkpoint, role, Path(name), facts["copies"].get(role), wanted)
+        file, problem = _file(checkpoint, role, Path(name), facts["copies"].get(role), wanted)
         if problem:
             return {}, problem
-        found[role] = str(place)
+        found[role] = str(file)
     return found, ""
 
 
 def _file(
-    checkpoint: Path, role: str, original: Path, copy: str | None, wanted: CheckpointConfig
+    checkpoint: Place, role: str, original: Path, copy: str | None, wanted: CheckpointConfig
 ) -> tuple[Path, str]:
     """Return where a file of the tokenizer lies now: where it was, else beside the tensors."""
     flag = "--" + role.replace("_", "-")
@@ -210,9 +212,15 @@ def _file(
             f"{flag}"
         )
     prunes = wanted.keep_last is not None or wanted.save_retain_interval is not None
-    if prunes and wanted.save and Path(wanted.save).resolve() == checkpoint.parent.resolve():
+    if prunes and wanted.save and place(wanted.save).resolve() == checkpoint.parent.resolve():
         return original, (
             f"{FLAG}: the tokenizer's file {original} is gone, and its copy {checkpoint / copy} "
             f"would go with old checkpoints: copy it elsewhere and give {flag} and --tokenizer-type"
         )
-    return checkpoint / copy, ""
+    found = checkpoint / copy
+    if not isinstance(found, Path):
+        return original, (
+            f"{FLAG}: the tokenizer's file {original} is gone, and its copy {found} is in an "
+            f"object store: copy it to a folder and give {flag} and --tokenizer-type"
+        )
+    return found, ""

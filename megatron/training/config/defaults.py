@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.errors import ConfigError
+from megatron.core.extensions.object_store import ObjectPath
 from megatron.core.pipeline_parallel.layer_balance import estimated_costs
 from megatron.core.pipeline_parallel.layer_homes import V_SHAPED
 from megatron.core.pipeline_parallel.layer_split import balanced_split, layout_of
@@ -281,6 +283,14 @@ def _nodes(run: Derivation) -> None:
         run.use("moe_dispatcher_node_size", size, "ranks that torchrun started on a node")
 
 
+def _figures(run: Derivation) -> None:
+    """Files that grow line by line have no place in a store where an object is written at once."""
+    save = run.get("save")
+    if save is not None and not run.is_set("log_dir") and isinstance(place(save), ObjectPath):
+        why = "--save is an object store, and metrics need a folder"
+        run.use("log_dir", f"runs/{save.partition('://')[2].strip('/')}", why)
+
+
 def _checks_of_ranks(run: Derivation) -> None:
     """Leave out checks that compare ranks where there is one: a script may keep them."""
     if run.world_size > 1:
@@ -344,6 +354,7 @@ _STEPS: tuple[Callable[[Derivation], None], ...] = (
     _sequence,
     _sequence_parallelism,
     _checks_of_ranks,
+    _figures,
     _batches,
     _iterations,
     _schedule_of_checkpoint,

@@ -285,7 +285,7 @@ GROUPS: dict[str, str] = {
     "In-process restart": "torchrun --max-restarts restarts failed runs; resume with --load",
     "ft_package": "torchrun --max-restarts restarts failed runs; resume with --load",
     "rerun engine": "steps are never rerun; leave it out",
-    "msc": "files are read from a file system; mount the storage and leave it out",
+    "msc": "--save and --load take URLs of object stores as they are; leave it out",
     "sft": "only pretraining is offered so far",
     "fault injector": "faults are not injected; leave it out",
 }

@@ -37,5 +37,5 @@ class LoggingConfig:
     """Megabytes (10^6 bytes) of trace that one rank writes at most; the trace then ends."""
 
     log_dir: str | None = None
-    """Folder for metrics.jsonl (one line an iteration) and the plot; --save when not set, nothing
-    is written without either."""
+    """Folder for metrics.jsonl (one line an iteration) and the plot; --save when not set, or
+    runs/BUCKET/RUN when that is a URL; nothing is written without either."""

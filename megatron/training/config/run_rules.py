@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron.core.dist_checkpointing.folders import TRACKER, complete_iterations
+from megatron.core.dist_checkpointing.folders import TRACKER, Place, complete_iterations
+from megatron.core.dist_checkpointing.object_folders import place, store_problem
 from megatron.core.errors import ConfigError
 from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.training.config.checks import Check, Rule
@@ -125,13 +126,20 @@ def saving(check: Check) -> Iterator[str]:
     ):
         if check.value(name) is not None:
             yield from _unusable_folder(check, name)
-    if folder is not None:
-        yield from _other_run(check, Path(folder))
+    if folder is not None and not store_problem(place(folder)):
+        yield from _other_run(check, place(folder))
 
 
 def _unusable_folder(check: Check, name: str) -> Iterator[str]:
     """Say why the folder of option ``name`` cannot be made or written to."""
-    path = Path(check.value(name)).absolute()
+    found = place(check.value(name))
+    if not isinstance(found, Path):
+        urls = ("save", "non_persistent_global_ckpt_dir")
+        problem = store_problem(found) if name in urls else "is a URL; a folder is needed"
+        if problem:
+            yield f"{check.show(name)} {problem}"
+        return
+    path = found.absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not there.is_dir():
         what = "is a file" if there == path else f"lies below the file {there}"
@@ -140,10 +148,10 @@ def _unusable_folder(check: Check, name: str) -> Iterator[str]:
         yield f"{check.show(name)} cannot be written: no permission for {there}"
 
 
-def _other_run(check: Check, folder: Path) -> Iterator[str]:
+def _other_run(check: Check, folder: Place) -> Iterator[str]:
     """A run that does not go on from --save must not mix its checkpoints with others there."""
     load = check.config.checkpoint.load
-    if load is not None and Path(load).resolve() == folder.resolve():
+    if load is not None and place(load).resolve() == folder.resolve():
         return
     if found := complete_iterations(folder):
         yield (
@@ -162,7 +170,10 @@ def loading(check: Check) -> Iterator[str]:
             "without --load",
         )
         return
-    folder = Path(wanted.load)
+    folder = place(wanted.load)
+    if problem := store_problem(folder):
+        yield f"{check.show('load')} {problem}"
+        return
     there = (folder / TRACKER).is_file() or bool(complete_iterations(folder))
     if not wanted.allow_fresh_start and not there and wanted.pretrained_checkpoint is None:
         what = "has no checkpoint" if folder.is_dir() else "is no folder"
