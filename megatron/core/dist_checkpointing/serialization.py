@@ -6,8 +6,7 @@ that resharding takes. The files are ours (see tensor_file.py): one safetensors 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from io import RawIOBase
 from itertools import chain
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
@@ -160,6 +159,15 @@ class _Copy(NamedTuple):
     """The box, in the saved block."""
 
 
+class _Wanted(NamedTuple):
+    """A saved block, and what this rank takes of it."""
+
+    key: str
+    dtype: torch.dtype
+    block: StoredBlock
+    parts: list[_Copy]
+
+
 def _read_blocks(folder: Place, index: TensorIndex, tensors: Mapping[str, Storable]) -> None:
     """Read what this rank wants, block after block as they lie in the files.
 
@@ -168,39 +176,24 @@ def _read_blocks(folder: Place, index: TensorIndex, tensors: Mapping[str, Storab
         OSError: A file cannot be read.
     """
     copies = _copies(index, tensors)
+    by_file: dict[str, list[_Wanted]] = defaultdict(list)
+    for (key, number), parts in copies.items():
+        block = index[key].blocks[number]
+        by_file[block.file].append(_Wanted(key, index[key].facts.dtype, block, parts))
     damaged = []
-    with ExitStack() as opened, torch.no_grad():
-        streams: dict[str, BinaryIO | RawIOBase] = {}
-        for file, ranges in _ranges(index, copies).items():
-            streams[file] = open_ranges(folder / file, ranges)
-            opened.callback(streams[file].close)
-        for (key, number), parts in sorted(
-            copies.items(), key=lambda entry: _place(index[entry[0][0]].blocks[entry[0][1]])
-        ):
-            block = index[key].blocks[number]
-            try:
-                _read_block(streams[block.file], block, index[key].facts.dtype, parts)
-            except DamagedBlockError as error:
-                damaged.append(f"{key} (in {block.file}) {error}")
+    for file, wanted in sorted(by_file.items()):  # one open at a time: there may be thousands
+        wanted.sort(key=lambda want: want.block.facts.begin)
+        ends = [(w.block.facts.begin, w.block.facts.begin + w.block.facts.nbytes) for w in wanted]
+        with open_ranges(folder / file, ends) as stream, torch.no_grad():
+            for want in wanted:
+                try:
+                    _read_block(stream, want.block, want.dtype, want.parts)
+                except DamagedBlockError as error:
+                    damaged.append(f"{want.key} (in {file}) {error}")
     if damaged:
         more = f"\n  ... and {len(damaged) - _SHOWN} more" if damaged[_SHOWN:] else ""
         listed = "".join(f"\n  - {text}" for text in damaged[:_SHOWN])
         raise CheckpointError(f"{folder} is damaged:{listed}{more}")
-
-
-def _ranges(
-    index: TensorIndex, blocks: Iterable[tuple[str, int]]
-) -> dict[str, list[tuple[int, int]]]:
-    """Return file -> first and last byte but one of each block that is read there."""
-    found: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for key, number in blocks:
-        block = index[key].blocks[number]
-        found[block.file].append((block.facts.begin, block.facts.begin + block.facts.nbytes))
-    return found
-
-
-def _place(block: StoredBlock) -> tuple[str, int]:
-    return block.file, block.facts.begin
 
 
 def _read_block(

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.agreement import gather
 from megatron.core.dist_checkpointing.index import INDEX, read_index, write_index
 from megatron.core.dist_checkpointing.serialization import (
@@ -128,3 +129,26 @@ def _want_something_else(folder: str) -> None:
 def test_all_ranks_raise_the_same_when_keys_of_one_rank_are_missing(tmp_path: Path) -> None:
     run_ranks(_write_shared_and_own, 2, str(tmp_path))
     run_ranks(_want_something_else, 2, str(tmp_path))
+
+
+def _write_own(folder: str) -> None:
+    rank = dist.get_rank()
+    write_tensors(Path(folder), {f"model.a{rank}": torch.ones(3)}, dist.group.WORLD)
+
+
+def test_files_are_opened_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may open a thousand files; a checkpoint of a large run has more."""
+    run_ranks(_write_own, 4, str(tmp_path))
+    opened: list = []
+    right = serialization.open_ranges
+
+    def watched(*args):
+        assert all(stream.closed for stream in opened)
+        opened.append(right(*args))
+        return opened[-1]
+
+    monkeypatch.setattr(serialization, "open_ranges", watched)
+    wanted = {f"model.a{rank}": torch.zeros(3) for rank in range(4)}
+    read_tensors(tmp_path, wanted, None, prefixes=("model.",))
+    assert len(opened) == 4
+    assert all(tensor.eq(1).all() for tensor in wanted.values())
