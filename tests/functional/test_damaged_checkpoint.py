@@ -42,15 +42,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loading_rank(flags: list[str], folders: dict[str, str], reports: str, world_size: int) -> None:
     """Try to load from each folder; note what it said, and whether the model is as it was."""
     config = parse_args(flags, world_size=world_size)
-    world = initialize(config)
+    world, launch = initialize(config), Launch.from_environment()
     tokenizer = build_tokenizer(config.tokenizer)
     run = setup_run(config, world, model_provider, forward_step)
     found = {}
     for name, folder in folders.items():
         config.checkpoint.load, before, message = folder, state_hash(run.model), ""
         try:
-            start_line(config, Launch.from_environment())
-            load(run, tokenizer)
+            start_line(config, launch)
+            load(run, tokenizer, launch)
         except CheckpointError as error:
             message = str(error).replace(folder, "LOAD")
         found[name] = [message, state_hash(run.model) == before]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron.core.errors import CheckpointError, ConfigError
+from tools.checkpoint.byte_counts import size_text
 from tools.checkpoint.expert_plans import numbers
 from tools.preprocessing import command_line
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for source, weight in zip(sources, weights, strict=True):
         print(f"{weight:.6f} x {source.path}")
-    print(f"wrote {path} ({size / 2**20:.1f} MiB)")
+    print(f"wrote {path} ({size_text(size)})")
     if not args.keep_optim:
         print(f"to train on: --load {args.save} --no-load-optim")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.core.errors import ConfigError
 from tools.checkpoint import expert_plans
+from tools.checkpoint.byte_counts import size_text
 from tools.checkpoint.expert_plans import LayerPlan
 from tools.preprocessing import command_line
 
@@ -78,7 +79,7 @@ def _run(verb: str, args: argparse.Namespace, words: str) -> None:
     path, size = rewrite.write(source, args.save, tensors, common=common)
     for layer, plan in surgery.plans.items():
         print(f"layer {layer}: {experts[layer]} experts -> {len(plan)}: {_plan_text(plan)}")
-    print(f"wrote {path} ({size / 2**20:.1f} MiB)")
+    print(f"wrote {path} ({size_text(size)})")
     for note in surgery.notes:
         print(f"note: {note}")
     flags = expert_rules.changed_flags(source.common["architecture"], new)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.errors import ConfigError
+from tools.checkpoint.byte_counts import size_text
 from tools.preprocessing import command_line
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def _show(checkpoint: "StoredCheckpoint", args: argparse.Namespace) -> None:
     tokenizer = common["tokenizer"]
     lines = {
         "checkpoint": f"{checkpoint.path}",
-        "size": f"{_size(total)} in {contents.tensors:,} tensors, {_count(contents.files, 'file')}",
+        "size": f"{size_text(total)} in {contents.tensors:,} tensors, "
+        f"{_count(contents.files, 'file')}",
         "iteration": f"{common['iteration']:,}, {common['consumed_train_samples']:,} samples",
         "optimizer": f"{optimizer['kind']}, {optimizer['step_count']:,} steps"
         if optimizer
@@ -82,10 +84,10 @@ def _table(contents: "Contents") -> str:
     rows = [["", "", "experts", "top-k", "parameters", *(KINDS.get(k, k) for k in kinds), "dtype"]]
     for part in contents.parts:
         experts = [str(part.experts), str(part.topk)] if part.experts else ["", ""]
-        sizes = [_size(part.bytes_of[kind]) for kind in kinds]
+        sizes = [size_text(part.bytes_of[kind]) for kind in kinds]
         dtypes = " ".join(sorted(part.dtypes))
         rows.append([part.name, part.kind, *experts, f"{part.parameters:,}", *sizes, dtypes])
-    sizes = [_size(contents.bytes_of[kind]) for kind in kinds]
+    sizes = [size_text(contents.bytes_of[kind]) for kind in kinds]
     rows.append(["all", "", "", "", f"{contents.parameters:,}", *sizes, ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = "\n".join(
@@ -96,7 +98,7 @@ def _table(contents: "Contents") -> str:
         for row in rows
     )
     rng = contents.bytes_of["rng"]
-    return text + (f"\n{'random states':<16}{_size(rng)}" if rng else "")
+    return text + (f"\n{'random states':<16}{size_text(rng)}" if rng else "")
 
 
 def _show_tensors(checkpoint: "StoredCheckpoint", args: argparse.Namespace) -> None:
@@ -200,13 +202,6 @@ def _wrapped(words: Iterable[str]) -> str:
             lines.append("")
         lines[-1] += f"  {word}"
     return "\n".join(lines)
-
-
-def _size(number: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B"
 
 
 def _count(number: int, what: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.errors import ConfigError
+from tools.checkpoint.byte_counts import size_text
 from tools.preprocessing import command_line
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path, size = rewrite.write(source, args.save, tensors, common=common, files=files)
     count = sum(map(bool, files))
     largest = max((f.nbytes for f in facts.values()), default=0)
-    print(f"wrote {path}: {len(tensors):,} tensors ({size / 2**20:.1f} MiB) in {count} files")
-    print(f"largest tensor {largest / 2**20:.1f} MiB")
+    print(f"wrote {path}: {len(tensors):,} tensors ({size_text(size)}) in {count} files")
+    print(f"largest tensor {size_text(largest)}")
     if flags:
         print(f"to train on: --load {args.save} {' '.join(flags)}")
 

@@ -5,6 +5,7 @@ run then keeps its tensors of that iteration. Every run is new processes.
 """
 
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ def _killed_run(settings: Settings, tell: Callable[[str], None]) -> Killed:
     draw = random.Random(settings.seed)
     first = settings.save_interval
     moment = Moment(draw.randint(first, max(settings.iterations - 1, first)), draw.random())
-    plan = _plan(settings, "killed", _saving(settings))
+    plan = _plan(settings, "killed", _saving(settings) | {"keep_last": 2})
     killed = kill(plan, settings.world_size, moment, _saves(settings))
     tell(
         f"killed run: SIGKILL to all {settings.world_size} ranks {killed.after_ms:.0f} ms after "
@@ -171,9 +172,12 @@ def _resume_elsewhere(
     seconds = time.monotonic() - began
     got = read_record(Path(plan.record), other.world_size)
     span = other_layouts.Span(begin, end)
-    return other_layouts.judge(
+    outcome = other_layouts.judge(
         unbroken, got, span, settings.precision, layout=other.text, seconds=seconds
     )
+    for name in (LOADED, after_step_folder(end)):  # as large as the model and its moments
+        shutil.rmtree(got.folder / name)
+    return outcome
 
 
 def _saves(settings: Settings) -> Path:
