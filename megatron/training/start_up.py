@@ -6,7 +6,7 @@ from megatron.core.extensions import registry
 from megatron.core.log import banner
 from megatron.training.config.run_config import RunConfig
 from megatron.training.initialize import Launch
-from megatron.training.starting_point import starting_point
+from megatron.training.starting_point import starting_point, takes_newer
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +32,16 @@ def _where(config: RunConfig) -> str:
     start = starting_point(options)
     if start is None and options.load is None:
         return "starting a fresh run at iteration 0 (no --load)"
+    between = "" if not takes_newer(options) else ", or from a newer one between"
     if start is None:
-        return f"starting a fresh run at iteration 0 ({options.load} holds no checkpoint yet)"
+        why = f"{options.load} holds no checkpoint yet"
+        return f"starting a fresh run at iteration 0 ({why}){between}"
     if start.weights_only:
         why = f"{options.load} holds no checkpoint yet" if options.load else "no --load"
-        return f"finetuning at iteration 0 with the weights of {start.path} ({why})"
+        return f"finetuning at iteration 0 with the weights of {start.path} ({why}){between}"
     if options.finetune:
         return f"finetuning at iteration 0 with the weights of {start.path}"
-    newer = "" if options.non_persistent_ckpt_type is None else ", or from a newer one between"
-    return f"resuming at iteration {start.iteration} from {start.path}{newer}"
+    return f"resuming at iteration {start.iteration} from {start.path}{between}"
 
 
 def tell_options(config: RunConfig) -> None:
