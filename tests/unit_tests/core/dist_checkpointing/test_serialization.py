@@ -65,6 +65,9 @@ def test_other_prefixes_are_left_alone(tmp_path: Path) -> None:
         b"\x80\x04\x95",
         b'{"model.a": {}}',
         b'{"model.a": {"dtype": "F33", "shape": [1], "blocks": []}}',
+        b'{"model.a": {"dtype": "F32", "shape": [Infinity], "blocks": []}}',
+        b'{"model.a": {"dtype": "F32", "shape": [1], "blocks": [{"offset": [0, 0], "shape": [1], '
+        b'"file": "a", "begin": 0, "bytes": 4, "crc32": 0, "xor64": 0}]}}',
     ],
 )
 def test_a_damaged_index_is_named(tmp_path: Path, content: bytes) -> None:
