@@ -98,7 +98,8 @@ class NonPersistent:
             base: Folder of the run's persistent checkpoints: ``--save`` or ``--load``.
         """
         if self.options.non_persistent_ckpt_type == "global":
-            return Path(self.options.non_persistent_global_ckpt_dir or Path(base) / SUBFOLDER)
+            shared = self.options.non_persistent_global_ckpt_dir
+            return Path(base) / SUBFOLDER if shared is None else Path(shared) / _name_of_run(base)
         return self._folder_of_run(base) / f"node{self.node:05d}"
 
     def save(self, iteration: int, content: CheckpointContent) -> SaveResult:

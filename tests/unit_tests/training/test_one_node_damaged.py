@@ -1,4 +1,4 @@
-"""One node alone cannot read what it kept: every node goes back to the persistent checkpoint."""
+"""Non-persistent checkpoints of which one node, or another user or run, has made something else."""
 
 import shutil
 from pathlib import Path
@@ -80,3 +80,16 @@ def _planted(folder: Path) -> None:
 
 def test_what_someone_else_left_in_memory_is_not_loaded(tmp_path: Path) -> None:
     run_ranks(_planted, 1, tmp_path)
+
+
+def _two_runs(folder: Path) -> None:
+    first, second = (Node(folder / name, "global", together=folder / "all") for name in "ab")
+    assert first.keep(5).error == ""
+    assert second.keep(3).error == ""
+    assert first.kept() == [5]
+    assert second.kept() == [3]
+    assert first.load().iteration == 5
+
+
+def test_runs_that_share_a_folder_keep_a_checkpoint_each(tmp_path: Path) -> None:
+    run_ranks(_two_runs, 1, tmp_path)
