@@ -8,6 +8,8 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.parallel_layout import ParallelLayout, rank_groups
 
+_BACKGROUND = "background"
+
 # field of ProcessGroupCollection -> (grid, axes that its ranks differ in)
 GROUP_AXES: dict[str, tuple[str, tuple[str, ...]]] = {
     "tp": ("dense", ("tp",)),
@@ -48,7 +50,12 @@ def background_group(timeout: timedelta | None = None) -> ProcessGroup:
     Args:
         timeout: Of every message; torch's default when None.
     """
-    return dist.new_group(backend="gloo", timeout=timeout, group_desc="background")
+    return dist.new_group(backend="gloo", timeout=timeout, group_desc=_BACKGROUND)
+
+
+def is_background(group: ProcessGroup | None) -> bool:
+    """Tell whether ``background_group`` made ``group``: its order is not that of training."""
+    return group is not None and bool(group.group_desc == _BACKGROUND)
 
 
 def node_group(first_rank: int, timeout: timedelta | None = None) -> ProcessGroup:

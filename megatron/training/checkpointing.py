@@ -223,13 +223,14 @@ def load_checkpoint(
     if start.weights_only:
         options = replace(options, finetune=True)
         config = replace(config, checkpoint=options)
-    opened = open_checkpoint(start.folder, group, iteration=start.iteration)
-    assert opened is not None, f"{start} was found and then was not"
     without_optim = options.finetune or options.no_load_optim or config.training.skip_train
     with_optim = optimizer is not None and not without_optim
-    with_rng = not (options.finetune or options.no_load_rng)
-    refuse_misfits(opened, config, tokenizer_facts(tokenizer), with_optim, with_rng)
-    notices = _read(opened, model, optimizer if with_optim else None, with_rng, group)
+    restored = optimizer if with_optim else None
+    facts = tokenizer_facts(tokenizer)
+    # a node with a folder of its own may fail alone: all have read before any gathers weights
+    opened, notices = attempt(
+        lambda: _open_and_read(start, config, model, restored, facts, group), world_group()
+    )
     if optimizer is not None:
         optimizer.after_load(with_optim=with_optim)
         if with_optim:
@@ -290,6 +291,22 @@ def _loss_scale(config: RunConfig, optimizer: SavedOptimizer | None) -> dict[str
     if optimizer is None or config.checkpoint.no_save_optim:
         return None
     return optimizer.grad_scaler.state_dict()
+
+
+def _open_and_read(
+    start: StartingPoint,
+    config: RunConfig,
+    model: nn.Module,
+    optimizer: SavedOptimizer | None,
+    tokenizer: dict[str, Any] | None,
+    group: ProcessGroup | None,
+) -> tuple[OpenCheckpoint, list[str]]:
+    """Read what fits this run, in place; the ranks of ``group`` fail together. Adds notices."""
+    opened = open_checkpoint(start.folder, group, iteration=start.iteration)
+    assert opened is not None, f"{start} was found and then was not"
+    with_rng = not (config.checkpoint.finetune or config.checkpoint.no_load_rng)
+    refuse_misfits(opened, config, tokenizer, optimizer is not None, with_rng)
+    return opened, _read(opened, model, optimizer, with_rng, group)
 
 
 def _read(

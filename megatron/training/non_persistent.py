@@ -20,7 +20,13 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron.core.dist_checkpointing import folders
-from megatron.core.dist_checkpointing.agreement import attempt, broadcast, gather, rank_in
+from megatron.core.dist_checkpointing.agreement import (
+    attempt,
+    broadcast,
+    describe,
+    gather,
+    rank_in,
+)
 from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.dist_checkpointing.store import CheckpointContent
@@ -34,7 +40,12 @@ from megatron.training.config.checkpoint_rules import MEMORY
 from megatron.training.config.run_config import RunConfig
 from megatron.training.initialize import Launch
 from megatron.training.memory_room import check_room
-from megatron.training.starting_point import StartingPoint, starting_point, stored_facts
+from megatron.training.starting_point import (
+    StartingPoint,
+    starting_point,
+    stored_facts,
+    takes_newer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +99,8 @@ class NonPersistent:
             base: Folder of the run's persistent checkpoints: ``--save`` or ``--load``.
         """
         if self.options.non_persistent_ckpt_type == "global":
-            return place(self.options.non_persistent_global_ckpt_dir or place(base) / SUBFOLDER)
+            shared = self.options.non_persistent_global_ckpt_dir
+            return place(base) / SUBFOLDER if shared is None else place(shared) / _name_of_run(base)
         return self._folder_of_run(base) / f"node{self.node:05d}"
 
     def save(self, iteration: int, content: CheckpointContent) -> SaveResult:
@@ -120,8 +132,7 @@ class NonPersistent:
             result = publish(folder, iteration, marked, self.group, is_complete=is_whole)
         errors = [error for error in gather(result.error, self.world) if error]
         if rank_in(self.group) == 0:
-            there = folders.complete_iterations(folder)
-            _delete(folder, [i for i in there if (i == iteration) == bool(errors)])
+            _delete(folder, lambda i: (i == iteration) == bool(errors))
         if errors:
             result = replace(result, path=None, error="\n".join(dict.fromkeys(errors)))
         return replace(result, kind=self.options.non_persistent_ckpt_type or "")
@@ -149,7 +160,7 @@ class NonPersistent:
             CheckpointError: What is left cannot be loaded.
         """
         options = config.checkpoint
-        if options.load is None or options.finetune or options.ckpt_step is not None:
+        if options.load is None or not takes_newer(options):
             return load(options.load, config=config)
         start = broadcast(attempt(lambda: self._persistent(options), self.world), self.world)
         there = 0 if start is None or start.weights_only else start.iteration
@@ -195,7 +206,11 @@ class NonPersistent:
             return
         folder = self._folder_of_run(base)
         folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        self._refuse_foreign(base)
+
+    def _refuse_foreign(self, base: str) -> None:
+        folder = self._folder_of_run(base)
+        if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.getuid()):
             raise CheckpointError(f"{folder} is not of this user")
 
     def _identity(self, base: str) -> dict[str, Any]:
@@ -209,7 +224,13 @@ class NonPersistent:
         """Return what this node could load, and why not more."""
         folder, why = self.folder(base), ""
         offers: dict[int, str] = {}
-        for iteration in folders.complete_iterations(folder):
+        try:
+            if self.options.non_persistent_ckpt_type == "in_memory":
+                self._refuse_foreign(base)
+            there = folders.complete_iterations(folder)
+        except (OSError, CheckpointError) as error:
+            return offers, describe(error)
+        for iteration in there:
             try:
                 facts = stored_facts(StartingPoint(folder=folder, iteration=iteration))
                 stored = dict(facts[_FACTS])
@@ -268,9 +289,9 @@ def _name_of_run(base: str) -> str:
     return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
 
 
-def _delete(folder: Place, iterations: Sequence[int]) -> None:
+def _delete(folder: Place, is_doomed: Callable[[int], bool]) -> None:
     try:
-        folders.delete(folder, iterations)
+        folders.delete(folder, filter(is_doomed, folders.complete_iterations(folder)))
     except OSError as error:
         log.warning("could not delete old checkpoints in %s: %s", folder, error)
 

@@ -104,8 +104,7 @@ class Saver:
             return None
         content = self._content(state)
         if self._background is not None:
-            self._background.begin(self._folder, state.iteration, content, self._keep)
-            return None
+            return self._background.begin(self._folder, state.iteration, content, self._keep)
         return publish(self._folder, state.iteration, content, world_group(), self._keep)
 
     def _content(self, state: TrainState) -> CheckpointContent:
@@ -155,11 +154,18 @@ class BackgroundWriter:
 
     def begin(
         self, folder: Place, iteration: int, content: CheckpointContent, keep: Retention
-    ) -> None:
-        """Copy ``content`` and let the thread write it; the one before must have been awaited."""
+    ) -> SaveResult | None:
+        """Copy ``content`` and let the thread write it; the one before must have been awaited.
+
+        Returns:
+            None; a failure, on every rank, where some rank has no memory for its copy.
+        """
         assert self._written is None, "one save at a time"
         begin = time.perf_counter()
-        staged = replace(content, tensors=self._staging.copy(content.tensors))
+        try:
+            staged = replace(content, tensors=self._staging.copy(content.tensors))
+        except CheckpointError as error:
+            return SaveResult(iteration=iteration, path=None, error=str(error))
         log.info(
             "saving checkpoint of iteration %d in the background (%.1f MiB copied in %.3f s)",
             iteration,
@@ -167,6 +173,7 @@ class BackgroundWriter:
             time.perf_counter() - begin,
         )
         self._written = self._thread.submit(publish, folder, iteration, staged, self._group, keep)
+        return None
 
     @property
     def has_ended(self) -> bool:

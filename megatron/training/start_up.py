@@ -11,7 +11,7 @@ from megatron.core.log import banner
 from megatron.training.checkpointing import world_group
 from megatron.training.config.run_config import RunConfig
 from megatron.training.initialize import Launch
-from megatron.training.starting_point import starting_point
+from megatron.training.starting_point import starting_point, takes_newer
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +35,19 @@ def start_line(config: RunConfig, launch: Launch) -> str:
 def _where(config: RunConfig) -> str:
     options = config.checkpoint
     start = starting_point(options)
-    between = options.non_persistent_ckpt_type
-    newer = f", unless a newer {between} checkpoint is there" if between else ""
     if start is None and options.load is None:
         return "starting a fresh run at iteration 0 (no --load)"
+    kind = options.non_persistent_ckpt_type if takes_newer(options) else None
+    between = f", unless a newer {kind} checkpoint is there" if kind else ""
     if start is None:
-        return (
-            f"starting a fresh run at iteration 0 ({options.load} holds no checkpoint yet{newer})"
-        )
+        why = f"{options.load} holds no checkpoint yet"
+        return f"starting a fresh run at iteration 0 ({why}){between}"
     if start.weights_only:
         why = f"{options.load} holds no checkpoint yet" if options.load else "no --load"
-        return f"finetuning at iteration 0 with the weights of {start.path} ({why})"
+        return f"finetuning at iteration 0 with the weights of {start.path} ({why}){between}"
     if options.finetune:
         return f"finetuning at iteration 0 with the weights of {start.path}"
-    return f"resuming at iteration {start.iteration} from {start.path}{newer}"
+    return f"resuming at iteration {start.iteration} from {start.path}{between}"
 
 
 def ready(config: RunConfig) -> None:

@@ -80,6 +80,12 @@ def _usable(flag: str, text: str) -> Place:
     return found
 
 
+def takes_newer(options: CheckpointConfig) -> bool:
+    """Tell whether a newer non-persistent checkpoint is taken instead of ``starting_point``."""
+    is_fixed = options.load is None or options.finetune or options.ckpt_step is not None
+    return options.non_persistent_ckpt_type is not None and not is_fixed
+
+
 def folder_and_iteration(path: Place) -> tuple[Place, int | None]:
     """Read ``path`` as one checkpoint, such as ``iter_0000010``, or a folder of them (None)."""
     if path.name.startswith("iter_") and path.name[5:].isdecimal():

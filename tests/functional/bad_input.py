@@ -353,11 +353,6 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ],
     ),
     "save interval": (1, f"{GOOD} --save-interval 5", ["no effect without --save"]),
-    "a thread and one call after the other": (
-        2,
-        f"{GOOD} --save x --async-save --check-collectives",
-        ["--check-collectives compares one call after the other, and --async-save calls from"],
-    ),
     "keep last": (1, f"{GOOD} --save x --keep-last 0", ["--keep-last 0 must be at least 1"]),
     "load": (1, f"{GOOD} --load /no/such/folder", ["is no folder", "--allow-fresh-start"]),
     "finetune": (1, f"{GOOD} --finetune", ["no effect without --load"]),

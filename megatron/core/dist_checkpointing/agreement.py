@@ -67,8 +67,8 @@ def attempt(work: Callable[[], ValueT], group: ProcessGroup | None) -> ValueT:
     """Do this rank's share of a step that reads or writes files; every rank must call this.
 
     Args:
-        work: Runs on this rank, without collectives; it may raise ``OSError`` or
-            ``CheckpointError``.
+        work: Runs on this rank, without collectives but those of a smaller group whose ranks fail
+            together; it may raise ``OSError`` or ``CheckpointError``.
         group: The ranks that share the step.
 
     Returns:

@@ -105,14 +105,18 @@ def latest_iteration(folder: Place) -> int | None:
 
 @singledispatch
 def begin(folder: Place, iteration: int) -> Place:
-    """Clear what killed runs left and make the hidden folder that ``publish`` will rename."""
+    """Clear what killed runs left and make the hidden folder that ``publish`` will rename.
+
+    What cannot be deleted now, such as files that a reader holds open on NFS, waits for a later
+    save: it is in nobody's way.
+    """
     folder = _local(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _recover(folder)
+    temporary = temporary_path(folder, iteration)
     for entry in list(folder.iterdir()):
         if _HIDDEN.fullmatch(entry.name):
-            shutil.rmtree(entry)
-    temporary = temporary_path(folder, iteration)
+            _discard(entry)
     temporary.mkdir()
     return temporary
 
@@ -145,7 +149,7 @@ def publish(temporary: Place, folder: Place, iteration: int) -> Place:
                 replaced.rename(final)
         raise
     flush_folder(folder)
-    shutil.rmtree(replaced, ignore_errors=True)  # what stays, the next save clears
+    _discard(replaced)  # what stays, the next save clears
     return final
 
 
@@ -290,6 +294,13 @@ def _recover(folder: Path) -> None:
             final = folder / entry.name.removeprefix(".").removesuffix(".old")
             if not final.exists():
                 entry.rename(final)
+
+
+def _discard(hidden: Path) -> None:
+    """Delete as much as goes, the manifest first: what stays is no checkpoint."""
+    with suppress(OSError):
+        (hidden / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _hidden(folder: Path, iteration: int, suffix: str) -> Path:

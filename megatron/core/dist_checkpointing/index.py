@@ -61,8 +61,10 @@ class StoredTensor:
     blocks: tuple[StoredBlock, ...]
 
     def __post_init__(self) -> None:
-        """Refuse blocks whose bytes are not those of their shape."""
+        """Refuse blocks of other dimensions, or whose bytes are not those of their shape."""
         for block in self.blocks:
+            if not len(block.offset) == len(block.shape) == len(self.facts.shape):
+                raise ValueError(f"a block of {block.shape} at {block.offset}")
             if block.facts.nbytes != math.prod(block.shape) * self.facts.dtype.itemsize:
                 raise ValueError(f"a block of {block.shape} has {block.facts.nbytes} bytes")
 
@@ -87,7 +89,7 @@ def read_index(folder: Place) -> dict[str, StoredTensor]:
         return _from_data(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: not a checkpoint of this version") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 

@@ -21,11 +21,10 @@ from torch.distributed.checkpoint.planner import ReadItem
 from megatron.core.dist_checkpointing.agreement import (
     attempt,
     broadcast,
-    gather,
     gather_first,
     rank_in,
 )
-from megatron.core.dist_checkpointing.folders import Place, open_ranges
+from megatron.core.dist_checkpointing.folders import Place, file_sizes, open_ranges
 from megatron.core.dist_checkpointing.index import (
     StoredBlock,
     StoredTensor,
@@ -79,7 +78,7 @@ def write_tensors(
     name = tensor_file_name(rank_in(group))
     written = attempt(lambda: _write_blocks(folder / name, blocks, tensors), group)
     parts = gather_first(written, group)
-    attempt(lambda: None if parts is None else write_index(folder, _joined(parts)), group)
+    attempt(lambda: None if parts is None else _write_checked_index(folder, parts), group)
 
 
 def stored_tensors(folder: Place) -> dict[str, TensorFacts]:
@@ -111,14 +110,30 @@ def read_tensors(
             same message on every rank, with the names of the tensors.
     """
     index = attempt(lambda: read_index(folder), group)
-    wanted = gather({key: _facts(tensor) for key, tensor in tensors.items()}, group)
+    wanted = gather_first({key: _facts(tensor) for key, tensor in tensors.items()}, group)
     problem = ""
-    if rank_in(group) == 0:
+    if wanted is not None:
         kept = {key: found.facts for key, found in index.items() if key.startswith(prefixes)}
         problem = mismatch_problem(kept, wanted)
     if problem := broadcast(problem, group):
         raise CheckpointError(f"{folder} does not fit this run:\n{problem}")
     attempt(lambda: _read_blocks(folder, index, tensors), group)
+
+
+def _write_checked_index(folder: Place, parts: Sequence[_Written]) -> None:
+    """Write the index of files that the first rank sees as the ranks wrote them."""
+    index = _joined(parts)
+    ends: dict[str, int] = defaultdict(int)
+    for block in chain.from_iterable(tensor.blocks for tensor in index.values()):
+        ends[block.file] = max(ends[block.file], block.facts.begin + block.facts.nbytes)
+    sizes = file_sizes(folder)
+    for name, end in ends.items():
+        if (size := sizes.get(name, 0)) != end:
+            raise CheckpointError(
+                f"{folder / name} has {size} bytes, and {end} were written: does another run save "
+                "to this folder, or do nodes not see the same files?"
+            )
+    write_index(folder, index)
 
 
 def _facts(tensor: Storable) -> TensorFacts:

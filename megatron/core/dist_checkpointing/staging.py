@@ -5,15 +5,16 @@ of memory. Only blocks that this rank will write are copied: of what several ran
 copy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.dist_checkpointing.agreement import gather
+from megatron.core.dist_checkpointing.agreement import attempt, gather
 from megatron.core.dist_checkpointing.save_plan import PlannedBlock, block_of, plan_save
 from megatron.core.dist_checkpointing.tensor_shards import Storable, TensorShards, storable
+from megatron.core.errors import CheckpointError
 from megatron.core.param_role import LogicalShard
 
 _Structure = tuple[tuple[object, ...], ...]
@@ -45,14 +46,16 @@ class Staging:
 
         Args:
             tensors: Key -> tensor of this rank, or its blocks of one.
+
+        Raises:
+            CheckpointError: Some rank has no memory for its copies; the same on every rank.
         """
         structure = _structure(tensors)
         if any(gather(structure != self._structure, self._group)):
+            self._structure, self._buffers = None, []
+            blocks = plan_save(tensors, self._group)
+            self._buffers = attempt(lambda: _buffers(blocks, tensors), self._group)
             self._structure = structure
-            self._buffers = [
-                (block, _host_memory(block_of(tensors, block)))
-                for block in plan_save(tensors, self._group)
-            ]
         on_gpu = False
         with torch.no_grad():
             for block, buffer in self._buffers:
@@ -69,6 +72,20 @@ class Staging:
             shard = LogicalShard(block.key, buffer, block.whole.shape, block.offset)
             shards.setdefault(block.key, []).append(shard)
         return {key: storable(found) for key, found in shards.items()}
+
+
+def _buffers(
+    blocks: Sequence[PlannedBlock], tensors: Mapping[str, Storable]
+) -> list[tuple[PlannedBlock, Tensor]]:
+    sources = [(block, block_of(tensors, block)) for block in blocks]
+    try:
+        return [(block, _host_memory(source)) for block, source in sources]
+    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
+        needed = sum(source.nbytes for _, source in sources) / 2**30
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        raise CheckpointError(
+            f"no host memory for a copy of {needed:.2f} GiB to write in the background: {reason}"
+        ) from error
 
 
 def _host_memory(like: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class CheckpointConfig:
     and in_memory ones only with the same ranks and parallel sizes."""
 
     non_persistent_global_ckpt_dir: str | None = None
-    """Folder of --non-persistent-ckpt-type global; non_persistent in --save when not set."""
+    """Folder of --non-persistent-ckpt-type global, in which each run has a folder of its own;
+    non_persistent in --save when not set."""
 
     non_persistent_local_ckpt_dir: str | None = None
     """Folder of --non-persistent-ckpt-type local, on a disk of each node."""

@@ -31,4 +31,4 @@ class DistributedConfig:
     """Before each collective, compare it with those of the other ranks: operation, size, dtype,
     rows to each rank. A difference, or a rank that does not come, ends the run and names both
     places in the program. For debugging: slow, and nothing overlaps. Sends between stages and in a
-    ring are not compared."""
+    ring are not compared, nor is what --async-save does in the background."""

@@ -105,11 +105,6 @@ def saving(check: Check) -> Iterator[str]:
             "non_persistent_save_interval",
             "without --save",
         )
-    if check.config.checkpoint.async_save and check.config.distributed.check_collectives:
-        yield (
-            "--check-collectives compares one call after the other, and --async-save calls from a "
-            "thread beside those that train: leave out one of them"
-        )
     if check.config.logging.moe_routing_trace_path is None:
         yield from check.useless(
             "moe_routing_trace_max_training_iters moe_routing_trace_max_mb",

@@ -40,7 +40,14 @@ class Node:
     """A rank that thinks that it has a node of its own, or shares one."""
 
     def __init__(
-        self, folder: Path, kind: str, *, ep: int = 1, alone: bool = True, **how: Any
+        self,
+        folder: Path,
+        kind: str,
+        *,
+        ep: int = 1,
+        alone: bool = True,
+        together: Path | None = None,
+        **how: Any,
     ) -> None:
         values = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "lr": 1e-3}
         values |= {"num_moe_experts": 4, "train_iters": 99, "lr_decay_iters": 99}
@@ -49,6 +56,8 @@ class Node:
         values |= {"non_persistent_ckpt_type": kind, "non_persistent_save_interval": 1}
         if kind == "local":
             values["non_persistent_local_ckpt_dir"] = str(folder / "disks")
+        if together is not None:  # with other runs
+            values["non_persistent_global_ckpt_dir"] = str(together)
         self.config = RunConfig.from_flat(values)
         size, rank = dist.get_world_size(), dist.get_rank()
         launch = Launch(rank, size, 0 if alone else rank, 1 if alone else size)

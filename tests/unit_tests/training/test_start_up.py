@@ -32,6 +32,18 @@ def test_the_first_line_says_fresh_or_from_where_and_which_restart(
     )
 
 
+def test_the_first_line_says_where_a_newer_checkpoint_may_be_taken(tmp_path: Path) -> None:
+    load = (f"--load={tmp_path}", "--allow-fresh-start", "--non-persistent-ckpt-type=in_memory")
+    newer = ", unless a newer in_memory checkpoint is there"
+    assert line(FIRST, *load).endswith(f"holds no checkpoint yet){newer}")
+    saved = tmp_path / "iter_0000007"
+    saved.mkdir()
+    (saved / "manifest.json").touch()
+    assert line(FIRST, *load).endswith(f"from {saved}{newer}")
+    for fixed in ("--finetune", "--ckpt-step=7"):
+        assert newer not in line(FIRST, *load, fixed)
+
+
 def test_restarts_are_read_from_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")

@@ -68,7 +68,7 @@ def test_the_first_line_of_the_log_says_where_a_run_begins(tmp_path: Path) -> No
     nothing = f"starting a fresh run at iteration 0 ({tmp_path} holds no checkpoint yet"
     newer = ", unless a newer in_memory checkpoint is there"
     assert line_of(shape) == f"{nothing})"
-    assert line_of(between) == f"{nothing}{newer})"
+    assert line_of(between) == f"{nothing}){newer}"
     store_facts(tmp_path, 3, {"config": {}})
     there = f"resuming at iteration 3 from {tmp_path}/iter_0000003"
     assert line_of(shape) == there

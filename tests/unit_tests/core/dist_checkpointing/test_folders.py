@@ -1,4 +1,7 @@
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +57,28 @@ def test_what_a_killed_run_left_goes_at_the_next_save(tmp_path: Path) -> None:
     (tmp_path / ".keep").mkdir()
     save(tmp_path, 10)
     assert visible(tmp_path) == [".keep", "iter_0000010", folders.TRACKER]
+
+
+def test_what_cannot_be_deleted_stops_no_save(tmp_path: Path, monkeypatch) -> None:
+    right = os.rmdir
+
+    def busy(path: str, **how: Any) -> None:
+        """As on NFS, while a reader has a file of the folder open."""
+        if str(path).endswith((".pruned", ".old")):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        right(path, **how)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    with pytest.raises(OSError, match="not empty"):
+        folders.prune(tmp_path, 1, 10)
+    save(tmp_path, 10, "again")
+    save(tmp_path, 15)
+    assert folders.complete_iterations(tmp_path) == [10, 15]
+    monkeypatch.undo()
+    save(tmp_path, 20)
+    assert [name for name in visible(tmp_path) if name.startswith(".")] == []
 
 
 def test_a_checkpoint_of_the_same_iteration_is_replaced(tmp_path: Path) -> None:

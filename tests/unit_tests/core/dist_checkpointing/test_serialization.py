@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,22 @@ from tests.helpers.ranks import run_ranks
 def test_a_view_of_a_large_buffer_is_stored_alone(tmp_path: Path) -> None:
     write_tensors(tmp_path, {"model.a": torch.zeros(1_000_000)[:10]}, None)
     assert (tmp_path / "tensors_00000.safetensors").stat().st_size < 10_000
+
+
+def test_a_file_that_is_not_what_a_rank_wrote_is_no_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    write = serialization._write_blocks
+
+    def cut_by_another_run(path: Path, *rest: Any) -> Any:
+        written = write(path, *rest)
+        path.write_bytes(path.read_bytes()[:-1])
+        return written
+
+    monkeypatch.setattr(serialization, "_write_blocks", cut_by_another_run)
+    with pytest.raises(
+        CheckpointError, match=r"bytes, and \d+ were written: does another run save"
+    ):
+        write_tensors(tmp_path, {"model.a": torch.ones(3)}, None)
+    assert not (tmp_path / INDEX).exists()
 
 
 def test_nothing_is_written_into_tensors_that_do_not_fit(tmp_path: Path) -> None:
@@ -48,6 +65,9 @@ def test_other_prefixes_are_left_alone(tmp_path: Path) -> None:
         b"\x80\x04\x95",
         b'{"model.a": {}}',
         b'{"model.a": {"dtype": "F33", "shape": [1], "blocks": []}}',
+        b'{"model.a": {"dtype": "F32", "shape": [Infinity], "blocks": []}}',
+        b'{"model.a": {"dtype": "F32", "shape": [1], "blocks": [{"offset": [0, 0], "shape": [1], '
+        b'"file": "a", "begin": 0, "bytes": 4, "crc32": 0, "xor64": 0}]}}',
     ],
 )
 def test_a_damaged_index_is_named(tmp_path: Path, content: bytes) -> None:
