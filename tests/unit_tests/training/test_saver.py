@@ -1,10 +1,9 @@
 """Saves in the background: the state of the step that asked, whatever training does meanwhile."""
 
 import errno
-import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -98,73 +97,91 @@ def test_what_is_written_is_the_state_of_the_step_that_asked(
     run_ranks(_train_while_it_is_written, ranks, str(tmp_path), flags)
 
 
-def _lines(caplog: pytest.LogCaptureFixture, word: str) -> list[str]:
-    return [record.getMessage() for record in caplog.records if word in record.getMessage()]
+class Log:
+    """What is logged from now on; in a forked rank pytest's own capture does not reach."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.lines: list[str] = []
+        for level in ("info", "warning"):
+            patch.setattr(saver_module.log, level, self._keep)
+
+    def _keep(self, text: str, *values: object) -> None:
+        self.lines.append(text % values)
+
+    def __call__(self, word: str) -> list[str]:
+        return [line for line in self.lines if word in line]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield tiny_run(f"--save {tmp_path} --async-save")
-    dist.destroy_process_group()
+def _alone(body: Callable[..., None]) -> Callable[[Path], None]:
+    """Make a test of ``body(folder, saver, patch)`` that leaves no threads in this process."""
+
+    def test(tmp_path: Path) -> None:
+        run_ranks(_with_saver, 1, body, str(tmp_path))
+
+    return test
 
 
-def test_requested_and_completed_are_told_apart(run, monkeypatch, caplog) -> None:
-    caplog.set_level(logging.INFO)
-    gate = Gate(monkeypatch)
-    saver = _saver(run)
+def _with_saver(body: Callable[..., None], folder: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        body(Path(folder), _saver(tiny_run(f"--save {folder} --async-save")), patch)
+
+
+def _told_apart(folder: Path, saver: Saver, patch: pytest.MonkeyPatch) -> None:
+    log, gate = Log(patch), Gate(patch)
     saver.save(TrainState(iteration=3))
-    assert len(_lines(caplog, "saving checkpoint of iteration 3 in the background")) == 1
+    assert len(log("saving checkpoint of iteration 3 in the background")) == 1
     saver.look()
-    assert _lines(caplog, "saved checkpoint") == []
+    assert log("saved checkpoint") == []
     gate.opened.set()
     saver.finish(TrainState(iteration=3))
-    (line,) = _lines(caplog, "saved checkpoint")
+    (line,) = log("saved checkpoint")
     assert line.startswith("saved checkpoint of iteration 3 to")
     assert "in the background)" in line
 
 
-def test_a_save_waits_for_the_one_before(run, monkeypatch, caplog, tmp_path: Path) -> None:
-    gate = Gate(monkeypatch)
-    saver = _saver(run)
+def _one_waits(folder: Path, saver: Saver, patch: pytest.MonkeyPatch) -> None:
+    gate = Gate(patch)
     saver.save(TrainState(iteration=3))
     threading.Timer(0.2, gate.opened.set).start()
     saver.save(TrainState(iteration=4))
-    assert (tmp_path / "iter_0000003").is_dir()
+    assert (folder / "iter_0000003").is_dir()
     saver.finish(TrainState(iteration=4))
-    assert (tmp_path / "iter_0000004").is_dir()
+    assert (folder / "iter_0000004").is_dir()
 
 
-def test_a_background_save_that_fails_is_told_and_the_last_one_is_an_error(
-    run, monkeypatch, caplog, tmp_path: Path
-) -> None:
-    saver = _saver(run)
+def _one_fails(folder: Path, saver: Saver, patch: pytest.MonkeyPatch) -> None:
+    log = Log(patch)
     saver.save(TrainState(iteration=3))
     saver._settle()
-    with monkeypatch.context() as broken:
+    with pytest.MonkeyPatch.context() as broken:
         broken.setattr(tensor_file.os, "fsync", _full)
         saver.save(TrainState(iteration=4))
         saver._settle()
-        (line,) = _lines(caplog, "NOT saved")
+        (line,) = log("NOT saved")
         assert "iteration 4 was NOT saved: No space left on device" in line
         assert line.endswith("training goes on")
         with pytest.raises(CheckpointError, match="iteration 5 was NOT saved: No space left"):
             saver.finish(TrainState(iteration=5))
-    assert {path.name for path in tmp_path.glob("*iter_*")} == {"iter_0000003"}
+    assert {path.name for path in folder.glob("*iter_*")} == {"iter_0000003"}
     saver.finish(TrainState(iteration=5))
-    assert (tmp_path / "iter_0000005").is_dir()
+    assert (folder / "iter_0000005").is_dir()
 
 
 def _full(number: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_bug_on_the_thread_is_raised_where_training_sees_it(run, monkeypatch) -> None:
+def _bug(folder: Path, saver: Saver, patch: pytest.MonkeyPatch) -> None:
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(saver_module, "publish", broken)
-    saver = _saver(run)
+    patch.setattr(saver_module, "publish", broken)
     saver.save(TrainState(iteration=3))
     with pytest.raises(ZeroDivisionError):
         saver.finish(TrainState(iteration=3))
+
+
+test_requested_and_completed_are_told_apart = _alone(_told_apart)
+test_a_save_waits_for_the_one_before = _alone(_one_waits)
+test_a_background_save_that_fails_is_told_and_the_last_one_is_an_error = _alone(_one_fails)
+test_a_bug_on_the_thread_is_raised_where_training_sees_it = _alone(_bug)
