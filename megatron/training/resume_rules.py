@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron.core.errors import CheckpointError
+from megatron.core.transformer.config.pipeline import PIPELINE_OPTIONS
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.config.options import options_of
 from megatron.training.config.run_config import RunConfig
@@ -90,15 +91,7 @@ _FREE = {
     "recompute_modules",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
-    "pipeline_schedule",
-    "num_layers_per_virtual_pipeline_stage",
-    "num_virtual_stages_per_pipeline_rank",
-    "microbatch_group_size_per_virtual_pipeline_stage",
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "pipeline_model_parallel_layout",
+    *PIPELINE_OPTIONS,
     "context_parallel_size",
     "cp_comm_type",
     "sequence_parallel",

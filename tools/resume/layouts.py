@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from megatron.core.errors import ConfigError
+from megatron.core.transformer.config.pipeline import PIPELINE_OPTIONS
 from megatron.training.config.legal_layouts import (
     OPTION_OF_AXIS,
     Layout,
@@ -19,18 +20,6 @@ from tools.resume.settings import config_of
 
 _MOST_TRIED = 40
 """Layouts that are tried in each search."""
-_OF_PIPELINE = (
-    "num_layers_per_virtual_pipeline_stage",
-    "num_virtual_stages_per_pipeline_rank",
-    "microbatch_group_size_per_virtual_pipeline_stage",
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "pipeline_model_parallel_layout",
-    "pipeline_schedule",
-)
-"""Options that are about one number of stages; another number has none of them."""
 _NEEDS_SEVERAL = {
     "tp": ("sequence_parallel",),
     "cp": ("cp_comm_type",),
@@ -158,7 +147,7 @@ def _variants(own: Asked, layout: Layout) -> Iterator[dict[str, Any]]:
         for size in [getattr(layout, axis)]
     }
     if layout.pp != own.layout.pp:
-        values |= dict.fromkeys(_OF_PIPELINE)
+        values |= dict.fromkeys(PIPELINE_OPTIONS)
     for axis, names in _NEEDS_SEVERAL.items():
         if getattr(layout, axis) == 1:
             values |= dict.fromkeys(names)

@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.errors import CheckpointError
+from megatron.core.transformer.config.pipeline import PIPELINE_OPTIONS
 from megatron.training.config.checkpoint import CheckpointConfig
 from megatron.training.config.flags import Given
 from megatron.training.config.options import Option
@@ -52,18 +53,7 @@ LAYOUT: tuple[tuple[str, ...], ...] = (
     ("context_parallel_size", "cp_comm_type"),
     ("expert_model_parallel_size",),
     ("expert_tensor_parallel_size",),
-    (
-        "pipeline_model_parallel_size",
-        "pipeline_schedule",
-        "num_layers_per_virtual_pipeline_stage",
-        "num_virtual_stages_per_pipeline_rank",
-        "microbatch_group_size_per_virtual_pipeline_stage",
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-        "account_for_embedding_in_pipeline_split",
-        "account_for_loss_in_pipeline_split",
-        "pipeline_model_parallel_layout",
-    ),
+    ("pipeline_model_parallel_size", *PIPELINE_OPTIONS),
 )
 """How it was spread over ranks; taken with --use-mp-args-from-checkpoint-args."""
 

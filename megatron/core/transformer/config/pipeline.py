@@ -3,7 +3,7 @@
 TransformerConfig inherits them. What they mean together is in megatron.core.pipeline_parallel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 
@@ -44,3 +44,7 @@ class PipelineConfig:
     """What each stage holds, such as "Et*3|(tt|)*2tL": E embedding, t layer, L output layer and
     loss, | between stages, *N repeats. auto cuts so that the most expensive stage costs least, by
     estimated cost."""
+
+
+PIPELINE_OPTIONS = tuple(field.name for field in fields(PipelineConfig))
+"""Options that are about one number of stages; another number has none of them."""
