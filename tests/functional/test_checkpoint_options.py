@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from megatron.core.dist_checkpointing.folders import complete_iterations
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,7 @@ def test_a_run_with_the_options_of_its_checkpoint_is_the_unbroken_run(tmp_path: 
     assert all(resumed[iteration] == unbroken[iteration] for iteration in resumed)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_memory(tmp_path: Path) -> None:
     save = tmp_path / "run"
     flags = (

@@ -36,7 +36,9 @@ def _differs(flag: str, case: Case) -> None:
     assert case.observe(f"{case.both} {case.second}") != without, f"{flag} changed nothing"
 
 
-@pytest.mark.parametrize("flag", CASES)
+@pytest.mark.parametrize(
+    "flag", [pytest.param(f, marks=[pytest.mark.slow] * ("-trace-max-" in f)) for f in CASES]
+)
 def test_the_flag_changes_something(flag):
     case = CASES[flag]
     assert flag in case.second.split(), "the case is about another flag"

@@ -75,6 +75,7 @@ def test_a_resumed_run_is_the_unbroken_run_item_by_item(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_a_state_of_its_own_fails_and_the_loss_is_named(tmp_path: Path) -> None:
     script = tmp_path / "my_pretrain.py"
     script.write_text(SCRIPT_WITH_A_SECRET)

@@ -18,7 +18,9 @@ SLOW = pytest.mark.slow
 SIZES = {layout.name: sizes_of(TIED.config(layout), layout.ranks) for layout in TIED.layouts}
 
 
-@pytest.mark.parametrize("model", ["tied", "untied", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model", ["tied", pytest.param("untied", marks=SLOW), pytest.param("bf16", marks=SLOW)]
+)
 def test_pairs_that_change_every_axis_go_on_as_one_process(model: str, tmp_path: Path) -> None:
     proof = Proof(MODELS[model], tmp_path, pairs=QUICK[model])
     told = list(proof.run())

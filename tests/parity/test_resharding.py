@@ -63,7 +63,9 @@ def _load(sources: list[str], ep: int, etp: int, dtype: torch.dtype) -> None:
         assert wrong_keys(_tensors(ddp, optimizer)) == [], f"saved at {Path(source).name}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_every_layout_loads_what_every_layout_saved(tmp_path: Path, dtype: torch.dtype) -> None:
     sources = [str(tmp_path / "_".join(map(str, layout))) for layout in LAYOUTS]
     for source, (world, ep, etp) in zip(sources, LAYOUTS, strict=True):
