@@ -1,4 +1,4 @@
-"""docs/layout_proofs.md is true: each invariant of layouts has tests, and every one exists."""
+"""The pages of proofs are true: each invariant of layouts or checkpoints has tests that exist."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,9 @@ from tests.planted.layout_bugs import LAYOUT_BUGS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/layout_proofs.md").read_text()
-ROWS = {row[1]: row[2] for row in re.finditer(r"^\| (R\d+) \| (.*) \|$", PAGE, re.MULTILINE)}
+CHECKPOINTS = (ROOT / "docs/checkpoint_proofs.md").read_text()
+ROW = re.compile(r"^\| (R\d+) \| (.*) \|$", re.MULTILINE)
+ROWS = {row[1]: row[2] for row in ROW.finditer(PAGE)}
 ON_RANKS = re.compile(r"run_ranks|run_layout|verifier\(\)|Verifier")
 
 
@@ -25,8 +27,15 @@ def test_an_invariant_is_shown_on_several_ranks(number):
     assert any(ON_RANKS.search(text_of(node)) for node in nodes)
 
 
-def test_every_test_that_is_named_exists():
-    assert missing(nodes_in(PAGE)) == []
+def test_the_page_of_checkpoints_has_every_invariant_of_them():
+    rows = {row[1]: nodes_in(row[2]) for row in ROW.finditer(CHECKPOINTS)}
+    assert list(rows) == ["R10", "R11", "R12", "R13", "R15"]
+    assert min(len(nodes) for nodes in rows.values()) >= 3
+
+
+@pytest.mark.parametrize("page", [PAGE, CHECKPOINTS], ids=["layouts", "checkpoints"])
+def test_every_test_that_is_named_exists(page):
+    assert missing(nodes_in(page)) == []
 
 
 def test_bugs_are_planted_against_what_a_layout_can_break_silently():
