@@ -12,6 +12,7 @@ from datetime import timedelta
 
 from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.object_folders import place
+from megatron.core.dist_checkpointing.save_plan import SavePlans
 from megatron.core.dist_checkpointing.staging import Staging
 from megatron.core.dist_checkpointing.store import CheckpointContent
 from megatron.core.errors import CheckpointError
@@ -53,6 +54,7 @@ class Saver:
         options = run.config.checkpoint
         self._folder = None if options.save is None else place(options.save)
         self._keep = Retention.of(options)
+        self._plans = SavePlans(world_group())
         self._background: BackgroundWriter | None = None
         if options.async_save:
             minutes = run.config.distributed.distributed_timeout_minutes
@@ -105,7 +107,8 @@ class Saver:
         content = self._content(state)
         if self._background is not None:
             return self._background.begin(self._folder, state.iteration, content, self._keep)
-        return publish(self._folder, state.iteration, content, world_group(), self._keep)
+        content = replace(content, plans=self._plans)
+        return publish(self._folder, state.iteration, content, self._plans.group, self._keep)
 
     def _content(self, state: TrainState) -> CheckpointContent:
         return checkpoint_content(

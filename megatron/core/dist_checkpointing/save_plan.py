@@ -7,6 +7,7 @@ as if it were its whole tensor, and so gives some ranks much more to write than 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -14,9 +15,11 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from megatron.core.dist_checkpointing.agreement import gather_first, rank_in, scatter_first
+from megatron.core.dist_checkpointing.agreement import gather, gather_first, rank_in, scatter_first
 from megatron.core.dist_checkpointing.index import TensorFacts
 from megatron.core.dist_checkpointing.tensor_shards import Storable, TensorShards
+
+_Structure: TypeAlias = tuple[tuple[object, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,36 @@ def plan_for_ranks(
         for rank, tensors in enumerate(tensors_of_ranks)
     ]
     return _shares(plans, True)
+
+
+class SavePlans:
+    """Remembers who writes what, for ranks that save the same tensors again and again.
+
+    Planning takes seconds where there are many ranks and experts, and its outcome is the same as
+    long as no rank holds other tensors.
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        """Plan nothing yet.
+
+        Args:
+            group: The ranks that save together; a message of a few bytes a save goes over it.
+        """
+        self.group = group
+        self._structure: _Structure | None = None
+        self._blocks: list[PlannedBlock] = []
+
+    def blocks(self, tensors: Mapping[str, Storable]) -> list[PlannedBlock]:
+        """Return what this rank writes; the very same list until some rank holds other tensors.
+
+        Args:
+            tensors: Key -> tensor of this rank, or its blocks of one. Every rank must call this.
+        """
+        structure = _structure(tensors)
+        if any(gather(structure != self._structure, self.group)):
+            self._blocks = plan_save(tensors, self.group)
+            self._structure = structure
+        return self._blocks
 
 
 def block_of(tensors: Mapping[str, Storable], block: PlannedBlock) -> Tensor:
@@ -132,3 +165,12 @@ def _planned(item: WriteItem) -> PlannedBlock:
 def _nbytes(item: WriteItem) -> int:
     block = _planned(item)
     return math.prod(block.shape) * block.whole.dtype.itemsize
+
+
+def _structure(tensors: Mapping[str, Storable]) -> _Structure:
+    return tuple(
+        (key, tensor.shape, tensor.dtype, tuple(s.offset for s in tensor.shards))
+        if isinstance(tensor, TensorShards)
+        else (key, tensor.shape, tensor.dtype)
+        for key, tensor in tensors.items()
+    )

@@ -34,7 +34,7 @@ from megatron.core.dist_checkpointing.index import (
     read_index,
     write_index,
 )
-from megatron.core.dist_checkpointing.save_plan import PlannedBlock, block_of, plan_save
+from megatron.core.dist_checkpointing.save_plan import PlannedBlock, SavePlans, block_of, plan_save
 from megatron.core.dist_checkpointing.tensor_file import (
     BlockOutline,
     DamagedBlockError,
@@ -61,6 +61,7 @@ def write_tensors(
     group: ProcessGroup | None,
     *,
     complete: bool = True,
+    plans: SavePlans | None = None,
 ) -> None:
     """Write the tensors of all ranks and their index into ``folder``, flushed to the disk.
 
@@ -70,11 +71,13 @@ def write_tensors(
             written once; the blocks of all ranks must make up the whole.
         group: The ranks that take part; every one must call this.
         complete: Refuse tensors of which the ranks do not hold every element.
+        plans: Of the saves before, over the same group; they were complete.
 
     Raises:
         CheckpointError: Some rank could not write; the same message on every rank.
     """
-    blocks = plan_save(tensors, group, complete=complete)
+    planned = None if plans is None else plans.blocks(tensors)
+    blocks = plan_save(tensors, group, complete=complete) if planned is None else planned
     name = tensor_file_name(rank_in(group))
     written = attempt(lambda: _write_blocks(folder / name, blocks, tensors), group)
     parts = gather_first(written, group)

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.dist_checkpointing.agreement import attempt, gather
-from megatron.core.dist_checkpointing.save_plan import PlannedBlock, block_of, plan_save
-from megatron.core.dist_checkpointing.tensor_shards import Storable, TensorShards, storable
+from megatron.core.dist_checkpointing.agreement import attempt
+from megatron.core.dist_checkpointing.save_plan import PlannedBlock, SavePlans, block_of
+from megatron.core.dist_checkpointing.tensor_shards import Storable, storable
 from megatron.core.errors import CheckpointError
 from megatron.core.param_role import LogicalShard
-
-_Structure = tuple[tuple[object, ...], ...]
 
 
 class Staging:
@@ -31,7 +29,8 @@ class Staging:
                 at the first save, or another structure, who copies what.
         """
         self._group = group
-        self._structure: _Structure | None = None
+        self._plans = SavePlans(group)
+        self._planned: list[PlannedBlock] | None = None
         self._buffers: list[tuple[PlannedBlock, Tensor]] = []
 
     @property
@@ -50,12 +49,11 @@ class Staging:
         Raises:
             CheckpointError: Some rank has no memory for its copies; the same on every rank.
         """
-        structure = _structure(tensors)
-        if any(gather(structure != self._structure, self._group)):
-            self._structure, self._buffers = None, []
-            blocks = plan_save(tensors, self._group)
+        blocks = self._plans.blocks(tensors)
+        if blocks is not self._planned:  # on every rank, if on one
+            self._planned, self._buffers = None, []
             self._buffers = attempt(lambda: _buffers(blocks, tensors), self._group)
-            self._structure = structure
+            self._planned = blocks
         on_gpu = False
         with torch.no_grad():
             for block, buffer in self._buffers:
@@ -90,12 +88,3 @@ def _buffers(
 
 def _host_memory(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
-
-
-def _structure(tensors: Mapping[str, Storable]) -> _Structure:
-    return tuple(
-        (key, tensor.shape, tensor.dtype, tuple(s.offset for s in tensor.shards))
-        if isinstance(tensor, TensorShards)
-        else (key, tensor.shape, tensor.dtype)
-        for key, tensor in tensors.items()
-    )

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing import folders
 from megatron.core.dist_checkpointing.agreement import attempt, broadcast, rank_in
 from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.manifest import verify_manifest, write_manifest
+from megatron.core.dist_checkpointing.save_plan import SavePlans
 from megatron.core.dist_checkpointing.serialization import write_tensors
 from megatron.core.dist_checkpointing.tensor_shards import Storable
 from megatron.core.errors import CheckpointError
@@ -41,6 +42,8 @@ class CheckpointContent:
     """Plain JSON data, the same on every rank."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Relative name in the checkpoint -> small file to copy, such as the tokenizer's."""
+    plans: SavePlans | None = None
+    """Who wrote what at the save before, by the same ranks; None to plan anew."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def write_checkpoint(
     temporary = _on_first(lambda: folders.begin(folder, iteration), group)
     try:
         attempt(lambda: _must_see(temporary), group)
-        write_tensors(temporary, content.tensors, group, complete=is_complete)
+        write_tensors(temporary, content.tensors, group, complete=is_complete, plans=content.plans)
         _on_first(lambda: write_documents(temporary, content), group)
         size = _on_first(lambda: write_manifest(temporary), group)
         final = _on_first(lambda: folders.publish(temporary, folder, iteration), group)
