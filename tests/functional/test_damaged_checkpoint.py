@@ -23,7 +23,7 @@ from tests.helpers.ranks import run_ranks
 
 FLAGS = (
     "--mock-data --num-layers 2 --hidden-size 32 --num-attention-heads 2 --num-experts 4 "
-    "--moe-router-topk 2 --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 "
+    "--moe-router-topk 2 --seq-length 32 --micro-batch-size 1 --global-batch-size 4 --lr 1e-2 "
     "--lr-decay-style constant --eval-iters 0 --device cpu --num-workers 0 --train-iters 2"
 )
 WHOLE = "nothing"
