@@ -49,7 +49,10 @@ def run_bench(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", [path.stem for path in benches()])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(p.stem, marks=[pytest.mark.slow] * ("overlap" in p.stem)) for p in benches()],
+)
 def test_bench_runs(run_bench, name):
     rows = run_bench(name)
     assert rows
