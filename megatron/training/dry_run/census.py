@@ -45,6 +45,8 @@ class WholeModel(NamedTuple):
 
     dense_params: int
     expert_params: int
+    active_params: int
+    """Those that one token meets: all dense ones, and of each MoE layer its top-k experts."""
     missing: tuple[str, ...]
     """What no rank holds, or not all of; empty in a sound layout."""
 
@@ -78,7 +80,7 @@ def take_census(config: RunConfig, provider: ModelProvider, table: GroupTable) -
             model = provider(config, table.collection(rank))
         ranks.append(_describe(rank, model))
         tally.add(model)
-    return Census(ranks=tuple(ranks), whole=tally.whole(config.model.num_layers))
+    return Census(ranks=tuple(ranks), whole=tally.whole(config.model))
 
 
 @contextmanager
@@ -173,11 +175,22 @@ class _Tally:
                 self._sizes[shard.name] = (torch.Size(shard.shape).numel(), role.is_expert)
                 self._blocks.setdefault(shard.name, {})[shard.offset] = shard.tensor.numel()
 
-    def whole(self, num_layers: int) -> WholeModel:
-        totals = {False: 0, True: 0}
-        for size, is_expert in self._sizes.values():
-            totals[is_expert] += size
-        return WholeModel(totals[False], totals[True], tuple(self._missing(num_layers)))
+    def whole(self, config: TransformerConfig) -> WholeModel:
+        dense, idle = 0, 0
+        by_layer: dict[int | None, int] = {}
+        for name, (size, is_expert) in self._sizes.items():
+            if is_expert:
+                number, _ = _layer_of(name)
+                by_layer[number] = by_layer.get(number, 0) + size
+            else:
+                dense += size
+        for number, size in by_layer.items():
+            own = config if number is None else config.for_layer(number)
+            assert own.num_moe_experts, "experts are in layers that have some"
+            idle += size - size * own.moe_router_topk // own.num_moe_experts
+        experts = sum(by_layer.values())
+        missing = tuple(self._missing(config.num_layers))
+        return WholeModel(dense, experts, dense + experts - idle, missing)
 
     def _missing(self, num_layers: int) -> Iterator[str]:
         yield from (f"layer {n}" for n in range(num_layers) if n not in self._layers)

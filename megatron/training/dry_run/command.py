@@ -89,6 +89,7 @@ def figures(
             "whole": census.whole.params,
             "dense": census.whole.dense_params,
             "experts": census.whole.expert_params,
+            "active": census.whole.active_params,
             "missing": census.whole.missing,
         },
         "ranks": [
