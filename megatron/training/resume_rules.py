@@ -24,9 +24,13 @@ ARCHITECTURE = {
     "--num-query-groups": "query_groups",
     "--kv-channels": "head_dim",
     "--add-qkv-bias": "add_qkv_bias",
+    "--add-proj-bias": "add_proj_bias",
+    "--qk-layernorm": "qk_layernorm",
+    "--qk-layernorm-scope": "qk_layernorm_scope",
     "--position-embedding-type": "position_embedding_type",
     "--rotary-base": "rotary_base",
     "--rotary-percent": "rotary_percent",
+    "--rotary-interleaved": "rotary_interleaved",
     "--swiglu": "swiglu",
     "--add-bias-linear": "add_bias_linear",
     "--normalization": "normalization",
@@ -54,6 +58,8 @@ ARCHITECTURE = {
 _ONLY_WITH = {
     "--rotary-base": ("position_embedding_type", "rope"),
     "--rotary-percent": ("position_embedding_type", "rope"),
+    "--rotary-interleaved": ("position_embedding_type", "rope"),
+    "--qk-layernorm-scope": ("qk_layernorm", True),
 }
 _BY_LAYER = {  # told for each layer where layers differ, else by the flag for all
     "--moe-num-experts-per-layer": "--num-experts",

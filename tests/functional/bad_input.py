@@ -1,5 +1,6 @@
 """The table of mistakes: command lines and what the message about them must say."""
 
+from tests.functional.bad_attention_input import ATTENTION_CASES
 from tests.functional.bad_checkpoint_input import CHECKPOINT_CASES
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
@@ -94,6 +95,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         "--sequence-parallel",
         ["--sequence-parallel shares --seq-length 63 over --tensor-model-parallel-size 2"],
     ),
+    **ATTENTION_CASES,
     **SHARDED_CASES,
     **CONTEXT_CASES,
     **PIPELINE_CASES,

@@ -12,10 +12,10 @@ from megatron.core.errors import ConfigError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.config.attention import AttentionConfig
 from megatron.core.transformer.config.init import InitConfig
-from megatron.core.transformer.config.norm import NormConfig
 from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
 from megatron.core.transformer.config.recompute import RecomputeConfig
+from megatron.core.transformer.config.rotary import RotaryConfig
 from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 
 
@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 class TransformerConfig(
     MoEPerLayerConfig,
     AttentionConfig,
-    NormConfig,
+    RotaryConfig,
     InitConfig,
     PrecisionConfig,
     RecomputeConfig,

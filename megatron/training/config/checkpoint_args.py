@@ -24,6 +24,7 @@ _ALONE = """
     num_layers hidden_size ffn_hidden_size swiglu add_bias_linear hidden_dropout
     untie_embeddings_and_output_weights num_attention_heads kv_channels attention_dropout
     add_qkv_bias position_embedding_type max_position_embeddings rotary_base rotary_percent
+    rotary_interleaved add_proj_bias qk_layernorm qk_layernorm_scope apply_wd_to_qk_layernorm
     normalization layernorm_epsilon seq_length moe_layer_freq moe_ffn_hidden_size
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size moe_router_type
     moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor

@@ -156,7 +156,6 @@ SUBSTITUTES: dict[str, str] = {
         "each rank of a node writes its share of what the node holds; leave it out"
     ),
     "--openai-gelu": "leave it out for GELU, or use --swiglu",
-    "--qk-layernorm": "queries and keys are not normalised yet",
     "--quick-geglu": "use --swiglu",
     "--rampup-batch-size": "the batch size is constant; use --global-batch-size",
     "--recompute-activations": _RECOMPUTE + "selective",

@@ -135,6 +135,7 @@ def heads(check: Check) -> Iterator[str]:
             f"{check.show('num_query_groups')} must divide {check.show('num_attention_heads')}; "
             f"groups that fit: {nearest(model.num_query_groups, divisors(count))}"
         )
+    yield from model.qk_norm_problems()
 
 
 def positions(check: Check) -> Iterator[str]:
@@ -147,7 +148,8 @@ def positions(check: Check) -> Iterator[str]:
         )
     if model.position_embedding_type != "rope":
         yield from check.useless(
-            "rotary_base rotary_percent", "without --position-embedding-type rope"
+            "rotary_base rotary_percent rotary_interleaved",
+            "without --position-embedding-type rope",
         )
     else:
         rotated = int(model.head_dim * model.rotary_percent)

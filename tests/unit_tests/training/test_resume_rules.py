@@ -37,6 +37,7 @@ MAY_DIFFER = {
     "expert_tensor_parallel_size",
     "sequence_parallel",
     "init_method_std",
+    "apply_wd_to_qk_layernorm",
     "hidden_dropout",
     "attention_dropout",
     "moe_router_dtype",
@@ -122,6 +123,17 @@ def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_topk": 1}, "--moe-router-topk"),
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_layer_freq": [0, 1]}, "[1, 1]"),
         ({}, {"bf16": True}, "--bf16"),
+        ({}, {"qk_layernorm": True}, "--qk-layernorm is False"),
+        (
+            {"qk_layernorm": True},
+            {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"},
+            "--qk-layernorm-scope is head in the checkpoint and all_heads",
+        ),
+        (
+            {"position_embedding_type": "rope"},
+            {"position_embedding_type": "rope", "rotary_interleaved": True},
+            "--rotary-interleaved is False",
+        ),
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_type": "hash"}, "is topk in"),
         (
             {
