@@ -105,7 +105,8 @@ def model_section(census: Census, table: GroupTable, config: RunConfig) -> Itera
     whole = census.whole
     active = ""
     if whole.expert_params:
-        active = f" ({whole.expert_params:,} of them in experts), {whole.active_params:,} for a token"
+        experts, met = f"{whole.expert_params:,}", f"{whole.active_params:,}"
+        active = f" ({experts} of them in experts), {met} for a token"
     dtype = config.model.params_dtype_name
     yield f"MODEL: {whole.params:,} parameters{active}; weights are {dtype}"
     for sentence in whole.missing:
