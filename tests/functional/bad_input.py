@@ -1,5 +1,6 @@
 """The table of mistakes: command lines and what the message about them must say."""
 
+from tests.functional.bad_attention_input import ATTENTION_CASES
 from tests.functional.bad_checkpoint_input import CHECKPOINT_CASES
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
@@ -27,6 +28,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
     **MOE_CASES,
+    **ATTENTION_CASES,
     "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
     "tensor parallel positions of experts": (
         2,

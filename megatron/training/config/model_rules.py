@@ -135,6 +135,7 @@ def heads(check: Check) -> Iterator[str]:
             f"{check.show('num_query_groups')} must divide {check.show('num_attention_heads')}; "
             f"groups that fit: {nearest(model.num_query_groups, divisors(count))}"
         )
+    yield from model.core_attention_problems(model.num_layers)
 
 
 def positions(check: Check) -> Iterator[str]:
