@@ -82,6 +82,21 @@ class CoreAttentionConfig:
             sees_all = freq is not None and not freq[layer_number]
         return None if sees_all else self.attention_window
 
+    def mean_keys_of(self, layer_number: int, seq_length: int) -> float:
+        """Return how many keys a query of a layer meets, mean over ``seq_length`` positions.
+
+        s / 2 without a window, as Megatron counts the causal half of the square; w - w^2 / 2s with
+        a window of w positions, the query's own among them: the triangle at the beginning of the
+        sequence is not there.
+
+        Args:
+            layer_number: Global index of the layer, from 0.
+            seq_length: s, positions of one sample.
+        """
+        window = self.attention_window_of(layer_number)
+        width = seq_length if window is None else min(window + 1, seq_length)
+        return width - width * width / (2 * seq_length)
+
     def core_attention_problems(self, num_layers: int) -> Iterator[str]:
         """Yield one sentence for each contradiction, in the user's flags."""
         window, freq = self.window_size, self.window_attn_skip_freq
