@@ -11,6 +11,7 @@ from megatron.core.config_field import choice_problems, derived, flag
 from megatron.core.errors import ConfigError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.config.attention import AttentionConfig
+from megatron.core.transformer.config.core_attention import CoreAttentionConfig
 from megatron.core.transformer.config.init import InitConfig
 from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
@@ -24,6 +25,7 @@ class TransformerConfig(
     MoEPerLayerConfig,
     AttentionConfig,
     RotaryConfig,
+    CoreAttentionConfig,
     InitConfig,
     PrecisionConfig,
     RecomputeConfig,
@@ -67,6 +69,7 @@ class TransformerConfig(
         yield from choice_problems(self)
         yield from self.parallel_problems()
         yield from self.attention_problems(self.hidden_size)
+        yield from self.core_attention_problems(self.num_layers)
         yield from self.precision_problems()
         yield from self.moe_problems()
         yield from self.recompute_problems()
@@ -196,6 +199,11 @@ class TransformerConfig(
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_windows(self) -> list[int | None] | None:
+        """For each layer the positions that a query sees before its own, see ``--window-size``."""
+        return self.attention_windows_of(self.num_layers)
 
     @property
     def ffn_size(self) -> int:

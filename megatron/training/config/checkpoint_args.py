@@ -23,6 +23,7 @@ FLAG = "--use-checkpoint-args"
 _ALONE = """
     num_layers hidden_size ffn_hidden_size swiglu add_bias_linear hidden_dropout
     untie_embeddings_and_output_weights num_attention_heads kv_channels attention_dropout
+    softmax_scale softmax_type attn_logit_softcapping
     add_qkv_bias position_embedding_type max_position_embeddings rotary_base rotary_percent
     rotary_interleaved add_proj_bias qk_layernorm qk_layernorm_scope apply_wd_to_qk_layernorm
     normalization layernorm_epsilon seq_length moe_layer_freq moe_ffn_hidden_size
@@ -35,6 +36,7 @@ _ALONE = """
 MODEL: tuple[tuple[str, ...], ...] = (
     *((name,) for name in _ALONE.split()),
     ("group_query_attention", "num_query_groups"),
+    ("window_size", "window_attn_skip_freq"),
     ("fp16", "bf16", "fp64"),
     ("num_moe_experts", "moe_num_experts_per_layer"),
     ("moe_router_topk", "moe_router_topk_per_layer"),

@@ -82,7 +82,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--num-dataset-builder-threads": NoEffect("sample indices are built by numpy in one thread"),
     "--overlap-p2p-communication-warmup-flush": NoEffect(_EARLY),
     "--rerun-mode": NoEffect("steps are never rerun", ("disabled",), "leave it out"),
-    "--softmax-type": NoEffect("attention takes a plain softmax", ("vanilla",), "leave it out"),
     "--timing-log-level": NoEffect("there are no such timers", ("0",), "leave it out"),
     "--transformer-impl": NoEffect(
         "layers are always PyTorch's own", ("local",), "leave it out, or give local"
@@ -171,7 +170,6 @@ SUBSTITUTES: dict[str, str] = {
     "--use-precision-aware-optimizer": "moments are always fp32",
     "--use-rotary-position-embeddings": "use --position-embedding-type rope",
     "--warmup": "use --lr-warmup-fraction, a share and not a percentage",
-    "--window-size": "attention sees all earlier tokens",
 }
 
 CHOICES: dict[tuple[str, str], str] = {

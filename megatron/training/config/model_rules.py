@@ -136,6 +136,7 @@ def heads(check: Check) -> Iterator[str]:
             f"groups that fit: {nearest(model.num_query_groups, divisors(count))}"
         )
     yield from model.qk_norm_problems()
+    yield from model.core_attention_problems(model.num_layers)
 
 
 def positions(check: Check) -> Iterator[str]:
