@@ -21,7 +21,7 @@ from megatron.training.starting_point import StartingPoint, starting_point, stor
 FLAG = "--use-checkpoint-args"
 
 _ALONE = """
-    num_layers hidden_size ffn_hidden_size swiglu add_bias_linear hidden_dropout
+    num_layers hidden_size ffn_hidden_size add_bias_linear add_mlp_bias hidden_dropout
     untie_embeddings_and_output_weights num_attention_heads kv_channels attention_dropout
     add_qkv_bias position_embedding_type max_position_embeddings rotary_base rotary_percent
     normalization layernorm_epsilon seq_length moe_layer_freq moe_ffn_hidden_size
@@ -33,6 +33,15 @@ _ALONE = """
 
 MODEL: tuple[tuple[str, ...], ...] = (
     *((name,) for name in _ALONE.split()),
+    (
+        "swiglu",
+        "geglu",
+        "quick_geglu",
+        "openai_gelu",
+        "squared_relu",
+        "glu_linear_offset",
+        "activation_func_clamp_value",
+    ),
     ("group_query_attention", "num_query_groups"),
     ("fp16", "bf16", "fp64"),
     ("num_moe_experts", "moe_num_experts_per_layer"),
