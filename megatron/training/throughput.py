@@ -1,8 +1,8 @@
 """How much a step computes and how fast: floating-point operations by formula, nothing measured.
 
 The count is Megatron's, so that figures compare: matrix products only, causal half of attention
-(of a layer with a window, what lies in it, which Megatron counts in full), the top-k experts of each token whether or not they were dropped, the shared
-experts, no router, backward = 2 x forward.
+(of a layer with a window, what lies in it, which Megatron counts in full), the top-k experts of
+each token whether or not they were dropped, the shared experts, no router, backward = 2 x forward.
 """
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -36,7 +36,7 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
 
 def _mlp_products(config: TransformerConfig, is_moe: bool) -> int:
     """Return the multiplications of one token's MLP, forward."""
-    matrices = 3 if config.swiglu else 2
+    matrices = 3 if config.gated_linear_unit else 2
     if not is_moe:
         return matrices * config.hidden_size * config.ffn_size
     routed = matrices * config.moe_hidden_size * config.moe_router_topk * config.moe_ffn_size

@@ -1,5 +1,6 @@
 """The table of mistakes: command lines and what the message about them must say."""
 
+from tests.functional.bad_activation_input import ACTIVATION_CASES
 from tests.functional.bad_attention_input import ATTENTION_CASES
 from tests.functional.bad_checkpoint_input import CHECKPOINT_CASES
 from tests.functional.bad_context_input import CONTEXT_CASES
@@ -22,6 +23,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "no model": (1, "--mock-data", ["--num-layers is missing", "--hidden-size is missing"]),
     "no data": (1, SHAPE, ["--data-path PREFIX", "--mock-data"]),
     "both precisions": (1, f"{GOOD} --bf16 --fp64", ["--bf16 and --fp64 exclude each other"]),
+    **ACTIVATION_CASES,
     **LOSS_SCALE_CASES,
     "typo": (1, f"{MOE} --moe-rooter-topk 2", ["did you mean --moe-router-topk?"]),
     "abbreviation": (1, f"{MOE} --moe-router-top 2", ["did you mean --moe-router-topk?"]),

@@ -1,11 +1,11 @@
 """A GPT written out: one sample at a time, from a dictionary of named weights."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from tests.reference.activations import ReferenceActivation
 from tests.reference.attention import self_attention
 from tests.reference.rotary import rotation
 
@@ -97,11 +97,7 @@ def qk_norms(weights: dict[str, Tensor], config) -> Callable | None:
 def mlp(x: Tensor, weights: dict[str, Tensor], config) -> Tensor:
     """Dense MLP of x [s, h]."""
     inner = x @ weights["linear_fc1.weight"].T + weights.get("linear_fc1.bias", 0.0)
-    if config.swiglu:
-        gate, up = inner[:, : config.ffn_size], inner[:, config.ffn_size :]
-        inner = gate * torch.sigmoid(gate) * up
-    else:
-        inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
+    inner = ReferenceActivation(*config.activation_kind)(inner)
     return inner @ weights["linear_fc2.weight"].T + weights.get("linear_fc2.bias", 0.0)
 
 

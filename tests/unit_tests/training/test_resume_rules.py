@@ -68,6 +68,7 @@ MAY_DIFFER = {
     "max_position_embeddings",  # its table is compared by shape
 }
 RESOLVED = {
+    "add_mlp_bias": "has_mlp_bias",
     "ffn_hidden_size": "ffn_size",
     "num_query_groups": "query_groups",
     "group_query_attention": "query_groups",
