@@ -16,6 +16,7 @@ from megatron.core.transformer.config.norm import NormConfig
 from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
 from megatron.core.transformer.config.recompute import RecomputeConfig
+from megatron.core.transformer.config.scaling import ScalingConfig
 from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 
 
@@ -24,6 +25,7 @@ class TransformerConfig(
     MoEPerLayerConfig,
     AttentionConfig,
     NormConfig,
+    ScalingConfig,
     InitConfig,
     PrecisionConfig,
     RecomputeConfig,
@@ -67,6 +69,7 @@ class TransformerConfig(
         yield from choice_problems(self)
         yield from self.parallel_problems()
         yield from self.attention_problems(self.hidden_size)
+        yield from self.scaling_problems()
         yield from self.precision_problems()
         yield from self.moe_problems()
         yield from self.recompute_problems()
