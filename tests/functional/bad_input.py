@@ -11,6 +11,7 @@ from tests.functional.bad_moe_input import MOE_CASES
 from tests.functional.bad_optimizer_input import OPTIMIZER_CASES
 from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
+from tests.functional.bad_scaling_input import SCALING_CASES
 from tests.functional.bad_sharded_input import SHARDED_CASES
 from tests.functional.bad_store_input import STORE_CASES
 
@@ -209,6 +210,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["sinkhorn, quantile_balancing, none"],
     ),
     **ROUTER_CASES,
+    **SCALING_CASES,
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["must be above 0"]),
     "nodes that cut groups": (
         4,

@@ -18,6 +18,7 @@ from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
 from megatron.core.transformer.config.recompute import RecomputeConfig
 from megatron.core.transformer.config.rotary import RotaryConfig
+from megatron.core.transformer.config.scaling import ScalingConfig
 from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 
 
@@ -28,6 +29,7 @@ class TransformerConfig(
     AttentionConfig,
     RotaryConfig,
     CoreAttentionConfig,
+    ScalingConfig,
     InitConfig,
     PrecisionConfig,
     RecomputeConfig,
@@ -74,6 +76,7 @@ class TransformerConfig(
         yield from self.activation_problems()
         yield from self.attention_problems(self.hidden_size)
         yield from self.core_attention_problems(self.num_layers)
+        yield from self.scaling_problems()
         yield from self.precision_problems()
         yield from self.moe_problems()
         yield from self.recompute_problems()

@@ -112,7 +112,6 @@ _SHARDED = (
 )
 
 SUBSTITUTES: dict[str, str] = {
-    "--apply-layernorm-1p": "use --normalization RMSNorm or LayerNorm",
     "--auto-detect-ckpt-format": "there is one checkpoint format; leave it out",
     "--batch-size": "use --micro-batch-size",
     "--checkpoint-activations": _RECOMPUTE
