@@ -98,6 +98,7 @@ def import_checkpoint(
         options["padded_vocab_size"] = -(-rows // unit) * unit
         options |= dtype_flags(DTYPES[dtype] if dtype else _dtype_of(source))
         config = config_of(options)
+        config.tokenizer.unpadded_vocab_size = rows
         plan = weight_plan(family_of(source.config), options, vocab_size=rows)
         shapes = {key: fact.shape for key, fact in source.facts.items()}
         accounted = accounting.account(plan, shapes)
@@ -295,6 +296,8 @@ def _rows(source: StoredCheckpoint, padded: int) -> int:
         return int(origin["vocab_size"])
     ids: int | None = (source.common["tokenizer"] or {}).get("vocab_size")
     settings = source.common["config"]["tokenizer"]
+    if settings.get("unpadded_vocab_size"):
+        return int(settings["unpadded_vocab_size"])
     unit = settings.get("make_vocab_size_divisible_by") or 1
     unit *= source.common["config"]["model"].get("tensor_model_parallel_size") or 1
     return ids if ids is not None and -(-ids // unit) * unit == padded else padded

@@ -31,6 +31,11 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "attention backend": (1, f"{GOOD} --attention-backend flsh", ["did you mean flash?"]),
     "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
+    "too few tokens": (
+        1,
+        f"{GOOD} --vocab-size 100 --unpadded-vocab-size 90",
+        ["--unpadded-vocab-size 90 must lie between the 101 ids of --tokenizer-type NullTokenizer"],
+    ),
     **MOE_CASES,
     **ATTENTION_CASES,
     "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),

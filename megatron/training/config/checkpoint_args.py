@@ -60,6 +60,7 @@ MODEL: tuple[tuple[str, ...], ...] = (
         "moe_pad_expert_input_to_capacity",
     ),
     ("padded_vocab_size", "make_vocab_size_divisible_by"),
+    ("unpadded_vocab_size",),
 )
 """What makes the model compute what it computed, in training too."""
 

@@ -40,7 +40,8 @@ _NAMES_BY_RANGE = {
         moe_latent_size
         micro_batch_size global_batch_size train_iters exit_interval exit_duration_in_mins
         lr_decay_iters lr_wsd_decay_iters seq_length
-        vocab_size make_vocab_size_divisible_by padded_vocab_size save_interval keep_last
+        vocab_size make_vocab_size_divisible_by padded_vocab_size unpadded_vocab_size
+        save_interval keep_last
         save_retain_interval non_persistent_save_interval
         ckpt_step eval_interval log_interval tensorboard_log_interval tensorboard_queue_size
         distributed_timeout_minutes bucket_size moe_dispatcher_node_size

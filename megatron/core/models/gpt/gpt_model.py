@@ -46,6 +46,7 @@ class GPTModel(nn.Module):
         vocab_size: int,
         max_sequence_length: int,
         *,
+        unpadded_vocab_size: int | None = None,
         stages: Sequence[StageLayers] | None = None,
         pg_collection: ProcessGroupCollection,
     ) -> None:
@@ -56,6 +57,8 @@ class GPTModel(nn.Module):
             transformer_layer_spec: Of ``get_gpt_decoder_block_spec``, or the user's own.
             vocab_size: Rows of the embedding, padding included.
             max_sequence_length: Longest sequence that learned positions can hold.
+            unpadded_vocab_size: Rows that are tokens; the others have no share in the softmax, and
+                logits of -inf. None: all are tokens.
             stages: The pipeline stages of this rank, in the order of the model; the whole model
                 when None.
             pg_collection: Groups of this rank.
@@ -84,7 +87,12 @@ class GPTModel(nn.Module):
         )
         self.output_layer = None
         if any(stage.head for stage in self.stages):
-            self.output_layer = OutputLayer(config, vocab_size, pg_collection=pg_collection)
+            self.output_layer = OutputLayer(
+                config,
+                vocab_size,
+                unpadded_vocab_size=unpadded_vocab_size,
+                pg_collection=pg_collection,
+            )
 
     def _make_embedding(
         self, pg_collection: ProcessGroupCollection
