@@ -67,6 +67,7 @@ class TransformerConfig(
         yield from choice_problems(self)
         yield from self.parallel_problems()
         yield from self.attention_problems(self.hidden_size)
+        yield from self.rotary_problems(self.rotary_dim)
         yield from self.precision_problems()
         yield from self.moe_problems()
         yield from self.recompute_problems()
@@ -196,6 +197,16 @@ class TransformerConfig(
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a query or key that the tables of rotary positions are made for."""
+        return self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of ``rotary_channels`` are rotated; even."""
+        return int(self.rotary_channels * self.rotary_percent) // 2 * 2
 
     @property
     def ffn_size(self) -> int:
