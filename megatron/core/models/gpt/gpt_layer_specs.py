@@ -12,6 +12,7 @@ from megatron.core.transformer.torch_norm import LayerNorm, RMSNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
+    ParallelTransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
 )
@@ -41,13 +42,16 @@ def get_gpt_layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
         moe: Whether its MLP is a mixture of experts.
     """
     norm = NORMS[config.normalization]
+    after_branches = norm if config.sandwich_norm else None
     return ModuleSpec(
-        TransformerLayer,
+        ParallelTransformerLayer if config.parallel_residual else TransformerLayer,
         TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=get_self_attention_spec(config),
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=None if config.parallel_residual_shared_norm else norm,
             mlp=get_moe_module_spec(config) if moe else get_mlp_spec(config),
+            post_self_attn_layernorm=after_branches,
+            post_mlp_layernorm=after_branches,
         ),
     )
 

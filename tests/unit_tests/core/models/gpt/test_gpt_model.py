@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
 from tests.helpers.models import MAX_LENGTH, VOCAB, tiny_batch, tiny_config, tiny_gpt
 from tests.helpers.tolerances import TOLERANCES
+from tests.reference.activations import OPTIONS
 from tests.reference.gpt import gpt_logits, token_losses
 
 SHAPES = {
@@ -82,6 +83,12 @@ SHAPES = {
         "group_query_attention": True,
         "num_query_groups": 2,
     },
+    "clamped quick GEGLU, biases of MLPs alone": {
+        "add_bias_linear": False,
+        "add_mlp_bias": True,
+        **OPTIONS["gpt_oss"],
+    },
+    "GELU by tanh": {"openai_gelu": True},
     "no positions, RMSNorm, gelu": {"position_embedding_type": "none", "normalization": "RMSNorm"},
     "learned, swiglu, biases, untied": {
         "swiglu": True,
