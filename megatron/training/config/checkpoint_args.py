@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.errors import CheckpointError
 from megatron.core.transformer.config.pipeline import PIPELINE_OPTIONS
+from megatron.core.transformer.config.rotary import READ_BY
 from megatron.training.config.checkpoint import CheckpointConfig
 from megatron.training.config.flags import Given
 from megatron.training.config.options import Option
@@ -24,7 +25,7 @@ _ALONE = """
     num_layers hidden_size ffn_hidden_size add_bias_linear add_mlp_bias hidden_dropout
     untie_embeddings_and_output_weights num_attention_heads kv_channels attention_dropout
     softmax_scale softmax_type attn_logit_softcapping
-    add_qkv_bias position_embedding_type max_position_embeddings rotary_base rotary_percent
+    add_qkv_bias max_position_embeddings rotary_base rotary_percent
     rotary_interleaved add_proj_bias qk_layernorm qk_layernorm_scope apply_wd_to_qk_layernorm
     normalization layernorm_epsilon seq_length moe_layer_freq moe_ffn_hidden_size
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size moe_router_type
@@ -37,6 +38,14 @@ _ALONE = """
 
 MODEL: tuple[tuple[str, ...], ...] = (
     *((name,) for name in _ALONE.split()),
+    (
+        "position_embedding_type",
+        "rope_type",
+        "use_rope_scaling",
+        "rotary_seq_len_interpolation_factor",
+        "rope_scaling_type",
+        *READ_BY,
+    ),
     (
         "swiglu",
         "geglu",

@@ -51,16 +51,20 @@ _NAMES_BY_RANGE = {
         check_replica_hash moe_routing_trace_max_training_iters
         moe_expert_chunk_tokens recompute_num_layers
         dry_run_world_size loss_scale_window hysteresis
+        rope_scaling_factor rotary_seq_len_interpolation_factor
+        rope_scaling_original_max_position_embeddings
     """,
     Range(0): """
         num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate
         seed lr min_lr weight_decay clip_grad
         lr_warmup_iters lr_warmup_init start_weight_decay end_weight_decay num_workers eval_iters
-        tiktoken_num_special_tokens
+        tiktoken_num_special_tokens mscale mscale_all_dim
     """,
     Range(0, 1e6, open_low=True): "moe_expert_capacity_factor",
     Range(0, 2.0**64, open_low=True): "loss_scale initial_loss_scale min_loss_scale",
     Range(0, open_low=True): "init_method_std layernorm_epsilon adam_eps rotary_base "
+    "rope_scaling_low_freq_factor rope_scaling_high_freq_factor rope_attention_factor "
+    "yarn_beta_fast yarn_beta_slow longrope_short_factor longrope_long_factor "
     "softmax_scale attn_logit_softcapping activation_func_clamp_value "
     "moe_router_topk_scaling_factor moe_routing_trace_max_mb dry_run_memory_gib "
     "embedding_multiplier residual_multiplier logits_multiplier final_logit_softcapping",

@@ -75,12 +75,9 @@ class GPTModel(nn.Module):
         self.stages = tuple(stages or [whole_model(config.num_layers)])
         self.embedding = self._make_embedding(pg_collection)
         self.rotary_pos_emb = None
-        if config.position_embedding_type == "rope":
+        if config.has_rotary_positions:
             self.rotary_pos_emb = RotaryEmbedding(
-                config.head_dim,
-                rotary_percent=config.rotary_percent,
-                rotary_base=config.rotary_base,
-                interleaved=config.rotary_interleaved,
+                config, channels=config.rotary_channels, rotary_dim=config.rotary_dim
             )
         self.decoder = TransformerBlock(
             config, transformer_layer_spec, stages=self.stages, pg_collection=pg_collection
@@ -169,7 +166,9 @@ class GPTModel(nn.Module):
             positions = own_ranges(length * ranks, self.cp_group.rank(), ranks)
             if offset:
                 positions = (range(offset, offset + length),)
-            rotary = self.rotary_pos_emb(positions, hidden_states)
+            cache = context.kv_cache
+            whole = length * ranks if cache is None else cache.max_len
+            rotary = self.rotary_pos_emb(positions, hidden_states, length=whole)
         hidden_states = self.decoder(hidden_states, attention_mask, rotary, context)
         if context.kv_cache is not None:
             context.kv_cache.advance(length)

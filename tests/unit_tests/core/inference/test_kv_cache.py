@@ -36,6 +36,41 @@ def test_logits_in_pieces_equal_logits_at_once(kind: str, pieces: list[int]) -> 
     torch.testing.assert_close(torch.cat(got, dim=1), expected, **TOLERANCES[torch.float64])
 
 
+ROPE = {"position_embedding_type": "rope"}
+PROJECTIONS: dict[str, dict] = {
+    "norm of heads, interleaved": ROPE | {"qk_layernorm": True, "rotary_interleaved": True},
+    "norm of all heads": {
+        "qk_layernorm": True,
+        "qk_layernorm_scope": "all_heads",
+        "normalization": "RMSNorm",
+    },
+    "yarn": {"position_embedding_type": "yarn", "rope_scaling_factor": 4.0},
+    "longrope": ROPE
+    | {
+        "rope_scaling_type": "longrope",
+        "rope_scaling_factor": 4.0,
+        "rope_scaling_original_max_position_embeddings": 8,
+        "longrope_short_factor": [1.0, 2.0, 3.0, 4.0],
+        "longrope_long_factor": [2.0, 4.0, 6.0, 8.0],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_norms_and_rotations_in_pieces_equal_those_at_once(kind: str) -> None:
+    config = tiny_config(group_query_attention=True, num_query_groups=2, **PROJECTIONS[kind])
+    model = tiny_gpt(config)
+    ids, positions, _ = tiny_batch(samples=2, length=11)
+    context = ForwardContext(kv_cache=_cache(config))
+    with torch.no_grad():
+        got = [
+            model(ids[:, part], positions[:, part], context=context)
+            for part in (slice(0, 5), slice(5, 6), slice(6, 11))  # LongRoPE's length is 8
+        ]
+        expected = model(ids, positions)
+    torch.testing.assert_close(torch.cat(got, dim=1), expected, **TOLERANCES[torch.float64])
+
+
 def test_mask_over_cached_positions_hides_them() -> None:
     config = tiny_config(position_embedding_type="rope")
     model = tiny_gpt(config)
