@@ -1,8 +1,8 @@
 """How much a step computes and how fast: floating-point operations by formula, nothing measured.
 
 The count is Megatron's, so that figures compare: matrix products only, causal half of attention
-(of a layer with a window, what lies in it, which Megatron counts in full), the top-k experts of each token whether or not they were dropped, the shared
-experts, no router, backward = 2 x forward.
+(of a layer with a window, what lies in it, which Megatron counts in full), the top-k experts of
+each token whether or not they were dropped, the shared experts, no router, backward = 2 x forward.
 """
 
 from megatron.core.transformer.transformer_config import TransformerConfig

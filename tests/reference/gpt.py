@@ -61,6 +61,10 @@ def _sample(
             groups=config.query_groups,
             mask=mask,
             rotary=rotary,
+            window=config.attention_window_of(n),
+            scale=config.softmax_scale,
+            softcap=config.attn_logit_softcapping,
+            sink=x.new_zeros(()) if config.softmax_type == "off-by-one" else None,
         )
         x = x + mlp(
             norm(x, _below(layer, "pre_mlp_layernorm."), config), _below(layer, "mlp."), config
