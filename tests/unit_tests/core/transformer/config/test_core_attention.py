@@ -18,7 +18,7 @@ def test_a_window_is_read_as_megatron_writes_it_and_as_it_is_shown(text: str) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["", "127", "1,2,3", "1.5,0", "True,0", "a,b", "f(1),0", "(1,", "{1:0}"]
+    "text", ["", "127", "1,2,3", "1.5,0", "1,False", "a,b", "f(1),0", "(1,", "{1: 0, 2: 0}"]
 )
 def test_anything_else_is_no_window(text: str) -> None:
     with pytest.raises(ValueError, match="must be two whole numbers, such as 127,0"):
