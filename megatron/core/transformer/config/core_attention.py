@@ -21,12 +21,11 @@ def parse_window(text: str) -> list[int]:
     """
     try:
         found = ast.literal_eval(text.strip())
-        sides = [int(side) for side in found if isinstance(side, int) and side is not True]
-    except (SyntaxError, ValueError, TypeError) as error:
+    except (SyntaxError, ValueError) as error:
         raise ValueError(f"{text!r} must be two whole numbers, such as 127,0") from error
-    if len(sides) != 2 or len(found) != 2:
+    if not isinstance(found, tuple | list) or [type(side) for side in found] != [int, int]:
         raise ValueError(f"{text!r} must be two whole numbers, such as 127,0")
-    return sides
+    return list(found)
 
 
 @dataclass(kw_only=True)

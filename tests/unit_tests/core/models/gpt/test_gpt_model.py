@@ -94,6 +94,19 @@ SHAPES = {
         "swiglu": True,
         "untie_embeddings_and_output_weights": True,
     },
+    "windows in the first layer, learnt sinks": {
+        "window_size": [2, 0],
+        "window_attn_skip_freq": 2,
+        "softmax_type": "learnable",
+        "position_embedding_type": "rope",
+        "group_query_attention": True,
+        "num_query_groups": 2,
+    },
+    "capped scores of another scale, off by one": {
+        "attn_logit_softcapping": 2.0,
+        "softmax_scale": 0.7,
+        "softmax_type": "off-by-one",
+    },
 }
 
 
