@@ -31,7 +31,8 @@ _ALONE = """
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size moe_router_type
     moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor
     moe_router_enable_expert_bias moe_router_bias_update_rate moe_input_jitter_eps
-    moe_router_dtype moe_z_loss_coeff moe_router_quantile_balancing_ema
+    moe_router_dtype moe_router_bias moe_router_norm_topk_prob moe_z_loss_coeff
+    moe_router_quantile_balancing_ema
     layernorm_zero_centered_gamma embedding_multiplier residual_multiplier logits_multiplier
     final_logit_softcapping sandwich_norm
 """
@@ -61,7 +62,7 @@ MODEL: tuple[tuple[str, ...], ...] = (
     ("parallel_residual", "parallel_residual_shared_norm"),
     ("num_moe_experts", "moe_num_experts_per_layer"),
     ("moe_router_topk", "moe_router_topk_per_layer"),
-    ("moe_router_num_groups", "moe_router_group_topk"),
+    ("moe_router_num_groups", "moe_router_group_topk", "moe_router_group_score_topk"),
     ("moe_router_load_balancing_type", "moe_aux_loss_coeff"),
     (
         "moe_expert_capacity_factor",

@@ -36,6 +36,7 @@ _NAMES_BY_RANGE = {
         expert_model_parallel_size expert_tensor_parallel_size num_layers hidden_size
         ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings
         moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk
+        moe_router_group_score_topk
         moe_shared_expert_intermediate_size
         moe_latent_size
         micro_batch_size global_batch_size train_iters exit_interval exit_duration_in_mins
