@@ -2,7 +2,7 @@
 
 The count is Megatron's, so that figures compare: matrix products only, causal half of attention,
 the top-k experts of each token whether or not they were dropped, the shared
-experts, no router, backward = 2 x forward.
+experts, multi-token prediction, no router, backward = 2 x forward.
 """
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,8 +26,10 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
     keys_and_values = 2 * config.query_groups * config.head_dim
     projections = hidden * (queries + keys_and_values) + queries * hidden
     causal_core = 2 * queries * seq_length / 2  # scores and weighted values, half of the square
-    products = float(vocab_size * hidden)
-    for layer, is_moe in enumerate(config.moe_layer_pattern):
+    depths = config.mtp_depths  # each a head, a projection of two to one, and a layer
+    products = float(vocab_size * hidden * (1 + depths) + 2 * hidden * hidden * depths)
+    pattern = config.moe_layer_pattern
+    for layer, is_moe in enumerate((*pattern, *pattern[-1:] * depths)):
         own = config.for_layer(layer) if is_moe else config
         products += projections + causal_core + _mlp_products(own, is_moe)
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * products

@@ -19,7 +19,7 @@ class LayerCosts:
     """Each transformer layer, in order."""
     embedding: float = 0.0
     head: float = 0.0
-    """Final norm, output head and loss."""
+    """Final norm, output head and loss, and multi-token prediction, which is beside it."""
 
 
 def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size: int) -> LayerCosts:
@@ -39,12 +39,12 @@ def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size:
         + matrices * hidden * (config.moe_shared_expert_intermediate_size or 0)
         + 2 * hidden * (config.moe_latent_size or 0)
     )
+    layers = [attention + (moe if is_moe else dense) for is_moe in config.moe_layer_pattern]
+    ahead = config.mtp_depths * (layers[-1] + 2 * hidden * hidden + hidden * vocab_size)
     return LayerCosts(
-        layers=tuple(
-            float(attention + (moe if is_moe else dense)) for is_moe in config.moe_layer_pattern
-        ),
+        layers=tuple(map(float, layers)),
         embedding=float(hidden),
-        head=float(hidden * vocab_size),
+        head=float(hidden * vocab_size + ahead),
     )
 
 

@@ -37,6 +37,7 @@ MODEL: tuple[tuple[str, ...], ...] = (
     *((name,) for name in _ALONE.split()),
     ("group_query_attention", "num_query_groups"),
     ("fp16", "bf16", "fp64"),
+    ("mtp_num_layers", "mtp_loss_scaling_factor"),
     ("parallel_residual", "parallel_residual_shared_norm"),
     ("num_moe_experts", "moe_num_experts_per_layer"),
     ("moe_router_topk", "moe_router_topk_per_layer"),
