@@ -68,6 +68,7 @@ ARCHITECTURE = {
     "--parallel-residual-shared-norm": "parallel_residual_shared_norm",
     "--sandwich-norm": "sandwich_norm",
     "--untie-embeddings-and-output-weights": "untie_embeddings_and_output_weights",
+    "--mtp-num-layers": "mtp_num_layers",
     "--num-experts": "num_moe_experts",
     "--moe-num-experts-per-layer": "moe_experts_by_layer",
     "--moe-layer-freq": "moe_layer_pattern",

@@ -59,6 +59,7 @@ MODEL: tuple[tuple[str, ...], ...] = (
     ("group_query_attention", "num_query_groups"),
     ("window_size", "window_attn_skip_freq"),
     ("fp16", "bf16", "fp64"),
+    ("mtp_num_layers", "mtp_loss_scaling_factor"),
     ("parallel_residual", "parallel_residual_shared_norm"),
     ("num_moe_experts", "moe_num_experts_per_layer"),
     ("moe_router_topk", "moe_router_topk_per_layer"),

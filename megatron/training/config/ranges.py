@@ -51,7 +51,7 @@ _NAMES_BY_RANGE = {
         decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
         check_replica_hash moe_routing_trace_max_training_iters
         moe_expert_chunk_tokens recompute_num_layers
-        dry_run_world_size loss_scale_window hysteresis
+        dry_run_world_size loss_scale_window hysteresis mtp_num_layers
         rope_scaling_factor rotary_seq_len_interpolation_factor
         rope_scaling_original_max_position_embeddings
     """,
@@ -59,7 +59,7 @@ _NAMES_BY_RANGE = {
         num_moe_experts moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate
         seed lr min_lr weight_decay clip_grad
         lr_warmup_iters lr_warmup_init start_weight_decay end_weight_decay num_workers eval_iters
-        tiktoken_num_special_tokens mscale mscale_all_dim
+        tiktoken_num_special_tokens mtp_loss_scaling_factor mscale mscale_all_dim
     """,
     Range(0, 1e6, open_low=True): "moe_expert_capacity_factor",
     Range(0, 2.0**64, open_low=True): "loss_scale initial_loss_scale min_loss_scale",

@@ -78,7 +78,8 @@ class CoreAttentionConfig:
         if isinstance(freq, int):
             sees_all = (layer_number + 1) % freq == 0
         else:
-            sees_all = freq is not None and not freq[layer_number]
+            # layers of multi-token prediction count on, and are as the last
+            sees_all = freq is not None and not freq[min(layer_number, len(freq) - 1)]
         return None if sees_all else self.attention_window
 
     def mean_keys_of(self, layer_number: int, seq_length: int) -> float:
