@@ -152,30 +152,21 @@ def preservation_problems(model: TransformerConfig, granularity: int) -> Iterato
         yield f"{shown} needs a router whose rows keep slices together, not --moe-router-type hash"
     if granularity > 1 and model.moe_router_choice == "sinkhorn":
         yield f"{shown} excludes sinkhorn balancing, which takes the slices of a copy apart"
-    for layer in model.moe_layers:
-        yield from _layer_problems(model.for_layer(layer), granularity, shown, layer)
+    of_layers = (model.for_layer(layer) for layer in model.moe_layers)
+    yield from dict.fromkeys(p for own in of_layers for p in _layer_problems(own, granularity))
 
 
-def _layer_problems(
-    model: TransformerConfig, granularity: int, shown: str, layer: int
-) -> Iterator[str]:
-    experts, topk, groups = (
-        model.num_moe_experts or 1,
-        model.moe_router_topk,
-        model.moe_router_num_groups,
-    )
+def _layer_problems(model: TransformerConfig, granularity: int) -> Iterator[str]:
+    experts, groups = model.num_moe_experts or 1, model.moe_router_num_groups
+    shown = f"--moe-upcycling-granularity {granularity} must divide"
     if experts % granularity:
+        yield f"{shown} --num-experts {experts}: experts are slices of whole copies"
+    elif model.moe_router_topk % granularity:
         yield (
-            f"{shown} must divide --num-experts {experts} (layer {layer}): experts are slices of "
-            "whole copies"
+            f"{shown} --moe-router-topk {model.moe_router_topk}: a token needs all slices of a copy"
         )
-    elif topk % granularity:
+    elif groups and experts // groups % granularity:
         yield (
-            f"{shown} must divide --moe-router-topk {topk} (layer {layer}): a token needs all "
-            "slices of a copy"
-        )
-    elif groups and (experts // groups) % granularity:
-        yield (
-            f"{shown} must divide the {experts // groups} experts of a group "
-            f"(--moe-router-num-groups {groups}, layer {layer}): a copy lies in one group"
+            f"{shown} the {experts // groups} experts of a group (--moe-router-num-groups "
+            f"{groups}): a copy lies in one group"
         )

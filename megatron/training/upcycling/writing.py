@@ -69,8 +69,11 @@ def _common(
     source: StoredCheckpoint, config: RunConfig, recipe: Recipe, history: str
 ) -> Mapping[str, Any]:
     old = source.common
+    origin = dict(old.get("huggingface") or {})
+    origin.pop("family", None)  # a mixture is another family
     return {
         **old,
+        "huggingface": origin or None,
         "iteration": ITERATION,
         "consumed_train_samples": 0,
         "data_fingerprint": None,
