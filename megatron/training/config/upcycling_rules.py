@@ -42,8 +42,6 @@ def upcycling(check: Check) -> Iterator[str]:
             yield f"{FLAG} works in folders: {check.show(name)} is a URL"
     if options.pretrained_checkpoint is None:
         yield from check.useless("allow_fresh_start", f"with {FLAG}, which needs the checkpoint")
-    if check.config.model.num_moe_experts is None:
-        yield f"{FLAG} needs --num-experts"
 
 
 def upcycling_fits(check: Check) -> Iterator[str]:
