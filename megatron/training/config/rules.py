@@ -12,6 +12,7 @@ from megatron.training.config.model_rules import MODEL_RULES
 from megatron.training.config.overlap_rules import OVERLAP_RULES
 from megatron.training.config.pipeline_rules import PIPELINE_RULES
 from megatron.training.config.run_rules import RULES_OF_FOLDERS, RUN_RULES
+from megatron.training.config.scaling_rules import SCALING_RULES
 from megatron.training.config.upcycling_rules import (
     UPCYCLING_RULES,
     UPCYCLING_RULES_OF_FOLDERS,
@@ -19,6 +20,7 @@ from megatron.training.config.upcycling_rules import (
 
 RULES = (
     *MODEL_RULES,
+    *SCALING_RULES,
     *PIPELINE_RULES,
     *OVERLAP_RULES,
     *DATA_RULES,
