@@ -16,6 +16,15 @@ from megatron.core.models.huggingface.model_facts import (
     with_defaults,
 )
 
+_RESOLVED = {
+    "position_embedding_type": "position_kind",
+    "rope_scaling_type": "rope_scaling",
+    "rope_scaling_factor": "rope_factor",
+    "rope_scaling_original_max_position_embeddings": "rope_original_length",
+}
+"""Option -> property that says what it comes to."""
+_TRAINING = frozenset({"moe_router_load_balancing_type"})
+"""Options that families set and that change training alone."""
 VERSION = "4.46.0"
 """``transformers_version`` of a config.json that is written here."""
 
@@ -67,12 +76,11 @@ def hf_config_of(
         ConfigError: The family cannot say it; lists what.
     """
     family = family_named(family) if isinstance(family, str) else family
-    given = with_defaults(options)
-    given["ffn_hidden_size"] = ModelFacts.of(options).config.ffn_size
+    given = with_defaults(options) | resolved(options)
     problems = [
         f"{name} {given[name]!r} is not what {family.name} has: {value!r}"
         for name, value in family.constants.items()
-        if given[name] != value
+        if given[name] != value and name not in _TRAINING
     ]
     fields: dict[str, Any] = {}
     for row in family.rows:
@@ -84,6 +92,19 @@ def hf_config_of(
     head = {"architectures": [family.architecture], "model_type": family.model_types[0]}
     kinds = {} if dtype is None else {"torch_dtype": dtype, "dtype": dtype}
     return head | fields | kinds | {"transformers_version": VERSION}
+
+
+def resolved(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what options that leave a size open, or say it in another way, mean."""
+    config = ModelFacts.of(options).config
+    found: dict[str, Any] = {"ffn_hidden_size": config.ffn_size}
+    if config.num_moe_experts is not None:
+        found["moe_ffn_hidden_size"] = config.moe_ffn_size
+        found["moe_layer_freq"] = [int(is_moe) for is_moe in config.moe_layer_pattern]
+    for option, name in _RESOLVED.items():
+        if hasattr(config, name):
+            found[option] = getattr(config, name)
+    return found
 
 
 def family_defaults(family: Family) -> dict[str, Any]:
