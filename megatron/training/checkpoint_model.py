@@ -62,7 +62,7 @@ def load_trained_model(
     config = config_from_data(opened.common["config"])
     for_one_process(config)
     tokenizer = saved_tokenizer(opened)
-    model = _model(opened, config).to(device)
+    model = empty_model(opened, config).to(device)
     read_tensors(opened.path, model_tensors(model), None, prefixes=(MODEL,))
     model.eval()
     return TrainedModel(model=model, config=config, tokenizer=tokenizer, path=opened.path)
@@ -102,7 +102,16 @@ def saved_tokenizer(opened: OpenCheckpoint) -> Tokenizer | None:
     return tokenizer
 
 
-def _model(opened: OpenCheckpoint, config: RunConfig) -> GPTModel:
+def empty_model(opened: OpenCheckpoint, config: RunConfig) -> GPTModel:
+    """Build the model of a checkpoint in this process, its weights not set.
+
+    Args:
+        opened: The checkpoint.
+        config: Of the run that saved it, ``for_one_process``.
+
+    Raises:
+        CheckpointError: It is not of a GPTModel.
+    """
     vocab_size = opened.common["padded_vocab_size"]
     if vocab_size is None:
         raise CheckpointError(f"{opened.path} holds no GPTModel (it has no word embedding)")

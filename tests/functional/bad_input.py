@@ -14,6 +14,7 @@ from tests.functional.bad_router_input import ROUTER_CASES
 from tests.functional.bad_scaling_input import SCALING_CASES
 from tests.functional.bad_sharded_input import SHARDED_CASES
 from tests.functional.bad_store_input import STORE_CASES
+from tests.functional.bad_upcycling_input import UPCYCLING_CASES
 
 SHAPE = "--num-layers 4 --hidden-size 64"
 GOOD = f"{SHAPE} --mock-data"
@@ -26,6 +27,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "both precisions": (1, f"{GOOD} --bf16 --fp64", ["--bf16 and --fp64 exclude each other"]),
     **ACTIVATION_CASES,
     **LOSS_SCALE_CASES,
+    **UPCYCLING_CASES,
     "typo": (1, f"{MOE} --moe-rooter-topk 2", ["did you mean --moe-router-topk?"]),
     "abbreviation": (1, f"{MOE} --moe-router-top 2", ["did you mean --moe-router-topk?"]),
     "attention backend": (1, f"{GOOD} --attention-backend flsh", ["did you mean flash?"]),

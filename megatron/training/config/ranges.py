@@ -50,7 +50,7 @@ _NAMES_BY_RANGE = {
         microbatch_group_size_per_virtual_pipeline_stage
         decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers
         check_replica_hash moe_routing_trace_max_training_iters
-        moe_expert_chunk_tokens recompute_num_layers
+        moe_expert_chunk_tokens moe_upcycling_granularity recompute_num_layers
         dry_run_world_size loss_scale_window hysteresis mtp_num_layers
         rope_scaling_factor rotary_seq_len_interpolation_factor
         rope_scaling_original_max_position_embeddings
