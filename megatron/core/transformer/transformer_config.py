@@ -77,7 +77,8 @@ class TransformerConfig(
         yield from self.parallel_problems()
         yield from self.activation_problems()
         yield from self.attention_problems(self.hidden_size)
-        yield from self.rotary_problems(self.rotary_dim)
+        if self.num_attention_heads:
+            yield from self.rotary_problems(self.rotary_dim)
         yield from self.core_attention_problems(self.num_layers)
         yield from self.scaling_problems()
         yield from self.precision_problems()

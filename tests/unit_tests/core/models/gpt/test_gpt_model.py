@@ -89,6 +89,16 @@ SHAPES = {
         **OPTIONS["gpt_oss"],
     },
     "GELU by tanh": {"openai_gelu": True},
+    "norm of all heads, weights around 1": {
+        "qk_layernorm": True,
+        "qk_layernorm_scope": "all_heads",
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": True,
+    },
+    "norm of heads, weights around 1": {
+        "qk_layernorm": True,
+        "layernorm_zero_centered_gamma": True,
+    },
     "no positions, RMSNorm, gelu": {"position_embedding_type": "none", "normalization": "RMSNorm"},
     "learned, swiglu, biases, untied": {
         "swiglu": True,
