@@ -36,7 +36,7 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
 
 def _mlp_products(config: TransformerConfig, is_moe: bool) -> int:
     """Return the multiplications of one token's MLP, forward."""
-    matrices = 3 if config.swiglu else 2
+    matrices = 3 if config.gated_linear_unit else 2
     if not is_moe:
         return matrices * config.hidden_size * config.ffn_size
     routed = matrices * config.moe_hidden_size * config.moe_router_topk * config.moe_ffn_size

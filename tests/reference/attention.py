@@ -1,24 +1,10 @@
 """Attention written out: one sample, one head, one query at a time."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-
-def rotate(x: Tensor, position: int, rotary_percent: float, rotary_base: float) -> Tensor:
-    """Rotate one head of one position, x [d]: pair i turns by position * base ** (-2 i / dim)."""
-    dim = int(len(x) * rotary_percent) // 2 * 2
-    out = list(x)
-    for i in range(dim // 2):
-        angle = torch.tensor(
-            position * float(rotary_base) ** (-2 * i / dim), dtype=torch.float64, device=x.device
-        )
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        first, second = x[i], x[i + dim // 2]
-        out[i] = first * cos - second * sin
-        out[i + dim // 2] = second * cos + first * sin
-    return torch.stack(out)
 
 
 def attend(
@@ -113,7 +99,8 @@ def self_attention(
     heads: int,
     groups: int,
     mask: Tensor | None = None,
-    rotary: tuple[float, float] | None = None,
+    rotate: Callable[[Tensor, int], Tensor] | None = None,
+    norm_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     window: int | None = None,
     **more: float | None,
 ) -> Tensor:
@@ -126,7 +113,8 @@ def self_attention(
         heads: Query heads.
         groups: Key-value heads.
         mask: bool [s, s], True where a query may not look.
-        rotary: (rotary_percent, rotary_base).
+        rotate: Rotates one head [d] of one position.
+        norm_qk: Of all queries [s, heads, d] and all keys [s, groups, d], before rotation.
         window: Positions that a query sees before its own; all when None.
         more: ``scale`` and ``softcap`` of ``attend``, and ``sink`` of all heads, which a learnt one
             replaces.
@@ -137,6 +125,10 @@ def self_attention(
     s, sinks = len(x), weights.get("core_attention.softmax_offset")
     per_group = heads // groups
     mixed = _linear(x, weights, "linear_qkv").view(s, groups, per_group + 2, -1)
+    queries = mixed[:, :, :per_group].flatten(1, 2)  # [s, heads, d]
+    all_keys = mixed[:, :, per_group]  # [s, groups, d]
+    if norm_qk is not None:
+        queries, all_keys = norm_qk(queries, all_keys)
     results = []
     for t in range(s):
         row = []
@@ -145,12 +137,12 @@ def self_attention(
             hidden[: max(0, t - window)] = True
         for head in range(heads):
             group = head // per_group
-            query = mixed[t, group, head % per_group]
-            keys = [mixed[j, group, per_group] for j in range(t + 1)]
+            query = queries[t, head]
+            keys = [all_keys[j, group] for j in range(t + 1)]
             values = torch.stack([mixed[j, group, per_group + 1] for j in range(t + 1)])
-            if rotary is not None:
-                query = rotate(query, t, *rotary)
-                keys = [rotate(key, j, *rotary) for j, key in enumerate(keys)]
+            if rotate is not None:
+                query = rotate(query, t)
+                keys = [rotate(key, j) for j, key in enumerate(keys)]
             if sinks is not None:
                 more["sink"] = sinks[head]
             row.append(attend(query, torch.stack(keys), values, hidden, **more))

@@ -32,7 +32,7 @@ def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size:
     queries = config.num_attention_heads * config.head_dim
     keys_and_values = 2 * config.query_groups * config.head_dim
     projections = hidden * (2 * queries + keys_and_values)
-    matrices = 3 if config.swiglu else 2
+    matrices = 3 if config.gated_linear_unit else 2
     dense = matrices * hidden * config.ffn_size
     moe = (
         matrices * config.moe_hidden_size * config.moe_router_topk * config.moe_ffn_size

@@ -112,7 +112,6 @@ _SHARDED = (
 )
 
 SUBSTITUTES: dict[str, str] = {
-    "--apply-layernorm-1p": "use --normalization RMSNorm or LayerNorm",
     "--auto-detect-ckpt-format": "there is one checkpoint format; leave it out",
     "--batch-size": "use --micro-batch-size",
     "--checkpoint-activations": _RECOMPUTE
@@ -154,9 +153,6 @@ SUBSTITUTES: dict[str, str] = {
     "--non-persistent-local-ckpt-algo": (
         "each rank of a node writes its share of what the node holds; leave it out"
     ),
-    "--openai-gelu": "leave it out for GELU, or use --swiglu",
-    "--qk-layernorm": "queries and keys are not normalised yet",
-    "--quick-geglu": "use --swiglu",
     "--rampup-batch-size": "the batch size is constant; use --global-batch-size",
     "--recompute-activations": _RECOMPUTE + "selective",
     "--replication": "nodes keep no copies of each other's checkpoints; leave it out",
@@ -164,7 +160,6 @@ SUBSTITUTES: dict[str, str] = {
     "--replication-jump": "nodes keep no copies of each other's checkpoints; leave it out",
     "--rope-type": "use --position-embedding-type rope",
     "--spec": "the layers follow from the options of --help",
-    "--squared-relu": "leave it out for GELU, or use --swiglu",
     "--step-batch-size-schedule": "the batch size is constant; use --global-batch-size",
     "--test-mode": "use --skip-train",
     "--train-samples": _SAMPLES + "--train-iters",
