@@ -12,11 +12,13 @@ from megatron.core.errors import ConfigError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.config.activation import ActivationConfig
 from megatron.core.transformer.config.attention import AttentionConfig
+from megatron.core.transformer.config.core_attention import CoreAttentionConfig
 from megatron.core.transformer.config.init import InitConfig
-from megatron.core.transformer.config.norm import NormConfig
 from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
 from megatron.core.transformer.config.recompute import RecomputeConfig
+from megatron.core.transformer.config.rotary import RotaryConfig
+from megatron.core.transformer.config.scaling import ScalingConfig
 from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 
 
@@ -25,7 +27,9 @@ class TransformerConfig(
     MoEPerLayerConfig,
     ActivationConfig,
     AttentionConfig,
-    NormConfig,
+    RotaryConfig,
+    CoreAttentionConfig,
+    ScalingConfig,
     InitConfig,
     PrecisionConfig,
     RecomputeConfig,
@@ -71,6 +75,8 @@ class TransformerConfig(
         yield from self.parallel_problems()
         yield from self.activation_problems()
         yield from self.attention_problems(self.hidden_size)
+        yield from self.core_attention_problems(self.num_layers)
+        yield from self.scaling_problems()
         yield from self.precision_problems()
         yield from self.moe_problems()
         yield from self.recompute_problems()
@@ -200,6 +206,11 @@ class TransformerConfig(
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_windows(self) -> list[int | None] | None:
+        """For each layer the positions that a query sees before its own, see ``--window-size``."""
+        return self.attention_windows_of(self.num_layers)
 
     @property
     def ffn_size(self) -> int:

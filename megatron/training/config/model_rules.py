@@ -136,6 +136,8 @@ def heads(check: Check) -> Iterator[str]:
             f"{check.show('num_query_groups')} must divide {check.show('num_attention_heads')}; "
             f"groups that fit: {nearest(model.num_query_groups, divisors(count))}"
         )
+    yield from model.qk_norm_problems()
+    yield from model.core_attention_problems(model.num_layers)
 
 
 def positions(check: Check) -> Iterator[str]:
@@ -148,7 +150,8 @@ def positions(check: Check) -> Iterator[str]:
         )
     if model.position_embedding_type != "rope":
         yield from check.useless(
-            "rotary_base rotary_percent", "without --position-embedding-type rope"
+            "rotary_base rotary_percent rotary_interleaved",
+            "without --position-embedding-type rope",
         )
     else:
         rotated = int(model.head_dim * model.rotary_percent)
