@@ -99,6 +99,7 @@ CASES = {
     "hash": {"moe_router_type": "hash", "moe_aux_loss_coeff": None},
     "experts_by_layer": {
         "moe_num_experts_per_layer": [4, 8],
+        "moe_router_bias": True,
         "moe_router_topk_per_layer": [1, 3],
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
