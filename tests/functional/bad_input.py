@@ -8,6 +8,7 @@ from tests.functional.bad_core_attention_input import CORE_ATTENTION_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
 from tests.functional.bad_loss_scale_input import LOSS_SCALE_CASES
 from tests.functional.bad_moe_input import MOE_CASES
+from tests.functional.bad_mtp_input import MTP_CASES
 from tests.functional.bad_optimizer_input import OPTIMIZER_CASES
 from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
@@ -218,6 +219,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     **ROUTER_CASES,
     **SCALING_CASES,
+    **MTP_CASES,
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["must be above 0"]),
     "nodes that cut groups": (
         4,

@@ -35,10 +35,15 @@ def experts_of(model: TransformerConfig) -> dict[int, int]:
     """Return MoE layer -> number of experts.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or multi-token prediction has some too.
     """
     if model.num_moe_experts is None:
         raise ConfigError("the checkpoint is of a dense model: it has no experts")
+    if model.mtp_depths and model.moe_layer_pattern[-1]:
+        raise ConfigError(
+            f"--mtp-num-layers {model.mtp_num_layers}: multi-token prediction has experts like the "
+            "last layer's, and these cannot be changed here yet"
+        )
     return dict(zip(model.moe_layers, model.moe_experts_by_layer, strict=True))
 
 
