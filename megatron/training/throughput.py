@@ -1,8 +1,8 @@
 """How much a step computes and how fast: floating-point operations by formula, nothing measured.
 
-The count is Megatron's, so that figures compare: matrix products only, causal half of attention,
-the top-k experts of each token whether or not they were dropped, the shared
-experts, no router, backward = 2 x forward.
+The count is Megatron's, so that figures compare: matrix products only, causal half of attention
+(of a layer with a window, what lies in it, which Megatron counts in full), the top-k experts of
+each token whether or not they were dropped, the shared experts, no router, backward = 2 x forward.
 """
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,17 +25,18 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
     queries = config.num_attention_heads * config.head_dim
     keys_and_values = 2 * config.query_groups * config.head_dim
     projections = hidden * (queries + keys_and_values) + queries * hidden
-    causal_core = 2 * queries * seq_length / 2  # scores and weighted values, half of the square
     products = float(vocab_size * hidden)
     for layer, is_moe in enumerate(config.moe_layer_pattern):
         own = config.for_layer(layer) if is_moe else config
+        # scores and weighted values, of the keys that a query meets
+        causal_core = 2 * queries * config.mean_keys_of(layer, seq_length)
         products += projections + causal_core + _mlp_products(own, is_moe)
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * products
 
 
 def _mlp_products(config: TransformerConfig, is_moe: bool) -> int:
     """Return the multiplications of one token's MLP, forward."""
-    matrices = 3 if config.swiglu else 2
+    matrices = 3 if config.gated_linear_unit else 2
     if not is_moe:
         return matrices * config.hidden_size * config.ffn_size
     routed = matrices * config.moe_hidden_size * config.moe_router_topk * config.moe_ffn_size

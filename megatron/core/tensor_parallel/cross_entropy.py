@@ -5,7 +5,7 @@ output weight, which never holds more than one matrix as large as the logits.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,43 @@ from megatron.core.tensor_parallel.regions import all_reduce_
 from megatron.core.weight_grad_queue import LateOperand, is_put_off, weight_gradient
 
 _ALONE = RegionEntry()
+
+
+class LogitTransform(NamedTuple):
+    """What becomes of logits before their softmax: a factor, then a cap; neither by default."""
+
+    multiplier: float = 1.0
+    """Above 0."""
+    softcap: float | None = None
+    """c: logits x become c * tanh(x / c). None for no cap. Source: Bello et al. 2016
+    (arXiv:1611.09940), section 4; Gemma 2 (arXiv:2408.00118), section 2."""
+
+    def of(self, logits: Tensor) -> Tensor:
+        """Return ``logits`` [...], transformed in fp32 (fp64), in their own dtype."""
+        if self == _UNCHANGED:
+            return logits
+        wide = logits.to(_wide(logits)) * self.multiplier
+        if self.softcap is not None:
+            wide = self.softcap * torch.tanh(wide / self.softcap)
+        return wide.to(logits.dtype)
+
+    def apply_(self, logits: Tensor) -> Tensor | None:
+        """Transform ``logits`` in place, without gradient.
+
+        Returns:
+            The slope of the cap at each, like ``logits``; None without a cap.
+        """
+        if self.multiplier != 1.0:
+            logits.mul_(self.multiplier)
+        if self.softcap is None:
+            return None
+        shares = logits.div_(self.softcap).tanh_()  # of the cap, in [-1, 1]
+        slope = 1.0 - shares * shares
+        shares.mul_(self.softcap)
+        return slope
+
+
+_UNCHANGED = LogitTransform()
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
 """Logits worked on at a time: on the CPU what stays in its cache."""
@@ -46,7 +83,12 @@ def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, entry: RegionEntry = _ALONE
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    entry: RegionEntry = _ALONE,
+    *,
+    transform: LogitTransform = _UNCHANGED,
 ) -> Tensor:
     """Return the cross entropy of each token under the logits ``hidden @ weight.T``.
 
@@ -55,13 +97,14 @@ def linear_cross_entropy(
         weight: [v, h]; of the ranks of ``entry`` each has an equal slice of its rows, in order.
         target: [...], int64 in [0, v) of the whole vocabulary and sequence.
         entry: Ranks that the vocabulary is split over, if it is.
+        transform: Of the logits.
 
     Returns:
         [...] like ``target``, fp32, or fp64 for fp64 input; the same on all ranks.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     loss: Tensor = _LinearCrossEntropy.apply(
-        rows, weight, target.reshape(-1), torch.is_grad_enabled(), entry
+        rows, weight, target.reshape(-1), torch.is_grad_enabled(), entry, transform
     )
     return loss.view(target.shape)
 
@@ -93,7 +136,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Saves exp(logits - max) less its sum at the target: the gradient of a row but for a factor.
 
     Backward puts the factor, grad / sum, on the narrow side of both products, so that it reads
-    the wide matrix only to multiply it, and never changes what was saved.
+    the wide matrix only to multiply it, and never changes what was saved. The factor of the logits
+    goes there too; the slope of their cap, which each element has its own, into what is saved.
     """
 
     @staticmethod
@@ -104,6 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target: Tensor,
         keep: bool,
         entry: RegionEntry,
+        transform: LogitTransform,
     ) -> Tensor:
         own, hidden = hidden, entry.whole(hidden)
         n, vocab = len(hidden), len(weight)
@@ -115,6 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             room = saved[rows] if keep else hidden.new_empty(len(loss[rows]), vocab)
             logits = torch.mm(hidden[rows], weight.T, out=room)
             exps = logits.to(loss.dtype)  # itself, unless it is narrower
+            slope = transform.apply_(exps)
             top, label = exps.amax(dim=-1, keepdim=True), target[rows]
             elsewhere = None
             if shares is not None:
@@ -131,6 +177,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 at_label = total.masked_fill(elsewhere, 0.0)
             loss[rows], sums[rows] = total.log() - chosen, total
             _subtract_at(exps, label, at_label)
+            if slope is not None:
+                exps.mul_(slope)
+            if transform.multiplier != 1.0:
+                sums[rows] /= transform.multiplier
             if saved.dtype == torch.float16 and keep:
                 sums[rows] *= _level(exps)
             if exps is not logits:
@@ -141,7 +191,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, saved, sums = ctx.saved_tensors
         factor = (grad / sums).unsqueeze(1)
         operand = ctx.entry.operand(hidden)
@@ -152,7 +202,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight = weight_gradient(ctx.sink, _weight_grad, saved, factor, operand)
         finally:  # nobody may write to freed memory if a product fails
             d_hidden = on_its_way.land()
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
 def _weight_grad(saved: Tensor, factor: Tensor, operand: Tensor | GatheredAgain) -> Tensor:

@@ -1,4 +1,4 @@
-"""What joins a branch to the residual stream: bias, dropout, addition."""
+"""What joins a branch to the residual stream: bias, dropout, factor, addition."""
 
 from torch import Tensor
 
@@ -15,8 +15,9 @@ def bias_dropout_add(
     layer: int,
     site: str,
     share: SequenceShare | None = None,
+    multiplier: float = 1.0,
 ) -> Tensor:
-    """Return residual + dropout(output + bias), [s, b, h].
+    """Return residual + multiplier * dropout(output + bias), [s, b, h].
 
     Args:
         branch: Output [s, b, h] of attention or MLP, and a bias [h] not yet added, or None.
@@ -26,10 +27,11 @@ def bias_dropout_add(
         layer: Global index of the layer.
         site: Name of the branch.
         share: Which share of the sequence this is; None for all of it.
+        multiplier: Of what is added.
     """
     output, bias = branch
     if bias is not None:
         output = output + bias
     if context.rng is not None:
         output = context.rng.dropout(output, p, layer=layer, site=site, batch_dim=1, share=share)
-    return residual + output
+    return residual.add(output, alpha=multiplier)  # at 1 the same kernel as a plain sum

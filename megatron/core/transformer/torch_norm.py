@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm in torch, with statistics in fp32 (fp64 in fp64).
 
 ``F.rms_norm`` is several times slower than ``F.layer_norm`` on the CPU, forward and backward;
-there RMSNorm borrows the fused backward of LayerNorm (see ``_RMSNormOnCPU``).
+there RMSNorm borrows the fused backward of LayerNorm (see ``_RMSNormOnCPU``). So does a weight that
+is kept as its difference from 1, on any device: 1 + weight stays in the dtype of statistics.
 """
 
 import torch
@@ -22,11 +23,15 @@ class LayerNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
-        self.weight = _vector(config, hidden_size, "ones")
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = _scale(config, hidden_size)
         self.bias = _vector(config, hidden_size, "zeros")
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., h] over its last dimension."""
+        if self.zero_centered:
+            scaled: Tensor = _LayerNormOnCPU.apply(x, _around_one(self.weight), self.bias, self.eps)
+            return scaled
         if x.is_cuda:
             shape = self.weight.shape
             return nn.functional.layer_norm(x, shape, self.weight, self.bias, self.eps)
@@ -43,14 +48,28 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
-        self.weight = _vector(config, hidden_size, "ones")
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = _scale(config, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., h] over its last dimension."""
+        if self.zero_centered:
+            scaled: Tensor = _RMSNormOnCPU.apply(x, _around_one(self.weight), self.eps)
+            return scaled
         if x.is_cuda:
             return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
         out: Tensor = _RMSNormOnCPU.apply(x, self.weight, self.eps)
         return out
+
+
+def _scale(config: TransformerConfig, size: int) -> nn.Parameter:
+    """Make a weight that begins as a factor of 1."""
+    return _vector(config, size, "zeros" if config.layernorm_zero_centered_gamma else "ones")
+
+
+def _around_one(weight: Tensor) -> Tensor:
+    """Return the factor that ``weight`` is kept for, in the dtype of statistics."""
+    return weight.to(compute_dtype(weight.dtype)) + 1.0
 
 
 def _vector(config: TransformerConfig, size: int, kind: str) -> nn.Parameter:
@@ -72,6 +91,7 @@ class _LayerNormOnCPU(torch.autograd.Function):
             rows, hidden, weight.to(rows.dtype), bias.to(rows.dtype), eps
         )
         ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.bias_dtype = bias.dtype  # type: ignore[attr-defined]
         return out.to(x.dtype).view(x.shape)
 
     @staticmethod
@@ -83,7 +103,7 @@ class _LayerNormOnCPU(torch.autograd.Function):
             *(_rows(grad), _rows(x), weight.shape, mean, rstd, wide_weight, wide_weight),
             [True, True, True],
         )
-        return dx.to(x.dtype).view(x.shape), dw.to(weight.dtype), db.to(weight.dtype), None
+        return dx.to(x.dtype).view(x.shape), dw.to(weight.dtype), db.to(ctx.bias_dtype), None  # type: ignore[attr-defined]
 
 
 class _RMSNormOnCPU(torch.autograd.Function):

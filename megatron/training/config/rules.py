@@ -12,8 +12,17 @@ from megatron.training.config.model_rules import MODEL_RULES
 from megatron.training.config.overlap_rules import OVERLAP_RULES
 from megatron.training.config.pipeline_rules import PIPELINE_RULES
 from megatron.training.config.run_rules import RULES_OF_FOLDERS, RUN_RULES
+from megatron.training.config.scaling_rules import SCALING_RULES
 
-RULES = (*MODEL_RULES, *PIPELINE_RULES, *OVERLAP_RULES, *DATA_RULES, *RUN_RULES, *CHECKPOINT_RULES)
+RULES = (
+    *MODEL_RULES,
+    *SCALING_RULES,
+    *PIPELINE_RULES,
+    *OVERLAP_RULES,
+    *DATA_RULES,
+    *RUN_RULES,
+    *CHECKPOINT_RULES,
+)
 OF_FOLDERS = (*RULES_OF_FOLDERS, *CHECKPOINT_RULES_OF_FOLDERS)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from megatron.core.param_role import ParamRole, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.cross_entropy import linear_cross_entropy
+from megatron.core.tensor_parallel.cross_entropy import LogitTransform, linear_cross_entropy
 from megatron.core.tensor_parallel.linear_product import linear
 from megatron.core.tensor_parallel.region_entry import RegionEntry
 from megatron.core.tensor_parallel.regions import gather_from_region
@@ -33,6 +33,7 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.tp_group = pg_collection.tp
         self.entry = RegionEntry(pg_collection.tp, config.sequence_parallel)
+        self.transform = LogitTransform(config.logits_multiplier, config.final_logit_softcapping)
         self.weight = None
         if config.untie_embeddings_and_output_weights:
             split = split_over("tp", pg_collection, dim=0, parts=(vocab_size,))
@@ -50,7 +51,7 @@ class OutputLayer(nn.Module):
             embedding_weight: [v / tp, h], used when the weights are tied, else None.
         """
         here = linear(hidden_states, self._weight(embedding_weight), entry=self.entry)
-        return gather_from_region(self.tp_group, here)
+        return gather_from_region(self.tp_group, self.transform.of(here))
 
     def loss(
         self, hidden_states: Tensor, embedding_weight: Tensor | None, labels: Tensor
@@ -63,7 +64,10 @@ class OutputLayer(nn.Module):
             labels: [b, s], int64.
         """
         weight = self._weight(embedding_weight)
-        return linear_cross_entropy(hidden_states, weight, labels.T, self.entry).T
+        of_tokens = linear_cross_entropy(
+            hidden_states, weight, labels.T, self.entry, transform=self.transform
+        )
+        return of_tokens.T
 
     def _weight(self, embedding_weight: Tensor | None) -> Tensor:
         weight = embedding_weight if self.weight is None else self.weight

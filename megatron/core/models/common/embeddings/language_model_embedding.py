@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class LanguageModelEmbedding(nn.Module):
-    """Sum of a token's vector and, with learned positions, its position's; then dropout."""
+    """Multiple of a token's vector and, with learned positions, its position's; then dropout."""
 
     position_embeddings: Embedding | None
 
@@ -37,7 +37,7 @@ class LanguageModelEmbedding(nn.Module):
             tied_ends: Of the token table; see ``ParamRole``.
         """
         super().__init__()
-        self.hidden_dropout = config.hidden_dropout
+        self.hidden_dropout, self.multiplier = config.hidden_dropout, config.embedding_multiplier
         self.tp_group, self.sequence_parallel = pg_collection.tp, config.sequence_parallel
         self.share = sequence_share(pg_collection, sequence_parallel=False)  # not yet shared out
         init, dtype = input_init(config), params_dtype(config)
@@ -55,6 +55,8 @@ class LanguageModelEmbedding(nn.Module):
             [s, b, h], or [s / tp, b, h] with sequence parallelism.
         """
         hidden_states: Tensor = self.word_embeddings(input_ids.T)
+        if self.multiplier != 1.0:
+            hidden_states = hidden_states * self.multiplier
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.position_embeddings(position_ids.T)
         if context.rng is not None:
