@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code: 1 where the function should be kept and is not."""
     words = sys.argv[1:] if argv is None else list(argv)
     args, values = _parse(words)
-    from megatron.core.dist_checkpointing.offline import StoredCheckpoint
+    from megatron.training.upcycling.dense_source import dense_source
 
-    source = StoredCheckpoint.open(args.load, args.ckpt_step)
-    if args.only_receipt:
-        return _receipt(args, source)
-    _write(args, values, source, " ".join(words))
-    return 0 if args.no_receipt else _receipt(args, source)
+    with dense_source(args.load, args.ckpt_step, scratch=args.save.parent) as source:
+        if args.only_receipt:
+            return _receipt(args, source)
+        _write(args, values, source, " ".join(words))
+        return 0 if args.no_receipt else _receipt(args, source)
 
 
 def _write(
@@ -61,7 +61,9 @@ def _write(
     dense = config_from_data(source.common["config"])
     new = upcycled_config(dense, values, recipe.granularity, fold=args.fold)
     model = new.model
-    path, size = write_upcycled(source, args.save, new, recipe, history=f"upcycle {words}")
+    path, size = write_upcycled(
+        source, args.save, new, recipe, history=f"upcycle {words}", origin=args.load
+    )
     for layer in model.moe_layers:
         own = model.for_layer(layer)
         print(f"layer {layer}: {own.num_moe_experts} experts, top-{own.moe_router_topk}")
@@ -141,7 +143,7 @@ def _parser() -> command_line.ToolParser:
     )
     add, number = parser.add_argument, command_line.positive
     add("--load", type=Path, required=True, metavar="FOLDER",
-        help="Folder of dense checkpoints, or one of them.")  # fmt: skip
+        help="Folder of dense checkpoints, one of them, or one of Hugging Face's.")  # fmt: skip
     add("--ckpt-step", type=number, metavar="N",
         help="Iteration to load; the latest when not set.")  # fmt: skip
     add("--save", type=Path, required=True, metavar="FOLDER",

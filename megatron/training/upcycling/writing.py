@@ -1,6 +1,5 @@
 """From a dense checkpoint to an upcycled one, one tensor in memory at a time."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +24,13 @@ UPCYCLING = "upcycling"
 
 
 def write_upcycled(
-    source: StoredCheckpoint, folder: Place, config: RunConfig, recipe: Recipe, *, history: str
+    source: StoredCheckpoint,
+    folder: Place,
+    config: RunConfig,
+    recipe: Recipe,
+    *,
+    history: str,
+    origin: Place | None = None,
 ) -> tuple[Place, int]:
     """Write the upcycled model as the checkpoint of iteration 0 and publish it.
 
@@ -35,6 +40,7 @@ def write_upcycled(
         config: Of the upcycled model, see ``upcycled_config``.
         recipe: How experts are made.
         history: A line of what was done.
+        origin: Where the dense model is from, to be noted; the path of ``source`` when None.
 
     Returns:
         Path and size in bytes.
@@ -49,7 +55,11 @@ def write_upcycled(
     with OfflineWriter(folder, ITERATION, files) as writer:
         for key in writer.order:
             writer.add(key, tensors[key].make())
-        return writer.finish(_common(source, config, recipe, history), source.documents)
+        common = _common(source, config) | {
+            UPCYCLING: {"dense": str(origin or source.path), **asdict(recipe)},
+            "history": [*source.common.get("history", []), history],
+        }
+        return writer.finish(common, source.documents)
 
 
 def refuse_used(folder: Place) -> None:
@@ -65,15 +75,13 @@ def refuse_used(folder: Place) -> None:
         )
 
 
-def _common(
-    source: StoredCheckpoint, config: RunConfig, recipe: Recipe, history: str
-) -> Mapping[str, Any]:
+def _common(source: StoredCheckpoint, config: RunConfig) -> dict[str, Any]:
     old = source.common
-    origin = dict(old.get("huggingface") or {})
-    origin.pop("family", None)  # a mixture is another family
+    huggingface = dict(old.get("huggingface") or {})
+    huggingface.pop("family", None)  # a mixture is of another one
     return {
         **old,
-        "huggingface": origin or None,
+        "huggingface": huggingface or None,
         "iteration": ITERATION,
         "consumed_train_samples": 0,
         "data_fingerprint": None,
@@ -81,8 +89,6 @@ def _common(
         "optimizer": None,
         "loss_scale": None,
         WEIGHTS_ONLY: True,
-        UPCYCLING: {"dense": str(source.path), **asdict(recipe)},
         "architecture": architecture(config.model),
         "config": config_data(config),
-        "history": [*old.get("history", []), history],
     }

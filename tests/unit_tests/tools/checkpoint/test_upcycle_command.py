@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.core.dist_checkpointing.offline import StoredCheckpoint
+from megatron.training.huggingface import export_checkpoint
 from tests.helpers.small_runs import alone_in_the_world
 from tools.checkpoint import upcycle, upcycle_receipt
 from tools.upcycling.dense_models import SEQ, save_dense
@@ -230,3 +231,21 @@ def test_only_a_dense_model_is_upcycled_and_only_once(dense, call, tmp_path) -> 
     code, _, errors = call(upcycle.main, *words)
     assert code == 2
     assert "the checkpoint has --num-experts 4 already" in errors
+
+
+def test_a_folder_of_hugging_faces_is_a_source_too(dense, call, tmp_path) -> None:
+    export_checkpoint(dense / "llama", tmp_path / "hf", family="llama")
+    words = ("--load", tmp_path / "hf", "--save", tmp_path / "moe", *BASE)
+    code, text, errors = call(upcycle.main, *words)
+    assert (code, errors) == (0, "")
+    assert "kept to rounding" in text
+    old, new = StoredCheckpoint.open(dense / "llama"), StoredCheckpoint.open(tmp_path / "moe")
+    assert new.common["upcycling"]["dense"] == str(tmp_path / "hf")
+    name = "linear_fc2.weight"
+    for expert in range(4):
+        want = old.read(MLP.format(1) + name)
+        assert torch.equal(new.read(EXPERT.format(1, expert) + name), want)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["hf", "moe"], "what was imported is gone"
+    export_checkpoint(tmp_path / "moe", tmp_path / "mixtral", family="mixtral")
+    assert json.loads((tmp_path / "mixtral/config.json").read_text())["num_local_experts"] == 4
