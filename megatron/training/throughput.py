@@ -5,6 +5,7 @@ The count is Megatron's, so that figures compare: matrix products only, causal h
 each token whether or not they were dropped, the shared experts, no router, backward = 2 x forward.
 """
 
+from megatron.core.transformer.attention_products import core_products, projection_products
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 FORWARD_AND_BACKWARD = 3  # forward, gradient of inputs, gradient of weights
@@ -21,15 +22,11 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
 
     Source: Narayanan et al. 2021 (arXiv:2104.04473), appendix; MoE layers count ``topk`` experts.
     """
-    hidden = config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys_and_values = 2 * config.query_groups * config.head_dim
-    projections = hidden * (queries + keys_and_values) + queries * hidden
-    products = float(vocab_size * hidden)
+    projections = projection_products(config)
+    products = float(vocab_size * config.hidden_size)
     for layer, is_moe in enumerate(config.moe_layer_pattern):
         own = config.for_layer(layer) if is_moe else config
-        # scores and weighted values, of the keys that a query meets
-        causal_core = 2 * queries * config.mean_keys_of(layer, seq_length)
+        causal_core = core_products(config, config.mean_keys_of(layer, seq_length))
         products += projections + causal_core + _mlp_products(own, is_moe)
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * products
 

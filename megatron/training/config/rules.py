@@ -8,6 +8,7 @@ from megatron.training.config.checkpoint_rules import (
 )
 from megatron.training.config.checks import Check
 from megatron.training.config.data_rules import DATA_RULES
+from megatron.training.config.mla_rules import MLA_RULES
 from megatron.training.config.model_rules import MODEL_RULES
 from megatron.training.config.overlap_rules import OVERLAP_RULES
 from megatron.training.config.pipeline_rules import PIPELINE_RULES
@@ -16,6 +17,7 @@ from megatron.training.config.scaling_rules import SCALING_RULES
 
 RULES = (
     *MODEL_RULES,
+    *MLA_RULES,
     *SCALING_RULES,
     *PIPELINE_RULES,
     *OVERLAP_RULES,
