@@ -81,3 +81,20 @@ def test_torchrun_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="leave out torchrun and add --dry-run-world-size 4"):
         parse_args(f"{GOOD} --dry-run".split())
+
+
+def test_a_cap_of_attention_scores_costs_memory_on_cuda_where_windows_cost_none(
+    tmp_path: Path,
+) -> None:
+    activations = []
+    for options in ("--softmax-type learnable --window-size 15,0", "--attn-logit-softcapping 30"):
+        target = tmp_path / "figures.json"
+        done = _dry_run(
+            f"--device cuda --bf16 --dry-run-world-size 1 --seq-length 512 --attention-dropout 0 "
+            f"--num-layers 1 --dry-run-json {target} {options}"
+        )
+        assert done.returncode == 0, done.stderr
+        figures = json.loads(target.read_text())
+        activations.append(figures["ranks"][0]["memory_bytes"]["activations"])
+    weights = 2 * 2 * 512 * (512 / 2) * 2  # samples, heads, queries, keys, bytes of bf16
+    assert activations[1] - activations[0] > weights / 2
