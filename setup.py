@@ -23,6 +23,7 @@ DEV = [
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "ruff>=0.6",
+    "transformers>=5.20",
     "types-PyYAML",
 ]
 

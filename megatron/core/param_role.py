@@ -86,7 +86,7 @@ class ParamRole:
     group and of the tensor-parallel one (``expt_tp`` for an expert) holds all of it."""
     sums_over_tp: bool = False
     """Every tensor-parallel rank holds all of it but uses it on other tokens (sequence
-    parallelism): gradients are summed over ``tp`` too."""
+    parallelism) or other heads: gradients are summed over ``tp`` too."""
     tied_ends: TiedEnds = "no"
     """Embedding and output layer share it, on two pipeline stages: both of this rank (here), or on
     the first and the last rank (apart), each of which holds a copy and gets the sum of both

@@ -1,8 +1,9 @@
 """How much a step computes and how fast: floating-point operations by formula, nothing measured.
 
-The count is Megatron's, so that figures compare: matrix products only, causal half of attention,
-the top-k experts of each token whether or not they were dropped, the shared
-experts, multi-token prediction, no router, backward = 2 x forward.
+The count is Megatron's, so that figures compare: matrix products only, causal half of attention
+(of a layer with a window, what lies in it, which Megatron counts in full), the top-k experts of
+each token whether or not they were dropped, the shared experts, multi-token prediction, no router,
+backward = 2 x forward.
 """
 
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,19 +26,21 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
     queries = config.num_attention_heads * config.head_dim
     keys_and_values = 2 * config.query_groups * config.head_dim
     projections = hidden * (queries + keys_and_values) + queries * hidden
-    causal_core = 2 * queries * seq_length / 2  # scores and weighted values, half of the square
     depths = config.mtp_depths  # each a head, a projection of two to one, and a layer
     products = float(vocab_size * hidden * (1 + depths) + 2 * hidden * hidden * depths)
     pattern = config.moe_layer_pattern
-    for layer, is_moe in enumerate((*pattern, *pattern[-1:] * depths)):
+    for layer in (*range(len(pattern)), *[len(pattern) - 1] * depths):
+        is_moe = pattern[layer]
         own = config.for_layer(layer) if is_moe else config
+        # scores and weighted values, of the keys that a query meets
+        causal_core = 2 * queries * config.mean_keys_of(layer, seq_length)
         products += projections + causal_core + _mlp_products(own, is_moe)
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * products
 
 
 def _mlp_products(config: TransformerConfig, is_moe: bool) -> int:
     """Return the multiplications of one token's MLP, forward."""
-    matrices = 3 if config.swiglu else 2
+    matrices = 3 if config.gated_linear_unit else 2
     if not is_moe:
         return matrices * config.hidden_size * config.ffn_size
     routed = matrices * config.moe_hidden_size * config.moe_router_topk * config.moe_ffn_size

@@ -1,7 +1,10 @@
 """The table of mistakes: command lines and what the message about them must say."""
 
+from tests.functional.bad_activation_input import ACTIVATION_CASES
+from tests.functional.bad_attention_input import ATTENTION_CASES
 from tests.functional.bad_checkpoint_input import CHECKPOINT_CASES
 from tests.functional.bad_context_input import CONTEXT_CASES
+from tests.functional.bad_core_attention_input import CORE_ATTENTION_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
 from tests.functional.bad_loss_scale_input import LOSS_SCALE_CASES
 from tests.functional.bad_moe_input import MOE_CASES
@@ -22,6 +25,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "no model": (1, "--mock-data", ["--num-layers is missing", "--hidden-size is missing"]),
     "no data": (1, SHAPE, ["--data-path PREFIX", "--mock-data"]),
     "both precisions": (1, f"{GOOD} --bf16 --fp64", ["--bf16 and --fp64 exclude each other"]),
+    **ACTIVATION_CASES,
     **LOSS_SCALE_CASES,
     "typo": (1, f"{MOE} --moe-rooter-topk 2", ["did you mean --moe-router-topk?"]),
     "abbreviation": (1, f"{MOE} --moe-router-top 2", ["did you mean --moe-router-topk?"]),
@@ -29,6 +33,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
     **MOE_CASES,
+    **ATTENTION_CASES,
     "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
     "tensor parallel positions of experts": (
         2,
@@ -96,6 +101,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         "--sequence-parallel",
         ["--sequence-parallel shares --seq-length 63 over --tensor-model-parallel-size 2"],
     ),
+    **CORE_ATTENTION_CASES,
     **SHARDED_CASES,
     **CONTEXT_CASES,
     **PIPELINE_CASES,

@@ -70,6 +70,8 @@ def _census(world_size: int, ep: int) -> Census:
 def _check(census: Census, ep: int) -> None:
     assert census.whole.params == whole_model()
     assert census.whole.expert_params == (LAYERS - DENSE) * EXPERTS * ONE_EXPERT
+    idle = (LAYERS - DENSE) * (EXPERTS - 8) * ONE_EXPERT
+    assert census.whole.active_params == whole_model() - idle
     assert census.whole.missing == ()
     share = len(census.ranks) // PP
     for model in census.ranks:

@@ -40,6 +40,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_router_topk_per_layer": [1, 3],
     },
     "hash": {"mtp_num_layers": 1, "moe_router_type": "hash", "moe_aux_loss_coeff": None},
+    "window of the last": ROPE
+    | {"mtp_num_layers": 2, "window_size": [3, 0], "window_attn_skip_freq": [0, 1]},
     "sandwich": UNTIED | ROPE | {"mtp_num_layers": 1, "sandwich_norm": True},
 }
 TP = {"tensor_model_parallel_size": 2}
@@ -84,6 +86,7 @@ QUICK = [
 ]
 NO_EXPERTS = {"ep", "overlapped experts", "recomputed", "sp and ep", "cp and ep"}
 NO_EXPERTS |= {"ep and pp, sharded"}
+BY_LAYER = {"moe_layer_freq", "moe_num_experts_per_layer", "window_attn_skip_freq"}
 FOUR_LAYERS = {"virtual stages", "dualpipev"}
 
 
@@ -92,7 +95,7 @@ def wide() -> list[Any]:
     found = []
     for model in MODELS:
         for layout in LAYOUTS:
-            by_layer = {"moe_layer_freq", "moe_num_experts_per_layer"} & MODELS[model].keys()
+            by_layer = BY_LAYER & MODELS[model].keys()
             if model == "dense" and layout in NO_EXPERTS:
                 continue
             if by_layer and layout in FOUR_LAYERS:

@@ -1,30 +1,95 @@
 """Attention written out: one sample, one head, one query at a time."""
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, position: int, rotary_percent: float, rotary_base: float) -> Tensor:
-    """Rotate one head of one position, x [d]: pair i turns by position * base ** (-2 i / dim)."""
-    dim = int(len(x) * rotary_percent) // 2 * 2
-    out = list(x)
-    for i in range(dim // 2):
-        angle = torch.tensor(
-            position * float(rotary_base) ** (-2 * i / dim), dtype=torch.float64, device=x.device
-        )
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        first, second = x[i], x[i + dim // 2]
-        out[i] = first * cos - second * sin
-        out[i + dim // 2] = second * cos + first * sin
-    return torch.stack(out)
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    hidden: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """Return weights(scale * q . k) v of one query [d] over [n, d], skipping ``hidden`` [n].
 
-
-def attend(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
-    """Return softmax(q . k / sqrt(d)) v of one query [d] over [n, d], skipping ``hidden`` [n]."""
+    Args:
+        query: [d].
+        keys: [n, d].
+        values: [n, dv].
+        hidden: bool [n], True where the query may not look.
+        scale: 1 / sqrt(d) when None.
+        softcap: c of c tanh(score / c).
+        sink: [], one more logit, which no value belongs to.
+        factor: [n], what dropout multiplies weights by.
+    """
+    scale = len(query) ** -0.5 if scale is None else scale
     seen = [j for j in range(len(keys)) if not hidden[j]]
-    scores = torch.stack([query @ keys[j] / len(query) ** 0.5 for j in seen])
+    scores = torch.stack([query @ keys[j] * scale for j in seen])
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if sink is not None:
+        scores = torch.cat([scores, sink[None]])
     weights = scores.softmax(dim=0)
+    if factor is not None:
+        weights = torch.stack([weights[n] * factor[j] for n, j in enumerate(seen)])
     return sum(weights[n] * values[j] for n, j in enumerate(seen))
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    factor: Tensor | None = None,
+    **more: float | None,
+) -> Tensor:
+    """Attend from each of the last positions to itself, and the ``window`` positions before it.
+
+    Args:
+        query: [b, heads, s, d].
+        key: [b, groups, positions, d].
+        value: [b, groups, positions, dv].
+        window: All earlier positions when None.
+        sinks: [heads].
+        mask: bool [b, 1, s, positions], True where a query may not look.
+        factor: [b, heads, s, positions] of dropout.
+        more: ``scale`` and ``softcap`` of ``attend``.
+
+    Returns:
+        [b, heads, s, dv].
+    """
+    (samples, heads, s, _), (groups, positions) = query.shape, key.shape[1:3]
+    rows = []
+    for b, head, t in itertools.product(range(samples), range(heads), range(s)):
+        place, group = positions - s + t, head // (heads // groups)
+        hidden = torch.tensor(
+            [j > place or (window is not None and j < place - window) for j in range(positions)]
+        )
+        if mask is not None:
+            hidden = hidden | mask[b, 0, t]
+        rows.append(
+            attend(
+                query[b, head, t],
+                key[b, group],
+                value[b, group],
+                hidden,
+                sink=None if sinks is None else sinks[head],
+                factor=None if factor is None else factor[b, head, t],
+                **more,
+            )
+        )
+    return torch.stack(rows).view(samples, heads, s, -1)
 
 
 def self_attention(
@@ -34,7 +99,8 @@ def self_attention(
     heads: int,
     groups: int,
     mask: Tensor | None = None,
-    rotary: tuple[float, float] | None = None,
+    rotate: Callable[[Tensor, int], Tensor] | None = None,
+    norm_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Causal self-attention of one sequence.
 
@@ -44,7 +110,8 @@ def self_attention(
         heads: Query heads.
         groups: Key-value heads.
         mask: bool [s, s], True where a query may not look.
-        rotary: (rotary_percent, rotary_base).
+        rotate: Rotates one head [d] of one position.
+        norm_qk: Of all queries [s, heads, d] and all keys [s, groups, d], before rotation.
 
     Returns:
         [s, h].
@@ -52,18 +119,22 @@ def self_attention(
     s = len(x)
     per_group = heads // groups
     mixed = _linear(x, weights, "linear_qkv").view(s, groups, per_group + 2, -1)
+    queries = mixed[:, :, :per_group].flatten(1, 2)  # [s, heads, d]
+    all_keys = mixed[:, :, per_group]  # [s, groups, d]
+    if norm_qk is not None:
+        queries, all_keys = norm_qk(queries, all_keys)
     results = []
     for t in range(s):
         row = []
         hidden = torch.zeros(t + 1, dtype=torch.bool) if mask is None else mask[t, : t + 1]
         for head in range(heads):
             group = head // per_group
-            query = mixed[t, group, head % per_group]
-            keys = [mixed[j, group, per_group] for j in range(t + 1)]
+            query = queries[t, head]
+            keys = [all_keys[j, group] for j in range(t + 1)]
             values = torch.stack([mixed[j, group, per_group + 1] for j in range(t + 1)])
-            if rotary is not None:
-                query = rotate(query, t, *rotary)
-                keys = [rotate(key, j, *rotary) for j, key in enumerate(keys)]
+            if rotate is not None:
+                query = rotate(query, t)
+                keys = [rotate(key, j) for j, key in enumerate(keys)]
             row.append(attend(query, torch.stack(keys), values, hidden))
         results.append(torch.cat(row))
     return _linear(torch.stack(results), weights, "linear_proj")

@@ -1,11 +1,13 @@
 """A GPT written out: one sample at a time, from a dictionary of named weights."""
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from tests.reference.activations import ReferenceActivation
 from tests.reference.attention import self_attention
+from tests.reference.rotary import rotation
 
 
 def gpt_logits(
@@ -49,9 +51,7 @@ def _sample(
     x = weights["embedding.word_embeddings.weight"][ids] * config.embedding_multiplier
     if config.position_embedding_type == "learned_absolute":
         x = x + weights["embedding.position_embeddings.weight"][positions]
-    rotary = None
-    if config.position_embedding_type == "rope":
-        rotary = (config.rotary_percent, config.rotary_base)
+    rotate = rotation(config, len(ids))
     for n in range(config.num_layers):
         layer = _below(weights, f"decoder.layers.{n}.")
         attended = self_attention(
@@ -60,7 +60,8 @@ def _sample(
             heads=config.num_attention_heads,
             groups=config.query_groups,
             mask=mask,
-            rotary=rotary,
+            rotate=rotate,
+            norm_qk=qk_norms(_below(layer, "self_attention."), config),
         )
         if config.sandwich_norm:
             attended = norm(attended, _below(layer, "post_self_attn_layernorm."), config)
@@ -92,14 +93,23 @@ def norm(x: Tensor, weights: dict[str, Tensor], config) -> Tensor:
     return centred / scale * weight + weights["bias"]
 
 
+def qk_norms(weights: dict[str, Tensor], config) -> Callable | None:
+    """Norms of queries [s, heads, d] and keys [s, groups, d], of each head or of all at once."""
+    if not config.qk_layernorm:
+        return None
+    q_norm, k_norm = _below(weights, "q_layernorm."), _below(weights, "k_layernorm.")
+
+    def of_all(x: Tensor, norm_weights: dict[str, Tensor]) -> Tensor:
+        rows = x if config.qk_layernorm_scope == "head" else x.flatten(1)
+        return norm(rows, norm_weights, config).view(x.shape)
+
+    return lambda query, key: (of_all(query, q_norm), of_all(key, k_norm))
+
+
 def mlp(x: Tensor, weights: dict[str, Tensor], config) -> Tensor:
     """Dense MLP of x [s, h]."""
     inner = x @ weights["linear_fc1.weight"].T + weights.get("linear_fc1.bias", 0.0)
-    if config.swiglu:
-        gate, up = inner[:, : config.ffn_size], inner[:, config.ffn_size :]
-        inner = gate * torch.sigmoid(gate) * up
-    else:
-        inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
+    inner = ReferenceActivation(*config.activation_kind)(inner)
     return inner @ weights["linear_fc2.weight"].T + weights.get("linear_fc2.bias", 0.0)
 
 

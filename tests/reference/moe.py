@@ -9,20 +9,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tests.reference.activations import ACTIVATIONS, ReferenceActivation
+
 
 class ReferenceExpert(nn.Module):
-    """down(silu(gate(x)) * up(x)) under SwiGLU, else down(gelu(up(x)))."""
+    """down(f(gate(x)) * up(x)) where f is gated, else down(f(up(x)))."""
 
-    def __init__(self, hidden: int, ffn: int, *, swiglu: bool, bias: bool) -> None:
+    def __init__(
+        self, hidden: int, ffn: int, *, activation: ReferenceActivation, bias: bool
+    ) -> None:
         super().__init__()
-        self.gate = nn.Linear(hidden, ffn, bias=bias) if swiglu else None
+        self.activation = activation
+        self.gate = nn.Linear(hidden, ffn, bias=bias) if activation.gated else None
         self.up = nn.Linear(hidden, ffn, bias=bias)
         self.down = nn.Linear(ffn, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
-            return self.down(nn.functional.gelu(self.up(x)))
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        inner = self.up(x)
+        if self.gate is not None:
+            inner = torch.cat((self.gate(x), inner), dim=-1)
+        return self.down(self.activation(inner))
 
 
 class ReferenceRule(NamedTuple):
@@ -101,8 +107,10 @@ class ReferenceMoE(nn.Module):
         ffn: int,
         num_experts: int,
         *,
-        swiglu: bool = True,
+        activation: ReferenceActivation = ACTIVATIONS["swiglu"],
         bias: bool = False,
+        latent_bias: bool = False,
+        router_bias: bool = False,
         rule: ReferenceRule,
         capacity_factor: float | None = None,
         drop_policy: str = "probs",
@@ -113,18 +121,18 @@ class ReferenceMoE(nn.Module):
         super().__init__()
         self.rule = rule
         self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
-        self.gate = nn.Linear(hidden, num_experts, bias=False)
+        self.gate = nn.Linear(hidden, num_experts, bias=router_bias)
         self.there = self.back = None
         if latent is not None:
-            self.there = nn.Linear(hidden, latent, bias=bias)
-            self.back = nn.Linear(latent, hidden, bias=bias)
+            self.there = nn.Linear(hidden, latent, bias=latent_bias)
+            self.back = nn.Linear(latent, hidden, bias=latent_bias)
         self.experts = nn.ModuleList(
-            ReferenceExpert(latent or hidden, ffn, swiglu=swiglu, bias=bias)
+            ReferenceExpert(latent or hidden, ffn, activation=activation, bias=bias)
             for _ in range(num_experts)
         )
         self.shared = self.shared_gate = None
         if shared_ffn is not None:
-            self.shared = ReferenceExpert(hidden, shared_ffn, swiglu=swiglu, bias=bias)
+            self.shared = ReferenceExpert(hidden, shared_ffn, activation=activation, bias=bias)
         if shared_gate:
             self.shared_gate = nn.Linear(hidden, 1, bias=False)
 
@@ -178,6 +186,8 @@ class ReferenceMoE(nn.Module):
         """
         of = {name: p.grad if gradients else p for name, p in self.named_parameters()}
         found = {"router.weight": of["gate.weight"]}
+        if "gate.bias" in of:
+            found["router.bias"] = of["gate.bias"]
         stacks = {f"experts.{n}": expert for n, expert in enumerate(self.experts)}
         if self.shared is not None:
             stacks["shared"] = self.shared

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron.core.transformer.config.activation import SWIGLU
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.expert_activation import (
     IN_TORCH,
@@ -73,5 +74,5 @@ class Parts:
             inner, grad, probs = self.inner[:size], self.inner_grad[:size], self.weights[:size]
             active = torch.empty_like(grad)
             found = ActivationGradient(*map(torch.empty_like, (inner, probs, grad)))
-            way.activate(inner, probs, gated=True, out=active)
-            way.differentiate(inner, probs, grad, gated=True, out=found)
+            way.activate(inner, probs, kind=SWIGLU, out=active)
+            way.differentiate(inner, probs, grad, kind=SWIGLU, out=found)

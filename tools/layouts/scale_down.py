@@ -13,6 +13,9 @@ LAYERS, HEADS, HEAD_DIM, EXPERTS, LENGTH, VOCAB = 4, 4, 4, 8, 16, 64
 SPREAD = 0.2
 """Standard deviation of weights: with that of a large model, attention and gates of so narrow a one
 would be flat, and a mistake in them too small to see."""
+WINDOW, CAP = 5, 1.0
+"""Reach of a sliding window, which ends within the slices that ranks hold of a sequence; and the
+cap of attention scores, which those of so narrow a model do come near."""
 UNIT = 8
 """Widths are multiples of it, so that they split over up to 8 ranks."""
 
@@ -28,6 +31,7 @@ def scaled_down(values: Mapping[str, Any], layer_pattern: list[bool]) -> dict[st
     kept = kept_layers(layer_pattern)
     _widths(found, values)
     _heads(found, values)
+    _scores(found, values, kept)
     if "num_moe_experts" in values or "moe_num_experts_per_layer" in values:
         _experts(found, values)
         _per_layer(found, values, kept)
@@ -81,6 +85,25 @@ def _heads(found: dict[str, Any], values: Mapping[str, Any]) -> None:
         share = values["num_attention_heads"] / values["num_query_groups"]
         groups = max(1, round(HEADS / share))
         found["num_query_groups"] = max(d for d in (1, 2, 4) if d <= groups)
+
+
+def _scores(found: dict[str, Any], values: Mapping[str, Any], kept: list[int]) -> None:
+    window, freq = values.get("window_size"), values.get("window_attn_skip_freq")
+    if window is not None:
+        hides = window[0] + 1 < values.get("seq_length", window[0] + 2)
+        found["window_size"] = [min(window[0], WINDOW) if hides else LENGTH, *window[1:]]
+    if freq is not None:
+        layers = range(values.get("num_layers", len(kept)))
+        whole = [int((n + 1) % freq != 0) for n in layers] if isinstance(freq, int) else freq
+        few = [whole[n] for n in kept]
+        found["window_attn_skip_freq"] = (
+            few if set(few) == set(whole) else [int(n % 2 == 0) for n in range(len(kept))]
+        )
+    if values.get("attn_logit_softcapping") is not None:
+        found["attn_logit_softcapping"] = min(values["attn_logit_softcapping"], CAP)
+    if values.get("softmax_scale") is not None and "num_attention_heads" in values:
+        size = values.get("kv_channels") or values["hidden_size"] // values["num_attention_heads"]
+        found["softmax_scale"] = values["softmax_scale"] * math.sqrt(size / HEAD_DIM)
 
 
 def _experts(found: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        *,
+        value_dim: int | None = None,
     ) -> None:
         """Allocate.
 
@@ -27,13 +29,15 @@ class KVCache:
             max_batch: Most sequences at a time.
             max_len: Most positions of a sequence, prompt included.
             groups: Key-value heads (query groups) of a layer.
-            head_dim: Size of one head.
+            head_dim: Size of one head of keys.
             dtype: Of keys and values: that of the model.
             device: Of the model.
+            value_dim: Size of one head of values; ``head_dim`` when None.
         """
-        shape = (num_layers, max_batch, groups, max_len, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (num_layers, max_batch, groups, max_len)
+        value_dim = head_dim if value_dim is None else value_dim
+        self.keys = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
         self.max_len = max_len
         self.length = 0
         """Positions held so far, the same for all sequences."""
@@ -44,10 +48,10 @@ class KVCache:
         Args:
             layer: Global index of the layer.
             key: [b, groups, s, head_dim], of the ``s`` positions that follow ``length``.
-            value: Like ``key``.
+            value: [b, groups, s, value_dim], of the same.
 
         Returns:
-            Views of all keys and values so far, [b, groups, length + s, head_dim] each.
+            Views of all keys and all values so far, [b, groups, length + s, size of a head].
         """
         batch, _, new, _ = key.shape
         end = self.length + new

@@ -31,15 +31,20 @@ def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size:
     hidden = config.hidden_size
     queries = config.num_attention_heads * config.head_dim
     keys_and_values = 2 * config.query_groups * config.head_dim
-    attention = hidden * (2 * queries + keys_and_values) + queries * seq_length
-    matrices = 3 if config.swiglu else 2
+    projections = hidden * (2 * queries + keys_and_values)
+    matrices = 3 if config.gated_linear_unit else 2
     dense = matrices * hidden * config.ffn_size
     moe = (
         matrices * config.moe_hidden_size * config.moe_router_topk * config.moe_ffn_size
         + matrices * hidden * (config.moe_shared_expert_intermediate_size or 0)
         + 2 * hidden * (config.moe_latent_size or 0)
     )
-    layers = [attention + (moe if is_moe else dense) for is_moe in config.moe_layer_pattern]
+    layers = [
+        projections
+        + 2 * queries * config.mean_keys_of(layer, seq_length)
+        + (moe if is_moe else dense)
+        for layer, is_moe in enumerate(config.moe_layer_pattern)
+    ]
     ahead = config.mtp_depths * (layers[-1] + 2 * hidden * hidden + hidden * vocab_size)
     return LayerCosts(
         layers=tuple(map(float, layers)),

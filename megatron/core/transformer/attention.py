@@ -10,7 +10,7 @@ from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.recompute import recomputed
-from megatron.core.transformer.rotary import RotaryTables, split_and_rotate
+from megatron.core.transformer.rotary import RotaryTables, rotate, split_and_rotate
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -22,6 +22,10 @@ class SelfAttentionSubmodules:
     linear_qkv: ModuleSpec | type
     core_attention: ModuleSpec | type
     linear_proj: ModuleSpec | type
+    q_layernorm: ModuleSpec | type | None = None
+    """Of queries before they are rotated; None leaves queries and keys as they are."""
+    k_layernorm: ModuleSpec | type | None = None
+    """Given with ``q_layernorm``."""
 
 
 class SelfAttention(nn.Module):
@@ -31,7 +35,7 @@ class SelfAttention(nn.Module):
     Groups are split over the tensor-parallel ranks, or shared by several (see ``QueryGroups``).
 
     Source: Vaswani et al. 2017 (arXiv:1706.03762); groups: Ainslie et al. 2023
-    (arXiv:2305.13245).
+    (arXiv:2305.13245); norms of queries and keys: Dehghani et al. 2023 (arXiv:2302.05442).
     """
 
     def __init__(
@@ -65,6 +69,14 @@ class SelfAttention(nn.Module):
             dtype=params_dtype(config),
             bias=config.add_bias_linear or config.add_qkv_bias,
         )
+        self.q_layernorm = self.k_layernorm = None
+        if submodules.q_layernorm is not None and submodules.k_layernorm is not None:
+            self.q_layernorm = build_module(
+                submodules.q_layernorm, config, num_heads=heads, pg_collection=pg_collection
+            )
+            self.k_layernorm = build_module(
+                submodules.k_layernorm, config, num_heads=groups, pg_collection=pg_collection
+            )
         self.recomputes_core = "core_attn" in config.recomputed_modules
         self.core_attention = build_module(
             submodules.core_attention,
@@ -80,7 +92,7 @@ class SelfAttention(nn.Module):
             sequence_parallel=config.sequence_parallel,
             init=output_init(config),
             dtype=params_dtype(config),
-            bias=config.add_bias_linear,
+            bias=config.add_bias_linear or config.add_proj_bias,
         )
 
     def forward(
@@ -105,9 +117,20 @@ class SelfAttention(nn.Module):
         mixed, bias = self.linear_qkv(hidden_states)
         if bias is not None:
             mixed = mixed + bias
-        query, key, value = split_and_rotate(self.query_groups.attended(mixed), rotary)
+        query, key, value = self._heads(self.query_groups.attended(mixed), rotary)
         attended = recomputed(  # [s, b, h]
             self.core_attention, self.recomputes_core, query, key, value, attention_mask, context
         )
         output: tuple[Tensor, Tensor | None] = self.linear_proj(attended)
         return output
+
+    def _heads(self, mixed: Tensor, rotary: RotaryTables | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what ``split_and_rotate`` does, with the norms in between."""
+        if self.q_layernorm is None or self.k_layernorm is None:
+            return split_and_rotate(mixed, rotary)
+        query, key, value = mixed.split([mixed.shape[-2] - 2, 1, 1], dim=-2)
+        return (
+            rotate(self.q_layernorm(query), rotary),
+            rotate(self.k_layernorm(key), rotary),
+            rotate(value, None),
+        )

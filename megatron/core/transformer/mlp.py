@@ -68,7 +68,7 @@ class MLP(nn.Module):
             sequence_parallel=shared,
             init=input_init(config),
             dtype=dtype,
-            bias=config.add_bias_linear,
+            bias=config.has_mlp_bias,
         )
         self.linear_fc2 = build_module(
             submodules.linear_fc2,
@@ -78,7 +78,7 @@ class MLP(nn.Module):
             sequence_parallel=shared,
             init=output_init(config),
             dtype=dtype,
-            bias=config.add_bias_linear,
+            bias=config.has_mlp_bias,
         )
 
     def forward(

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 from megatron.core.config_field import choice_problems, derived, flag
 from megatron.core.errors import ConfigError
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.config.activation import ActivationConfig
 from megatron.core.transformer.config.attention import AttentionConfig
+from megatron.core.transformer.config.core_attention import CoreAttentionConfig
 from megatron.core.transformer.config.init import InitConfig
 from megatron.core.transformer.config.mtp import MTPConfig
-from megatron.core.transformer.config.norm import NormConfig
 from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
 from megatron.core.transformer.config.recompute import RecomputeConfig
+from megatron.core.transformer.config.rotary import RotaryConfig
 from megatron.core.transformer.config.scaling import ScalingConfig
 from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 
@@ -24,8 +26,10 @@ from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 @dataclass(kw_only=True)
 class TransformerConfig(
     MoEPerLayerConfig,
+    ActivationConfig,
     AttentionConfig,
-    NormConfig,
+    RotaryConfig,
+    CoreAttentionConfig,
     ScalingConfig,
     MTPConfig,
     InitConfig,
@@ -43,14 +47,15 @@ class TransformerConfig(
     """Width of the residual stream."""
 
     ffn_hidden_size: int | None = None
-    """Width of the dense MLP; 4 x --hidden-size when not set, with --swiglu two thirds of that in
-    multiples of 64."""
-
-    swiglu: bool = False
-    """Gated MLP with SiLU (three matrices) instead of GELU (two)."""
+    """Width of the dense MLP; 4 x --hidden-size when not set, two thirds of that in multiples of 64
+    where the MLP is gated (--swiglu, --geglu, --quick-geglu)."""
 
     add_bias_linear: bool = field(default=True, metadata=flag("--disable-bias-linear"))
     """Give linear layers a bias."""
+
+    add_mlp_bias: bool = False
+    """Give the matrices of MLP, shared experts and routed experts a bias even under
+    --disable-bias-linear."""
 
     hidden_dropout: float = 0.1
     """Probability of dropping an element of an attention or MLP output in training."""
@@ -70,7 +75,9 @@ class TransformerConfig(
         """Yield one sentence for each contradiction, in the user's flags."""
         yield from choice_problems(self)
         yield from self.parallel_problems()
+        yield from self.activation_problems()
         yield from self.attention_problems(self.hidden_size)
+        yield from self.core_attention_problems(self.num_layers)
         yield from self.scaling_problems()
         yield from self.precision_problems()
         yield from self.moe_problems()
@@ -203,7 +210,13 @@ class TransformerConfig(
         """Return a config of which every layer is as the last one of this."""
         last = self.num_layers - 1
         config = self.for_layer(last) if self.moe_layer_pattern[last] else self
-        return replace(config, cp_comm_type=[self.cp_comm_type_of(last)])
+        has_window = self.attention_window_of(last) is not None
+        return replace(
+            config,
+            cp_comm_type=[self.cp_comm_type_of(last)],
+            window_size=self.window_size if has_window else None,
+            window_attn_skip_freq=None,
+        )
 
     @property
     def head_dim(self) -> int:
@@ -211,16 +224,26 @@ class TransformerConfig(
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
+    def attention_windows(self) -> list[int | None] | None:
+        """For each layer the positions that a query sees before its own, see ``--window-size``."""
+        return self.attention_windows_of(self.num_layers)
+
+    @property
     def ffn_size(self) -> int:
-        """Width of the dense MLP; of gate and up each under ``swiglu``."""
+        """Width of the dense MLP; of gate and up each where it is gated."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         width = 4 * self.hidden_size
-        return max(64, width * 2 // 3 // 64 * 64) if self.swiglu else width
+        return max(64, width * 2 // 3 // 64 * 64) if self.gated_linear_unit else width
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether the matrices of MLP and experts have a bias."""
+        return self.add_bias_linear or self.add_mlp_bias
 
     @property
     def moe_ffn_size(self) -> int:
-        """Width of each expert; of gate and up each under ``swiglu``."""
+        """Width of each expert; of gate and up each where it is gated."""
         return self.moe_ffn_hidden_size or self.ffn_size
 
     @property

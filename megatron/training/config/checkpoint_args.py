@@ -21,9 +21,11 @@ from megatron.training.starting_point import StartingPoint, starting_point, stor
 FLAG = "--use-checkpoint-args"
 
 _ALONE = """
-    num_layers hidden_size ffn_hidden_size swiglu add_bias_linear hidden_dropout
+    num_layers hidden_size ffn_hidden_size add_bias_linear add_mlp_bias hidden_dropout
     untie_embeddings_and_output_weights num_attention_heads kv_channels attention_dropout
+    softmax_scale softmax_type attn_logit_softcapping
     add_qkv_bias position_embedding_type max_position_embeddings rotary_base rotary_percent
+    rotary_interleaved add_proj_bias qk_layernorm qk_layernorm_scope apply_wd_to_qk_layernorm
     normalization layernorm_epsilon seq_length moe_layer_freq moe_ffn_hidden_size
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size moe_router_type
     moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor
@@ -35,7 +37,17 @@ _ALONE = """
 
 MODEL: tuple[tuple[str, ...], ...] = (
     *((name,) for name in _ALONE.split()),
+    (
+        "swiglu",
+        "geglu",
+        "quick_geglu",
+        "openai_gelu",
+        "squared_relu",
+        "glu_linear_offset",
+        "activation_func_clamp_value",
+    ),
     ("group_query_attention", "num_query_groups"),
+    ("window_size", "window_attn_skip_freq"),
     ("fp16", "bf16", "fp64"),
     ("mtp_num_layers", "mtp_loss_scaling_factor"),
     ("parallel_residual", "parallel_residual_shared_norm"),

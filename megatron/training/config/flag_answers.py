@@ -82,7 +82,6 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--num-dataset-builder-threads": NoEffect("sample indices are built by numpy in one thread"),
     "--overlap-p2p-communication-warmup-flush": NoEffect(_EARLY),
     "--rerun-mode": NoEffect("steps are never rerun", ("disabled",), "leave it out"),
-    "--softmax-type": NoEffect("attention takes a plain softmax", ("vanilla",), "leave it out"),
     "--timing-log-level": NoEffect("there are no such timers", ("0",), "leave it out"),
     "--transformer-impl": NoEffect(
         "layers are always PyTorch's own", ("local",), "leave it out, or give local"
@@ -154,9 +153,6 @@ SUBSTITUTES: dict[str, str] = {
     "--non-persistent-local-ckpt-algo": (
         "each rank of a node writes its share of what the node holds; leave it out"
     ),
-    "--openai-gelu": "leave it out for GELU, or use --swiglu",
-    "--qk-layernorm": "queries and keys are not normalised yet",
-    "--quick-geglu": "use --swiglu",
     "--rampup-batch-size": "the batch size is constant; use --global-batch-size",
     "--recompute-activations": _RECOMPUTE + "selective",
     "--replication": "nodes keep no copies of each other's checkpoints; leave it out",
@@ -164,14 +160,12 @@ SUBSTITUTES: dict[str, str] = {
     "--replication-jump": "nodes keep no copies of each other's checkpoints; leave it out",
     "--rope-type": "use --position-embedding-type rope",
     "--spec": "the layers follow from the options of --help",
-    "--squared-relu": "leave it out for GELU, or use --swiglu",
     "--step-batch-size-schedule": "the batch size is constant; use --global-batch-size",
     "--test-mode": "use --skip-train",
     "--train-samples": _SAMPLES + "--train-iters",
     "--use-precision-aware-optimizer": "moments are always fp32",
     "--use-rotary-position-embeddings": "use --position-embedding-type rope",
     "--warmup": "use --lr-warmup-fraction, a share and not a percentage",
-    "--window-size": "attention sees all earlier tokens",
 }
 
 CHOICES: dict[tuple[str, str], str] = {

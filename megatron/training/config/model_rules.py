@@ -4,6 +4,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 
+from megatron.core.transformer.config.activation import SWIGLU
 from megatron.training.config.checks import Check, Rule, divisors, nearest
 
 
@@ -135,6 +136,8 @@ def heads(check: Check) -> Iterator[str]:
             f"{check.show('num_query_groups')} must divide {check.show('num_attention_heads')}; "
             f"groups that fit: {nearest(model.num_query_groups, divisors(count))}"
         )
+    yield from model.qk_norm_problems()
+    yield from model.core_attention_problems(model.num_layers)
 
 
 def positions(check: Check) -> Iterator[str]:
@@ -147,7 +150,8 @@ def positions(check: Check) -> Iterator[str]:
         )
     if model.position_embedding_type != "rope":
         yield from check.useless(
-            "rotary_base rotary_percent", "without --position-embedding-type rope"
+            "rotary_base rotary_percent rotary_interleaved",
+            "without --position-embedding-type rope",
         )
     else:
         rotated = int(model.head_dim * model.rotary_percent)
@@ -170,6 +174,16 @@ def positions(check: Check) -> Iterator[str]:
         yield (
             "--no-position-embedding contradicts --position-embedding-type learned_absolute, the "
             "default; add --position-embedding-type rope or none"
+        )
+
+
+def activations(check: Check) -> Iterator[str]:
+    """One activation, and options of gated ones where there is a gate."""
+    model = check.config.model
+    yield from model.activation_problems()
+    if model.add_bias_linear:
+        yield from check.useless(
+            "add_mlp_bias", "without --disable-bias-linear: all linear layers have a bias"
         )
 
 
@@ -310,8 +324,12 @@ def fused_activation(check: Check) -> Iterator[str]:
     model, shown = check.config.model, check.show("moe_fused_activation")
     if model.num_moe_experts is None or model.moe_fused_activation != "compiled":
         return
-    if not model.swiglu:
-        yield f"{shown} computes SwiGLU only: add --swiglu, or leave it out"
+    if model.activation_kind != SWIGLU:
+        others = [flag for flag in model.activation_flags if flag != "--swiglu"]
+        limits = check.given("glu_linear_offset", "activation_func_clamp_value")
+        others += [check.show(name) for name in limits]
+        instead = f"leave out {' and '.join(others)}" if others else "add --swiglu"
+        yield f"{shown} computes SwiGLU only: {instead}, or leave it out"
     if model.params_dtype_name in ("float64", "float16"):
         wrong = "--fp64" if model.fp64 else "--fp16"
         yield f"{shown} computes bf16 and fp32 only: leave {wrong} or it out"
@@ -350,6 +368,7 @@ MODEL_RULES: tuple[Rule, ...] = (
     parallel_sizes,
     heads,
     positions,
+    activations,
     number_format,
     moe_without_experts,
     routing,

@@ -70,7 +70,9 @@ class Option:
             if self.parse is not None:
                 return str(value).replace(" ", "")
             return " ".join(map(str, value))
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        if isinstance(value, float) and float(f"{value:g}") == value:
+            return f"{value:g}"
+        return str(value)
 
     def from_texts(self, texts: list[str]) -> Any:
         """Turn the words after the flag into its value.

@@ -60,9 +60,10 @@ _NAMES_BY_RANGE = {
     Range(0, 1e6, open_low=True): "moe_expert_capacity_factor",
     Range(0, 2.0**64, open_low=True): "loss_scale initial_loss_scale min_loss_scale",
     Range(0, open_low=True): "init_method_std layernorm_epsilon adam_eps rotary_base "
+    "softmax_scale attn_logit_softcapping activation_func_clamp_value "
     "moe_router_topk_scaling_factor moe_routing_trace_max_mb dry_run_memory_gib "
     "embedding_multiplier residual_multiplier logits_multiplier final_logit_softcapping",
-    Range(-1e3, 1e3): "moe_router_force_biased",
+    Range(-1e3, 1e3): "moe_router_force_biased glu_linear_offset",
     Range(0, 1, open_high=True): """
         moe_router_quantile_balancing_ema
         attention_dropout hidden_dropout adam_beta1 adam_beta2 sgd_momentum lr_warmup_fraction

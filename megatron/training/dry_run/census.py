@@ -40,13 +40,37 @@ class RankModel:
         return self.dense_params + self.expert_params
 
 
-class WholeModel(NamedTuple):
-    """All ranks together, every weight counted once."""
+class PartSize(NamedTuple):
+    """Parameters of a part of the model, every weight counted once."""
 
-    dense_params: int
-    expert_params: int
+    dense_params: int = 0
+    expert_params: int = 0
+    active_params: int = 0
+    """Those that one token meets: all dense ones, and of each MoE layer its top-k experts."""
+
+
+class WholeModel(NamedTuple):
+    """All ranks together."""
+
+    parts: dict[str, PartSize]
+    """By the first word of the parameters' names: embedding, decoder, mtp, output_layer."""
     missing: tuple[str, ...]
     """What no rank holds, or not all of; empty in a sound layout."""
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters outside of routed experts."""
+        return sum(part.dense_params for part in self.parts.values())
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters of routed experts."""
+        return sum(part.expert_params for part in self.parts.values())
+
+    @property
+    def active_params(self) -> int:
+        """Those that one token meets."""
+        return sum(part.active_params for part in self.parts.values())
 
     @property
     def params(self) -> int:
@@ -78,7 +102,7 @@ def take_census(config: RunConfig, provider: ModelProvider, table: GroupTable) -
             model = provider(config, table.collection(rank))
         ranks.append(_describe(rank, model))
         tally.add(model)
-    return Census(ranks=tuple(ranks), whole=tally.whole(config.model.num_layers))
+    return Census(ranks=tuple(ranks), whole=tally.whole(config.model))
 
 
 @contextmanager
@@ -173,11 +197,20 @@ class _Tally:
                 self._sizes[shard.name] = (torch.Size(shard.shape).numel(), role.is_expert)
                 self._blocks.setdefault(shard.name, {})[shard.offset] = shard.tensor.numel()
 
-    def whole(self, num_layers: int) -> WholeModel:
-        totals = {False: 0, True: 0}
-        for size, is_expert in self._sizes.values():
-            totals[is_expert] += size
-        return WholeModel(totals[False], totals[True], tuple(self._missing(num_layers)))
+    def whole(self, config: TransformerConfig) -> WholeModel:
+        sizes: dict[tuple[str, int | None], list[int]] = {}
+        for name, (size, is_expert) in self._sizes.items():
+            place = (name.partition(".")[0], _layer_of(name)[0])
+            sizes.setdefault(place, [0, 0])[is_expert] += size
+        parts: dict[str, PartSize] = {}
+        for (part, number), (dense, experts) in sizes.items():
+            own = config if number is None or not experts else config.for_layer(number)
+            count = own.num_moe_experts or 1
+            used = experts * own.moe_router_topk // count
+            old = parts.get(part, PartSize())
+            added = PartSize(dense, experts, dense + used)
+            parts[part] = PartSize(*(a + b for a, b in zip(old, added, strict=True)))
+        return WholeModel(parts, tuple(self._missing(config.num_layers)))
 
     def _missing(self, num_layers: int) -> Iterator[str]:
         yield from (f"layer {n}" for n in range(num_layers) if n not in self._layers)

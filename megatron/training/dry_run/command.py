@@ -89,6 +89,8 @@ def figures(
             "whole": census.whole.params,
             "dense": census.whole.dense_params,
             "experts": census.whole.expert_params,
+            "active": census.whole.active_params,
+            "parts": {name: part._asdict() for name, part in census.whole.parts.items()},
             "missing": census.whole.missing,
         },
         "ranks": [

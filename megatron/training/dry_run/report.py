@@ -103,10 +103,12 @@ def _places(table: GroupTable) -> list[str]:
 def model_section(census: Census, table: GroupTable, config: RunConfig) -> Iterator[str]:
     """Say which layers, experts and parameters lie where."""
     whole = census.whole
-    yield (
-        f"MODEL: {whole.params:,} parameters, {whole.expert_params:,} of them in experts; "
-        f"weights are {config.model.params_dtype_name}"
-    )
+    active = ""
+    if whole.expert_params:
+        experts, met = f"{whole.expert_params:,}", f"{whole.active_params:,}"
+        active = f" ({experts} of them in experts), {met} for a token"
+    dtype = config.model.params_dtype_name
+    yield f"MODEL: {whole.params:,} parameters{active}; weights are {dtype}"
     for sentence in whole.missing:
         yield f"  MISSING: {sentence}"
     rows: list[Sequence[object]] = [

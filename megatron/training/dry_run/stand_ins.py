@@ -5,6 +5,7 @@ memory are left out, and attention and experts take the way of the device that t
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils._mode_utils import no_dispatch
 
 from megatron.core.transformer import dot_product_attention
 from megatron.core.transformer.moe import router as router_module
-from megatron.core.transformer.moe.expert_activation import IN_TORCH
+from megatron.core.transformer.moe.expert_activation import IN_TORCH, _Scratch
 from megatron.core.transformer.moe.experts import GroupedMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import setup_model
@@ -53,6 +54,7 @@ def stand_ins(device: str) -> Iterator[None]:
         put(logging.getLogger(setup_model.__name__), "disabled", True)
         if device == "cuda":
             put(dot_product_attention, "_blocked_is_faster", lambda _: False)
+            put(_Scratch, "_BLOCK_NUMEL", sys.maxsize)  # blocks are for the caches of a CPU
         yield
 
 

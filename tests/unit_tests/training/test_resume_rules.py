@@ -37,6 +37,7 @@ MAY_DIFFER = {
     "expert_tensor_parallel_size",
     "sequence_parallel",
     "init_method_std",
+    "apply_wd_to_qk_layernorm",
     "hidden_dropout",
     "attention_dropout",
     "moe_router_dtype",
@@ -68,10 +69,13 @@ MAY_DIFFER = {
     "max_position_embeddings",  # its table is compared by shape
 }
 RESOLVED = {
+    "add_mlp_bias": "has_mlp_bias",
     "ffn_hidden_size": "ffn_size",
     "num_query_groups": "query_groups",
     "group_query_attention": "query_groups",
     "kv_channels": "head_dim",
+    "window_size": "attention_windows",
+    "window_attn_skip_freq": "attention_windows",
     "moe_layer_freq": "moe_layer_pattern",
     "moe_ffn_hidden_size": "moe_ffn_size",
     "moe_router_load_balancing_type": "moe_router_choice",
@@ -123,6 +127,21 @@ def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_topk": 1}, "--moe-router-topk"),
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_layer_freq": [0, 1]}, "[1, 1]"),
         ({}, {"bf16": True}, "--bf16"),
+        ({}, {"qk_layernorm": True}, "--qk-layernorm is False"),
+        (
+            {"qk_layernorm": True},
+            {"qk_layernorm": True, "qk_layernorm_scope": "all_heads"},
+            "--qk-layernorm-scope is head in the checkpoint and all_heads",
+        ),
+        (
+            {"position_embedding_type": "rope"},
+            {"position_embedding_type": "rope", "rotary_interleaved": True},
+            "--rotary-interleaved is False",
+        ),
+        ({}, {"window_size": [3, 0]}, "is None in the checkpoint and [3, 3]"),
+        ({}, {"softmax_type": "off-by-one"}, "--softmax-type is vanilla"),
+        ({}, {"softmax_scale": 0.5}, "--softmax-scale is None"),
+        ({"attn_logit_softcapping": 30.0}, {}, "--attn-logit-softcapping is 30.0"),
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_type": "hash"}, "is topk in"),
         (
             {
@@ -165,6 +184,11 @@ def test_another_architecture_is_named(then: dict, now: dict, flag: str) -> None
             },
         ),
         ({}, {"rotary_base": 500000}),
+        ({}, {"window_size": [-1, 0]}),
+        (
+            {"window_size": [3, 0], "window_attn_skip_freq": 2},
+            {"window_size": [3, 0], "window_attn_skip_freq": [1, 0]},
+        ),
         ({}, {"hidden_dropout": 0.0, "expert_model_parallel_size": 2}),
     ],
 )

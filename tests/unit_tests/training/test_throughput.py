@@ -37,3 +37,12 @@ def test_latent_experts_are_narrower_and_cost_two_matrices() -> None:
 def test_grouped_queries_save_projections_only() -> None:
     grouped = _flops(group_query_attention=True, num_query_groups=1)
     assert _flops() - grouped == 6 * 2 * 8 * 8
+
+
+def test_a_window_counts_the_keys_in_it() -> None:
+    # of 4 positions, w = 2: 2 - 4 / 8 = 1.5 keys a query where a whole layer counts 2
+    assert _flops() - _flops(window_size=[1, 0]) == 6 * 2 * 2 * 8 * (2 - 1.5)
+    half = _flops(window_size=[1, 0], window_attn_skip_freq=2)
+    assert _flops() - half == 6 * 2 * 8 * (2 - 1.5)
+    for reach in ([3, 0], [100, 0], [-1, 0]):
+        assert _flops(window_size=reach) == _flops()

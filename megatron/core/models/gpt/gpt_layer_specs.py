@@ -10,6 +10,7 @@ from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionLayer,
     MultiTokenPredictionLayerSubmodules,
 )
+from megatron.core.transformer.qk_norm import HEAD_NORMS, AllHeadsNorm
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNorm, RMSNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -65,7 +66,7 @@ def get_gpt_layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
         ParallelTransformerLayer if config.parallel_residual else TransformerLayer,
         TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=get_self_attention_spec(),
+            self_attention=get_self_attention_spec(config),
             pre_mlp_layernorm=None if config.parallel_residual_shared_norm else norm,
             mlp=get_moe_module_spec(config) if moe else get_mlp_spec(config),
             post_self_attn_layernorm=after_branches,
@@ -74,15 +75,29 @@ def get_gpt_layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
     )
 
 
-def get_self_attention_spec() -> ModuleSpec:
+def get_self_attention_spec(config: TransformerConfig) -> ModuleSpec:
     """Describe self-attention."""
+    qk_norm = get_qk_norm(config)
     return ModuleSpec(
         SelfAttention,
         SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=DotProductAttention,
             linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
         ),
+    )
+
+
+def get_qk_norm(config: TransformerConfig) -> type | None:
+    """Return the class that normalises queries, and keys; None without --qk-layernorm."""
+    if not config.qk_layernorm:
+        return None
+    return (
+        AllHeadsNorm
+        if config.qk_layernorm_scope == "all_heads"
+        else HEAD_NORMS[config.normalization]
     )
 
 

@@ -81,6 +81,7 @@ class GPTModel(nn.Module):
                 config.head_dim,
                 rotary_percent=config.rotary_percent,
                 rotary_base=config.rotary_base,
+                interleaved=config.rotary_interleaved,
             )
         self.decoder = TransformerBlock(
             config, transformer_layer_spec, stages=self.stages, pg_collection=pg_collection

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.core.config_field import derived
+from megatron.core.transformer.config.norm import NormConfig
 
 
 @dataclass(kw_only=True)
-class AttentionConfig:
+class AttentionConfig(NormConfig):
     """Attention and positions."""
 
     num_attention_heads: int = derived()
@@ -32,17 +33,24 @@ class AttentionConfig:
     add_qkv_bias: bool = False
     """Give the query, key and value projection a bias even under --disable-bias-linear."""
 
+    add_proj_bias: bool = False
+    """Give the projection after attention a bias even under --disable-bias-linear."""
+
+    qk_layernorm: bool = False
+    """Normalise queries and keys, each with a weight of its own, before they are rotated."""
+
+    qk_layernorm_scope: Literal["head", "all_heads"] = "head"
+    """What --qk-layernorm takes a statistic over: the channels of one head, or those of all heads
+    of a token, on whichever ranks they are (OLMoE)."""
+
+    apply_wd_to_qk_layernorm: bool = False
+    """Weight decay acts on the weights of --qk-layernorm too."""
+
     position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
     """How tokens know their place: a learned table, rotated queries and keys, or not at all."""
 
     max_position_embeddings: int = derived()
     """Longest position that the learned table holds; --seq-length when not set."""
-
-    rotary_base: int = 10000
-    """Base of the rotary frequencies."""
-
-    rotary_percent: float = 1.0
-    """Share of each head that is rotated, in (0, 1]."""
 
     def attention_problems(self, hidden_size: int) -> Iterator[str]:
         """Yield one sentence for each contradiction, in the user's flags."""
@@ -57,6 +65,22 @@ class AttentionConfig:
             )
         if self.group_query_attention and heads % groups:
             yield f"--num-query-groups {groups} must divide --num-attention-heads {heads}"
+        yield from self.qk_norm_problems()
+
+    def qk_norm_problems(self) -> Iterator[str]:
+        """Yield one sentence for each option of the norm of queries and keys that does not fit."""
+        is_wide = self.qk_layernorm_scope == "all_heads"
+        if not self.qk_layernorm:
+            if is_wide:
+                yield "--qk-layernorm-scope all_heads needs --qk-layernorm"
+            if self.apply_wd_to_qk_layernorm:
+                yield "--apply-wd-to-qk-layernorm needs --qk-layernorm"
+        elif is_wide and self.normalization != "RMSNorm":
+            yield (
+                f"--qk-layernorm-scope all_heads with --normalization {self.normalization} is not "
+                "offered: a mean over ranks is taken for RMSNorm only; use --normalization RMSNorm "
+                "or --qk-layernorm-scope head"
+            )
 
     def group_slice_problems(self, ranks: int, hidden_size: int) -> Iterator[str]:
         """Yield a sentence if ``ranks`` of tensor parallelism cannot share the query groups."""

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.sequence_slices import own_ranges
 from megatron.core.tensor_parallel.mappings import RowSplits, all_to_all
-from megatron.core.transformer.blocked_attention import WeightDropout
+from megatron.core.transformer.attention_weights import Weighting
 from megatron.core.transformer.context_parallel.ring import ring_attention
 from megatron.core.transformer.context_parallel.slices import (
     by_owner,
@@ -33,7 +33,7 @@ class AttentionCore(Protocol):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        dropout: WeightDropout | None,
+        weighting: Weighting,
         *,
         offset: int = 0,
     ) -> Tensor:
@@ -45,21 +45,21 @@ def context_parallel_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: WeightDropout | None,
+    weighting: Weighting,
     *,
     group: ProcessGroup,
     comm_type: CommType,
     core: AttentionCore,
 ) -> Tensor:
-    """Attend: softmax(q k / sqrt(d)) v over each position's past, wherever that lies.
+    """Attend: weights(q k) v over each position's past, or window, wherever that lies.
 
     Args:
         query: [b, n, s, d], of this rank's positions.
         key: [b, g, s, d], of the same.
-        value: Like ``key``.
+        value: [b, g, s, dv], of the same.
         attention_mask: bool [b, 1, s, total], True where a query of this rank may *not* look at
             a position of the whole sequence, on top of causality.
-        dropout: Of weights; None drops nothing.
+        weighting: How scores become weights; a sink has the heads that are here.
         group: Context-parallel ranks.
         comm_type: ``all_gather``: every rank gets all keys and values. ``a2a``: every rank gets
             all positions of some heads (Jacobs et al. 2023, arXiv:2309.14509). ``p2p``: keys and
@@ -67,12 +67,12 @@ def context_parallel_attention(
         core: Attention of one rank, for all but ``p2p``.
 
     Returns:
-        [b, n, s, d].
+        [b, n, s, dv].
     """
     if comm_type == "p2p":
-        return ring_attention(query, key, value, attention_mask, dropout, group)
+        return ring_attention(query, key, value, attention_mask, weighting, group)
     way: Callable[..., Tensor] = _by_gathering if comm_type == "all_gather" else _by_heads
-    return way(query, key, value, attention_mask, dropout, group, core)
+    return way(query, key, value, attention_mask, weighting, group, core)
 
 
 def _by_gathering(
@@ -80,19 +80,18 @@ def _by_gathering(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: WeightDropout | None,
+    weighting: Weighting,
     group: ProcessGroup,
     core: AttentionCore,
 ) -> Tensor:
-    both = gather_sequence(torch.stack([key, value]), group, dim=3)
-    key, value = both.unbind()
+    key, value = _gathered([key, value], group)
     ranges = own_ranges(key.shape[2], group.rank(), group.size())
     size = len(ranges[0])
     outputs = []
     for number, positions in enumerate(ranges):
         own = slice(number * size, (number + 1) * size)
         hidden = None if attention_mask is None else attention_mask[:, :, own]
-        got = core(query[:, :, own], key, value, hidden, dropout, offset=positions.start)
+        got = core(query[:, :, own], key, value, hidden, weighting, offset=positions.start)
         outputs.append(got)
     return torch.cat(outputs, dim=2)
 
@@ -102,7 +101,7 @@ def _by_heads(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: WeightDropout | None,
+    weighting: Weighting,
     group: ProcessGroup,
     core: AttentionCore,
 ) -> Tensor:
@@ -114,10 +113,24 @@ def _by_heads(
     query, key, value = (_heads_of_all(x, group) for x in (query, key, value))
     if attention_mask is not None:
         attention_mask = gather_sequence(attention_mask, group, dim=2)
-    if dropout is not None:
-        first = dropout.first_head + group.rank() * (heads // ranks)
-        dropout = dropout._replace(first_head=first)
-    return _positions_of_own(core(query, key, value, attention_mask, dropout), group)
+    first, count = group.rank() * (heads // ranks), heads // ranks
+    if weighting.dropout is not None:
+        dropout = weighting.dropout._replace(first_head=weighting.dropout.first_head + first)
+        weighting = weighting._replace(dropout=dropout)
+    if weighting.sink is not None:  # other heads get no gradient here: ranks' gradients are summed
+        weighting = weighting._replace(sink=weighting.sink[first : first + count])
+    return _positions_of_own(core(query, key, value, attention_mask, weighting), group)
+
+
+def _gathered(tensors: list[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Return the whole sequence of several [b, g, s, any], in one exchange."""
+    rows = torch.cat([x.movedim(2, 0).flatten(1) for x in tensors], dim=1)  # [s, b * g * all]
+    sizes = [x[:, :, 0].numel() for x in tensors]
+    parts = gather_sequence(rows, group, dim=0).split(sizes, dim=1)
+    return [
+        part.unflatten(1, (x.shape[0], x.shape[1], -1)).movedim(0, 2)
+        for part, x in zip(parts, tensors, strict=True)
+    ]
 
 
 def _heads_of_all(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -12,12 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from megatron.core.extensions.torch_native import grouped_product, grouped_weight_grad
 from megatron.core.grad_sink import grad_sink_of
+from megatron.core.transformer.config.activation import ActivationKind
 from megatron.core.transformer.moe.expert_activation import activate, differentiate
 from megatron.core.weight_grad_queue import weight_gradient
 
 
 def activated_product(
-    inner: Tensor, probs: Tensor, weight: Tensor, tokens_per_expert: Tensor, *, gated: bool
+    inner: Tensor, probs: Tensor, weight: Tensor, tokens_per_expert: Tensor, *, kind: ActivationKind
 ) -> Tensor:
     """Return ``grouped_mm(weighted_activation(inner, probs), weight, tokens_per_expert)``.
 
@@ -26,12 +27,12 @@ def activated_product(
         probs: [num_rows], fp32 or fp64.
         weight: [num_experts, h, ffn]; gets zeros where an expert has no rows.
         tokens_per_expert: [num_experts], int64; sums to num_rows.
-        gated: SwiGLU instead of GELU.
+        kind: See ``weighted_activation``.
 
     Returns:
         [num_rows, h].
     """
-    out: Tensor = _ActivatedProduct.apply(inner, probs, weight, tokens_per_expert, gated)
+    out: Tensor = _ActivatedProduct.apply(inner, probs, weight, tokens_per_expert, kind)
     return out
 
 
@@ -43,11 +44,11 @@ class _ActivatedProduct(torch.autograd.Function):
         probs: Tensor,
         weight: Tensor,
         tokens_per_expert: Tensor,
-        gated: bool,
+        kind: ActivationKind,
     ) -> Tensor:
         ctx.save_for_backward(inner, probs, weight, tokens_per_expert)
-        ctx.gated, ctx.sink = gated, grad_sink_of(weight)
-        active = activate(inner, probs, gated=gated)
+        ctx.kind, ctx.sink = kind, grad_sink_of(weight)
+        active = activate(inner, probs, kind=kind)
         return grouped_product(active, weight.transpose(1, 2), tokens_per_expert)
 
     @staticmethod
@@ -56,7 +57,7 @@ class _ActivatedProduct(torch.autograd.Function):
         inner, probs, weight, tokens_per_expert = ctx.saved_tensors
         grad = grad.contiguous()
         grad_active = grouped_product(grad, weight, tokens_per_expert)
-        found = differentiate(inner, probs, grad_active, gated=ctx.gated)
+        found = differentiate(inner, probs, grad_active, kind=ctx.kind)
         grad_weight = None
         if ctx.needs_input_grad[2]:
             operands = grad, found.activated, tokens_per_expert

@@ -12,21 +12,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.core.transformer.activations import (
+    POINTWISE,
+    limited_gate,
+    limited_up,
+    stop_gradients,
+)
+from megatron.core.transformer.config.activation import ActivationKind
 from megatron.core.transformer.precision import compute_dtype
 
 
-def weighted_activation(inner: Tensor, probs: Tensor, *, gated: bool) -> Tensor:
+def weighted_activation(inner: Tensor, probs: Tensor, *, kind: ActivationKind) -> Tensor:
     """Activate ``inner`` and multiply each row by its prob; keeps only ``inner`` for backward.
 
     Args:
         inner: [num_rows, ffn], or [num_rows, 2 * ffn] when gated: first gate, then up.
         probs: [num_rows], fp32 or fp64.
-        gated: SwiGLU (arXiv:2002.05202) instead of exact GELU (arXiv:1606.08415).
+        kind: What is computed, before the prob.
 
     Returns:
         [num_rows, ffn] in the dtype of ``inner``.
     """
-    out: Tensor = _WeightedActivation.apply(inner, probs, gated)
+    out: Tensor = _WeightedActivation.apply(inner, probs, kind)
     return out
 
 
@@ -41,19 +48,23 @@ class ActivationGradient(NamedTuple):
     """[num_rows, ffn], what the forward returned."""
 
 
-def activate(inner: Tensor, probs: Tensor, *, gated: bool, out: Tensor | None = None) -> Tensor:
+def activate(
+    inner: Tensor, probs: Tensor, *, kind: ActivationKind, out: Tensor | None = None
+) -> Tensor:
     """Compute ``weighted_activation`` without autograd, into ``out`` if given."""
     if out is None:
-        out = inner.new_empty(len(inner), inner.shape[1] // (2 if gated else 1))
-    scratch = _Scratch(out)
+        out = inner.new_empty(len(inner), inner.shape[1] // (2 if kind.gated else 1))
+    scratch, function = _Scratch(out), POINTWISE[kind.function]
     for rows in scratch.blocks(len(out)):
         active = scratch.wide_like(out[rows], 0)
-        if gated:
+        if kind.gated:
             gate, up = inner[rows].chunk(2, dim=1)
-            torch.ops.aten.silu.out(scratch.widened(gate, 0), out=active)
-            active.mul_(scratch.widened(up, 1))
+            gate, up = scratch.widened(gate, 0), scratch.widened(up, 1)
+            gate, up = _limited(kind, gate, up, scratch)
+            function.value(gate, active)
+            active.mul_(up)
         else:
-            torch.ops.aten.gelu.out(scratch.widened(inner[rows], 0), out=active)
+            function.value(scratch.widened(inner[rows], 0), active)
         active.mul_(probs[rows].unsqueeze(1))
         scratch.put(active, out[rows])
     return out
@@ -64,16 +75,16 @@ def differentiate(
     probs: Tensor,
     grad: Tensor,
     *,
-    gated: bool,
+    kind: ActivationKind,
     out: ActivationGradient | None = None,
 ) -> ActivationGradient:
     """Compute the gradients of ``weighted_activation``, and its output once more.
 
     Args:
-        inner: Its argument, as ``probs`` and ``gated``.
+        inner: Its argument, as ``probs`` and ``kind``.
         probs: See ``inner``.
         grad: [num_rows, ffn], gradient of its output.
-        gated: See ``inner``.
+        kind: See ``inner``.
         out: Where to, all of them; new tensors when None.
     """
     if out is None:
@@ -81,10 +92,10 @@ def differentiate(
             torch.empty_like(inner), torch.empty_like(probs), torch.empty_like(grad)
         )
     scratch = _Scratch(out.activated)
-    differentiate_block = _differentiate_gated if gated else _differentiate_gelu
+    differentiate_block = _differentiate_gated if kind.gated else _differentiate_plain
     for rows in scratch.blocks(len(inner)):
         block = ActivationGradient(out.inner[rows], out.probs[rows], out.activated[rows])
-        differentiate_block(inner[rows], probs[rows], grad[rows], block, scratch)
+        differentiate_block(kind, inner[rows], probs[rows], grad[rows], block, scratch)
     return out
 
 
@@ -98,36 +109,57 @@ class Activation(NamedTuple):
 IN_TORCH = Activation(activate, differentiate)
 
 
+def _limited(
+    kind: ActivationKind, gate: Tensor, up: Tensor, scratch: "_Scratch"
+) -> tuple[Tensor, Tensor]:
+    """Return gate and up as they are used; in rooms of their own where they are changed."""
+    if not kind.is_limited:
+        return gate, up
+    new_gate, new_up = scratch.like(gate, 6), scratch.like(up, 7)
+    return limited_gate(kind, gate, new_gate), limited_up(kind, up, new_up)
+
+
 def _differentiate_gated(
-    inner: Tensor, probs: Tensor, grad: Tensor, out: ActivationGradient, scratch: "_Scratch"
+    kind: ActivationKind,
+    inner: Tensor,
+    probs: Tensor,
+    grad: Tensor,
+    out: ActivationGradient,
+    scratch: "_Scratch",
 ) -> None:
-    weight = probs.unsqueeze(1)
+    weight, function = probs.unsqueeze(1), POINTWISE[kind.function]
     gate, up = (scratch.widened(x, n) for n, x in enumerate(inner.chunk(2, dim=1)))
+    used_gate, used_up = _limited(kind, gate, up, scratch)
     grad = scratch.widened(grad, 2)
-    silu = torch.ops.aten.silu.out(gate, out=scratch.like(gate, 3))
-    active = torch.mul(silu, up, out=scratch.wide_like(out.activated, 4))
+    value = function.value(used_gate, scratch.like(gate, 3))
+    active = torch.mul(value, used_up, out=scratch.wide_like(out.activated, 4))
     torch.linalg.vecdot(active, grad, out=out.probs)
     scratch.put(active.mul_(weight), out.activated)
     weighted = torch.mul(grad, weight, out=scratch.like(gate, 5))
     out_gate, out_up = out.inner.chunk(2, dim=1)
-    grad_up = torch.mul(weighted, silu, out=scratch.wide_like(out_up, 3))
-    scratch.put(grad_up, out_up)
+    grad_up = torch.mul(weighted, value, out=scratch.wide_like(out_up, 3))
     grad_gate = scratch.wide_like(out_gate, 5)
-    torch.ops.aten.silu_backward.grad_input(weighted.mul_(up), gate, grad_input=grad_gate)
+    function.gradient(weighted.mul_(used_up), used_gate, grad_gate)
+    stop_gradients(kind, gate, up, grad_gate, grad_up)
+    scratch.put(grad_up, out_up)
     scratch.put(grad_gate, out_gate)
 
 
-def _differentiate_gelu(
-    inner: Tensor, probs: Tensor, grad: Tensor, out: ActivationGradient, scratch: "_Scratch"
+def _differentiate_plain(
+    kind: ActivationKind,
+    inner: Tensor,
+    probs: Tensor,
+    grad: Tensor,
+    out: ActivationGradient,
+    scratch: "_Scratch",
 ) -> None:
-    weight = probs.unsqueeze(1)
+    weight, function = probs.unsqueeze(1), POINTWISE[kind.function]
     wide, grad = scratch.widened(inner, 0), scratch.widened(grad, 1)
-    active = torch.ops.aten.gelu.out(wide, out=scratch.wide_like(out.activated, 2))
+    active = function.value(wide, scratch.wide_like(out.activated, 2))
     torch.linalg.vecdot(active, grad, out=out.probs)
     scratch.put(active.mul_(weight), out.activated)
     weighted = torch.mul(grad, weight, out=scratch.like(wide, 3))
-    grad_inner = scratch.wide_like(out.inner, 3)
-    torch.ops.aten.gelu_backward.grad_input(weighted, wide, grad_input=grad_inner)
+    grad_inner = function.gradient(weighted, wide, scratch.wide_like(out.inner, 3))
     scratch.put(grad_inner, out.inner)
 
 
@@ -176,14 +208,14 @@ class _Scratch:
 
 class _WeightedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inner: Tensor, probs: Tensor, gated: bool) -> Tensor:
+    def forward(ctx: Any, inner: Tensor, probs: Tensor, kind: ActivationKind) -> Tensor:
         ctx.save_for_backward(inner, probs)
-        ctx.gated = gated
-        return activate(inner, probs, gated=gated)
+        ctx.kind = kind
+        return activate(inner, probs, kind=kind)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         inner, probs = ctx.saved_tensors
-        found = differentiate(inner, probs, grad, gated=ctx.gated)
+        found = differentiate(inner, probs, grad, kind=ctx.kind)
         return found.inner, found.probs, None

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.core.grad_sink import GradSink, grad_sink_of
+from megatron.core.transformer.config.activation import ActivationKind
 from megatron.core.transformer.moe.expert_activation import (
     IN_TORCH,
     Activation,
@@ -40,7 +41,7 @@ def looped_experts(
     probs: Tensor,
     weights: ExpertWeights,
     *,
-    gated: bool,
+    kind: ActivationKind,
     adds_bias2: bool = True,
     activation: Activation = IN_TORCH,
 ) -> Tensor:
@@ -52,15 +53,15 @@ def looped_experts(
         probs: [num_rows], fp32 or fp64.
         weights: Of the experts; each gets a gradient, zeros where it had no rows. One that has
             a ``grad_sink_of`` gets it there, which saves a pass over memory as large as it.
-        gated: SwiGLU instead of GELU.
+        kind: What is computed between the matrices.
         adds_bias2: False when another rank adds ``bias2``; it gets its gradient all the same.
-        activation: What computes SwiGLU or GELU.
+        activation: What computes it.
 
     Returns:
         [num_rows, h].
     """
     sizes = tokens_per_expert.tolist()
-    out: Tensor = _LoopedExperts.apply(rows, probs, sizes, gated, adds_bias2, activation, *weights)
+    out: Tensor = _LoopedExperts.apply(rows, probs, sizes, kind, adds_bias2, activation, *weights)
     return out
 
 
@@ -73,7 +74,7 @@ class _LoopedExperts(torch.autograd.Function):
         rows: Tensor,
         probs: Tensor,
         sizes: list[int],
-        gated: bool,
+        kind: ActivationKind,
         adds_bias2: bool,
         activation: Activation,
         *weights: Tensor,
@@ -86,14 +87,14 @@ class _LoopedExperts(torch.autograd.Function):
             x, active = place.padded_rows(rows), actives[: place.padded_size]
             inner = x @ w1.t() if b1 is None else torch.addmm(b1, x, w1.t())
             own = slice(place.size)
-            activation.activate(inner[own], probs[place.own], gated=gated, out=active[own])
+            activation.activate(inner[own], probs[place.own], kind=kind, out=active[own])
             active[place.size :].zero_()
             torch.mm(active, w2.t(), out=out[place.padded])
             if b2 is not None and adds_bias2:
                 weight = probs[place.own].to(out.dtype).unsqueeze(1)
                 out[place.own].add_(weight * b2)
             inners.append(inner)
-        ctx.sizes, ctx.gated, ctx.adds_bias2 = sizes, gated, adds_bias2
+        ctx.sizes, ctx.kind, ctx.adds_bias2 = sizes, kind, adds_bias2
         ctx.activation = activation
         ctx.sinks = [grad_sink_of(weight) for weight in weights]
         ctx.save_for_backward(rows, probs, *weights, *inners)
@@ -128,7 +129,7 @@ class _LoopedExperts(torch.autograd.Function):
                 inner[own],
                 probs[place.own],
                 grad_active[own],
-                gated=ctx.gated,
+                kind=ctx.kind,
                 out=ActivationGradient(found.inner[own], found.probs, found.activated[own]),
             )
             if dw1 is not None and dw2 is not None:

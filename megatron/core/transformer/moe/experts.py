@@ -19,6 +19,8 @@ from megatron.core.param_role import GATED_PARTS, Init, ParamRole, Split, role_o
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers.linear import Linear
 from megatron.core.tensor_parallel.weight_split import split_over
+from megatron.core.transformer.activations import activation_of
+from megatron.core.transformer.config.activation import SWIGLU
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.moe.activated_product import activated_product
 from megatron.core.transformer.moe.expert_activation import (
@@ -41,7 +43,7 @@ class GroupedMLP(nn.Module):
     """
 
     weight1: nn.Parameter
-    """[num_local_experts, ffn, h]; 2 * ffn under SwiGLU, first gate, then up."""
+    """[num_local_experts, ffn, h]; 2 * ffn when gated, first gate, then up."""
     weight2: nn.Parameter
     """[num_local_experts, h, ffn]."""
     bias1: nn.Parameter | None
@@ -65,7 +67,7 @@ class GroupedMLP(nn.Module):
                 slice of them.
         """
         super().__init__()
-        self.gated = config.swiglu
+        self.kind = config.activation_kind
         self.grouped_mm = resolve("grouped_mm", config.moe_grouped_mm_backend)
         self.loops_on_cpu = config.moe_grouped_mm_backend == "auto"
         self.fused = config.moe_fused_activation
@@ -74,7 +76,7 @@ class GroupedMLP(nn.Module):
         ids = local_expert_ids(num_local_experts, pg_collection)
         self.adds_bias2 = adds_output_bias(pg_collection)
         hidden, ffn, dtype = config.moe_hidden_size, config.moe_ffn_size, params_dtype(config)
-        inner = ffn * (2 if self.gated else 1)
+        inner = ffn * (2 if self.kind.gated else 1)
         splits = expert_splits(config, pg_collection)
         matrices = {
             "weight1": ("linear_fc1.weight", (inner, hidden), input_init(config)),
@@ -87,7 +89,7 @@ class GroupedMLP(nn.Module):
         self.bias1 = self.bias2 = None
         for name, (piece, shape, init) in {
             **matrices,
-            **(vectors if config.add_bias_linear else {}),
+            **(vectors if config.has_mlp_bias else {}),
         }.items():
             split = splits[piece]
             role = ParamRole(
@@ -128,7 +130,7 @@ class GroupedMLP(nn.Module):
                 tokens_per_expert,
                 probs,
                 weights,
-                gated=self.gated,
+                kind=self.kind,
                 adds_bias2=self.adds_bias2,
                 activation=self._activation(rows.dtype),
             )
@@ -138,7 +140,7 @@ class GroupedMLP(nn.Module):
     def _activation(self, dtype: torch.dtype) -> Activation:
         """Return what computes the activation where experts are looped over."""
         asked = self.fused == "compiled"
-        if not asked and (self.fused == "off" or not self.gated or dtype not in DTYPES):
+        if not asked and (self.fused == "off" or self.kind != SWIGLU or dtype not in DTYPES):
             return IN_TORCH
         return fused_swiglu(dtype, required=asked)
 
@@ -159,10 +161,8 @@ class GroupedMLP(nn.Module):
     def _second_product(self, inner: Tensor, probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Activate ``inner`` [num_rows, ffn or 2 * ffn] and multiply by the second matrices."""
         if self.grouped_mm is torch_native.grouped_mm:
-            return activated_product(
-                inner, probs, self.weight2, tokens_per_expert, gated=self.gated
-            )
-        active = weighted_activation(inner, probs, gated=self.gated)  # which the package keeps
+            return activated_product(inner, probs, self.weight2, tokens_per_expert, kind=self.kind)
+        active = weighted_activation(inner, probs, kind=self.kind)  # which the package keeps
         output: Tensor = self.grouped_mm(active, self.weight2, tokens_per_expert)
         return output
 
@@ -182,14 +182,15 @@ class ExpertMLP(nn.Module):
 
     def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection) -> None:
         super().__init__()
-        self.gated = config.swiglu
+        kind = config.activation_kind
+        self.activation = activation_of(kind)
         self.adds_bias2 = adds_output_bias(pg_collection)
         hidden, dtype = config.moe_hidden_size, params_dtype(config)
         ffn = config.moe_ffn_size // pg_collection.expt_tp.size()
-        bias = config.add_bias_linear
+        bias = config.has_mlp_bias
         self.linear_fc1 = Linear(
             hidden,
-            ffn * (2 if self.gated else 1),
+            ffn * (2 if kind.gated else 1),
             init=input_init(config),
             dtype=dtype,
             bias=bias,
@@ -202,12 +203,7 @@ class ExpertMLP(nn.Module):
     def forward(self, rows: Tensor, probs: Tensor) -> Tensor:
         """Return prob * expert(row) for ``rows`` [n, h] and ``probs`` [n] (fp32 or fp64)."""
         inner, _ = self.linear_fc1(rows)
-        wide = inner.to(probs.dtype)
-        if self.gated:
-            gate, up = wide.chunk(2, dim=-1)
-            active = nn.functional.silu(gate) * up
-        else:
-            active = nn.functional.gelu(wide)
+        active = self.activation(inner.to(probs.dtype))
         weight = probs.unsqueeze(1)
         output, bias = self.linear_fc2((active * weight).to(rows.dtype))
         result: Tensor = output
@@ -268,8 +264,8 @@ def expert_splits(
 ) -> dict[str, Split | None]:
     """Return how each tensor of an expert is split over the ranks that share it, by its name."""
     ffn = config.moe_ffn_size
-    parts = (ffn, ffn) if config.swiglu else (ffn,)
-    names = GATED_PARTS if config.swiglu else ()
+    parts = (ffn, ffn) if config.gated_linear_unit else (ffn,)
+    names = GATED_PARTS if config.gated_linear_unit else ()
     fc1 = split_over("expt_tp", pg_collection, dim=0, parts=parts, names=names)
     return {
         "linear_fc1.weight": fc1,

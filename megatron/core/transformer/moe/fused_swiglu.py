@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.errors import BackendError
+from megatron.core.transformer.config.activation import SWIGLU, ActivationKind
 from megatron.core.transformer.moe.expert_activation import (
     IN_TORCH,
     Activation,
@@ -50,9 +51,11 @@ class FusedSwiGLU:
         ]
         self._activate.restype = self._differentiate.restype = None
 
-    def activate(self, inner: Tensor, probs: Tensor, *, gated: bool, out: Tensor) -> Tensor:
+    def activate(
+        self, inner: Tensor, probs: Tensor, *, kind: ActivationKind, out: Tensor
+    ) -> Tensor:
         """See ``expert_activation.activate``."""
-        assert gated, "only SwiGLU is fused"
+        assert kind == SWIGLU, f"only plain SwiGLU is fused, {kind=}"
         num_rows, width = out.shape
         probs = probs.contiguous()
         self._check(num_rows, {width: (out,), 2 * width: (inner,)}, (probs,))
@@ -60,10 +63,16 @@ class FusedSwiGLU:
         return out
 
     def differentiate(
-        self, inner: Tensor, probs: Tensor, grad: Tensor, *, gated: bool, out: ActivationGradient
+        self,
+        inner: Tensor,
+        probs: Tensor,
+        grad: Tensor,
+        *,
+        kind: ActivationKind,
+        out: ActivationGradient,
     ) -> ActivationGradient:
         """See ``expert_activation.differentiate``."""
-        assert gated, "only SwiGLU is fused"
+        assert kind == SWIGLU, f"only plain SwiGLU is fused, {kind=}"
         num_rows, width = out.activated.shape
         probs = probs.contiguous()
         matrices = {width: (grad, out.activated), 2 * width: (inner, out.inner)}
@@ -167,9 +176,9 @@ def _try_out(fused: FusedSwiGLU) -> None:
     probs, grad = torch.tensor([0.25, 1.0, 0.5]), gate.flip(1).div(16).to(fused.dtype)
     results = []
     for way in (IN_TORCH, fused):
-        active = way.activate(inner, probs, gated=True, out=torch.empty_like(grad))
+        active = way.activate(inner, probs, kind=SWIGLU, out=torch.empty_like(grad))
         made = ActivationGradient(*map(torch.empty_like, (inner, probs, grad)))
-        results.append((active, *way.differentiate(inner, probs, grad, gated=True, out=made)))
+        results.append((active, *way.differentiate(inner, probs, grad, kind=SWIGLU, out=made)))
     for want, got in zip(*results, strict=True):
         close = 8 * torch.finfo(want.dtype).eps
         if not torch.allclose(got, want, rtol=close, atol=close * float(want.abs().max())):

@@ -63,7 +63,7 @@ def saved_bytes(
     scores = num_tokens * experts * wide
     has_loss = bool(config.aux_loss_coeffs)
     sent, received = num_tokens * topk, sum(rows_per_expert)
-    inner = config.moe_ffn_size * (2 if config.swiglu else 1)
+    inner = config.moe_ffn_size * (2 if config.gated_linear_unit else 1)
     loops = on_cpu and config.moe_grouped_mm_backend == "auto"
     padded = [rows + -rows % _LOOP_ROWS for rows in rows_per_expert]
     first = sum(padded) if loops else received
@@ -87,7 +87,7 @@ def _shared_bytes(config: TransformerConfig, num_tokens: int, element: int) -> i
     if width is None:
         return 0
     wide = max(element, 4)
-    per_token = width * (3 if config.swiglu else 2) * element
+    per_token = width * (3 if config.gated_linear_unit else 2) * element
     if config.moe_shared_expert_gate:  # the output and its factor, that one twice if it is narrowed
         per_token += config.hidden_size * element + wide + (element if element < wide else 0)
     return num_tokens * per_token

@@ -64,6 +64,7 @@ def test_more_stages_than_parts_are_refused():
             "moe_ffn_hidden_size": 24,
         },
         {"num_moe_experts": 8, "moe_latent_size": 16},
+        {"window_size": [9, 0], "window_attn_skip_freq": [1, 1, 0]},
     ],
 )
 def test_estimated_costs_are_the_operations_that_throughput_counts(options):

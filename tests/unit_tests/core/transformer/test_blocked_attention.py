@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron.core.tensor_parallel.random import SampleRng, keep_scale
 from megatron.core.transformer import blocked_attention
+from megatron.core.transformer.attention_weights import Weighting
 from megatron.core.transformer.blocked_attention import WeightDropout, blocked_causal_attention
 from tests.helpers.tolerances import TOLERANCES
 
@@ -64,7 +65,7 @@ def test_output_and_gradients_equal_one_explicit_product(
 ) -> None:
     *inputs, upstream = _inputs(s, groups)
     mask = _document_mask(s) if masked else None
-    out = blocked_causal_attention(*inputs, mask, DROPOUT if dropping else None)
+    out = blocked_causal_attention(*inputs, mask, Weighting(dropout=DROPOUT if dropping else None))
     expected = _explicit(*inputs, mask, _dropout_factor(s) if dropping else None)
     exact = TOLERANCES[torch.float64]
     torch.testing.assert_close(out, expected, **exact)
@@ -78,11 +79,11 @@ def test_output_and_gradients_equal_one_explicit_product(
 def test_some_queries_get_what_they_get_among_all(offset: int, rows: int, dropping: bool) -> None:
     s, own = 10, slice(offset, offset + rows)
     *inputs, upstream = _inputs(s, 2)
-    mask, dropout = _document_mask(s), DROPOUT if dropping else None
-    whole = blocked_causal_attention(*inputs, mask, dropout)[:, :, own]
+    mask, weighting = _document_mask(s), Weighting(dropout=DROPOUT if dropping else None)
+    whole = blocked_causal_attention(*inputs, mask, weighting)[:, :, own]
     query, key, value = inputs
     part = blocked_causal_attention(
-        query[:, :, own], key, value, mask[:, :, own], dropout, offset=offset
+        query[:, :, own], key, value, mask[:, :, own], weighting, offset=offset
     )
     exact = TOLERANCES[torch.float64]
     torch.testing.assert_close(part, whole, **exact)

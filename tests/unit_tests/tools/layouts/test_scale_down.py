@@ -53,6 +53,23 @@ def test_heads_keep_their_groups():
     assert (model.num_attention_heads, model.num_query_groups) == (4, 1)
 
 
+def test_windows_end_within_short_sequences_and_layers_of_both_kinds_stay():
+    gpt_oss = f"{MIXTRAL} --window-size 127,0 --window-attn-skip-freq 2 --softmax-type learnable"
+    model = _small(gpt_oss)[0].model
+    assert model.attention_windows == [5, 5, None, None]  # layers 0, 10, 21 and 31
+    assert model.softmax_type == "learnable"
+    model = _small(f"{MIXTRAL} --window-size 2,0 --window-attn-skip-freq 30")[0].model
+    assert model.attention_windows == [2, None, 2, None]
+    model = _small(f"{MIXTRAL} --window-size 8191,0")[0].model  # longer than a sample
+    assert model.attention_windows == [16] * 4
+
+
+def test_scores_stay_as_large_as_they_were_for_the_cap():
+    model = _small(f"{MIXTRAL} --softmax-scale 0.0078125 --attn-logit-softcapping 30")[0].model
+    assert model.softmax_scale == pytest.approx(0.0078125 * (128 / 4) ** 0.5)
+    assert model.attn_logit_softcapping == 1.0
+
+
 def test_a_dense_model_stays_dense():
     config, _ = _small(DENSE)
     assert config.model.num_moe_experts is None

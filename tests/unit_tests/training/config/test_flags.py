@@ -53,7 +53,7 @@ def test_a_switch_is_set_back():
         ("--normalization rmsnorm", "one of LayerNorm, RMSNorm; did you mean RMSNorm?"),
         ("word --bf16", "'word' stands before the first flag"),
         ("--moe-paged-stash", "--moe-paged-stash is a Megatron-LM flag not offered here"),
-        ("--quick-geglu", "use --swiglu"),
+        ("--fp16-lm-cross-entropy", "the loss is always computed in fp32"),
         ("--attention-backend flsh", "did you mean flash?"),
         ("--attention-backend flash", "not offered, only auto"),
         ("--transformer-impl transformer_engine", "leave it out, or give local"),

@@ -55,7 +55,7 @@ def test_keys_are_field_names_or_flags_flat_or_in_sections(read):
         ("num_layers: many", "num_layers: many must be a whole number"),
         ("num_layers: true", "must be a whole number"),
         ("bf16: 1", "must be true or false"),
-        ("quick_geglu: true", "Megatron-LM flag not offered here: use --swiglu"),
+        ("fp16_lm_cross_entropy: true", "Megatron-LM flag not offered here: the loss is"),
         ("normalization: rmsnorm", "did you mean RMSNorm?"),
         ("- a\n- b", "key: value"),
         ("a: [", "is no YAML: line 1, column 5: while parsing a flow node, expected the node"),

@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
 from tests.helpers.models import MAX_LENGTH, VOCAB, tiny_batch, tiny_config, tiny_gpt
 from tests.helpers.tolerances import TOLERANCES
+from tests.reference.activations import OPTIONS
 from tests.reference.gpt import gpt_logits, token_losses
 
 SHAPES = {
@@ -31,6 +32,38 @@ SHAPES = {
         "add_bias_linear": False,
         "add_qkv_bias": True,
     },
+    "norms of heads, interleaved half rope, wide heads": {
+        "position_embedding_type": "rope",
+        "rotary_percent": 0.5,
+        "rotary_base": 25.5,
+        "rotary_interleaved": True,
+        "qk_layernorm": True,
+        "normalization": "RMSNorm",
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "kv_channels": 12,
+        "add_bias_linear": False,
+        "add_proj_bias": True,
+    },
+    "LayerNorm of heads, no positions": {
+        "position_embedding_type": "none",
+        "qk_layernorm": True,
+    },
+    "norm of all heads, rope": {
+        "position_embedding_type": "rope",
+        "rotary_base": 30.0,
+        "qk_layernorm": True,
+        "qk_layernorm_scope": "all_heads",
+        "normalization": "RMSNorm",
+        "group_query_attention": True,
+        "num_query_groups": 2,
+    },
+    "clamped quick GEGLU, biases of MLPs alone": {
+        "add_bias_linear": False,
+        "add_mlp_bias": True,
+        **OPTIONS["gpt_oss"],
+    },
+    "GELU by tanh": {"openai_gelu": True},
     "no positions, RMSNorm, gelu": {"position_embedding_type": "none", "normalization": "RMSNorm"},
     "learned, swiglu, biases, untied": {
         "swiglu": True,

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron.core.sequence_slices import chunks_of, own_ranges, take_own
 from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer import blocked_attention
+from megatron.core.transformer.attention_weights import Weighting
 from megatron.core.transformer.blocked_attention import WeightDropout, blocked_causal_attention
 from megatron.core.transformer.context_parallel.attention import context_parallel_attention
 from megatron.core.transformer.context_parallel.slices import (
@@ -46,14 +47,15 @@ def _check(comm_type: str, dtype: torch.dtype, tolerance: float) -> None:
         *inputs, upstream = _inputs(groups, dtype)
         mask = _documents() if masked else None
         dropout = WeightDropout(SampleRng(1, (7, 3)), 0.3, 5) if dropping else None
-        whole = blocked_causal_attention(*inputs, mask, dropout)
+        weighting = Weighting(dropout=dropout)
+        whole = blocked_causal_attention(*inputs, mask, weighting)
         wanted = torch.autograd.grad(whole, inputs, upstream.detach())
 
         mine = [take_own(x.detach(), rank, ranks, dim=2).requires_grad_() for x in inputs]
         out = context_parallel_attention(
             *mine,
             None if mask is None else take_own(mask, rank, ranks, dim=2),
-            dropout,
+            weighting,
             group=group,
             comm_type=comm_type,
             core=blocked_causal_attention,

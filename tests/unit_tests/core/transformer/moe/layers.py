@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.helpers.whole_tensors import whole_tensors
+from tests.reference.activations import ReferenceActivation
 from tests.reference.moe import ReferenceMoE, ReferenceRule
 
 H, FFN, NUM_EXPERTS = 16, 24, 8
@@ -75,8 +76,9 @@ def make_reference(config: TransformerConfig) -> ReferenceMoE:
         config.hidden_size,
         config.moe_ffn_size,
         config.num_moe_experts,
-        swiglu=config.swiglu,
-        bias=config.add_bias_linear,
+        activation=ReferenceActivation(*config.activation_kind),
+        bias=config.has_mlp_bias,
+        latent_bias=config.add_bias_linear,
         rule=make_rule(config),
         capacity_factor=config.moe_expert_capacity_factor,
         drop_policy=config.moe_token_drop_policy,

@@ -11,10 +11,17 @@ from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.transformer.moe.expert_loop import ROW_MULTIPLE, padded_size
 from megatron.core.transformer.moe.experts import GroupedMLP
 from tests.helpers.ranks import run_ranks
+from tests.reference.activations import OPTIONS
 from tests.unit_tests.core.transformer.moe.layers import H, make_groups, moe_config
 
 SIZES = [(3, 0, 18, 16), (0, 0, 0, 0), (1, 0, 0, 0)]
-SHAPES = [{"swiglu": True}, {"swiglu": True, "add_bias_linear": True}, {"add_bias_linear": True}]
+SHAPES = [
+    {"swiglu": True},
+    {"swiglu": True, "add_bias_linear": True},
+    {"add_bias_linear": True},
+    *OPTIONS.values(),
+    {**OPTIONS["gpt_oss"], "add_mlp_bias": True},
+]
 
 
 def _bank(config) -> GroupedMLP:

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
 from megatron.core.transformer.precision import compute_dtype
 from tests.helpers.ranks import run_ranks
 from tests.helpers.whole_tensors import whole_tensors
+from tests.reference.activations import OPTIONS
 from tests.unit_tests.core.transformer.moe.layers import H, make_groups, moe_config
 
 SIZES = (3, 0, 18, 1)
@@ -22,6 +23,7 @@ SHAPES = [
     {"swiglu": True, "add_bias_linear": True},
     {"swiglu": False, "add_bias_linear": True},
     {"swiglu": True},
+    {"swiglu": False, "add_mlp_bias": True, **OPTIONS["gpt_oss"]},
 ]
 
 

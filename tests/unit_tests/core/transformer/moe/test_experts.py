@@ -8,12 +8,15 @@ from megatron.core.param_role import logical_tensors, role_of
 from megatron.core.tensor_parallel.weight_init import init_weights, tensor_hashes
 from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
 from tests.helpers.ranks import run_ranks
+from tests.reference.activations import OPTIONS
 from tests.unit_tests.core.transformer.moe.layers import FFN, H, make_groups, moe_config
 
 SHAPES = [
     {"swiglu": True},
     {"swiglu": True, "add_bias_linear": True},
     {"swiglu": False, "add_bias_linear": True},
+    {"swiglu": False, "add_mlp_bias": True, **OPTIONS["gpt_oss"]},
+    {"swiglu": False, **OPTIONS["squared_relu"]},
     {"swiglu": True, "moe_ffn_hidden_size": 7},  # not 16 bytes wide: no grouped_mm
 ]
 SIZES = [(3, 0, 18, 1), (0, 0, 0, 0), (0, 0, 0, 5)]

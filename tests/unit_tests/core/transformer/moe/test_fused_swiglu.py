@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron.core.errors import BackendError
+from megatron.core.transformer.config.activation import GELU, SWIGLU
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe import fused_swiglu as module
 from megatron.core.transformer.moe.expert_activation import IN_TORCH, Activation, ActivationGradient
@@ -37,8 +38,8 @@ def _results(way: Activation, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     inner, probs, grad = inputs
     made = ActivationGradient(*(torch.full_like(x, torch.nan) for x in inputs))
     out = torch.full_like(grad, torch.nan)
-    assert way.activate(inner, probs, gated=True, out=out) is out
-    way.differentiate(inner, probs, grad, gated=True, out=made)
+    assert way.activate(inner, probs, kind=SWIGLU, out=out) is out
+    way.differentiate(inner, probs, grad, kind=SWIGLU, out=made)
     return [out, *made]
 
 
@@ -124,9 +125,9 @@ def test_what_c_must_not_touch_is_refused():
         (inner, probs, grad.to("meta")),
     ):
         with pytest.raises(AssertionError):
-            way.activate(bad_inner, bad_probs, gated=True, out=out)
+            way.activate(bad_inner, bad_probs, kind=SWIGLU, out=out)
     with pytest.raises(AssertionError, match="SwiGLU"):
-        way.activate(inner, probs, gated=False, out=inner)
+        way.activate(inner, probs, kind=GELU, out=inner)
 
 
 @needs_compiler

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.moe_module_specs import TOKEN_DISPATCHERS
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
 from tests.helpers.ranks import run_ranks
+from tests.reference.activations import OPTIONS
 from tests.unit_tests.core.transformer.moe.layers import (
     EMPTY_EXPERT,
     H,
@@ -129,6 +130,28 @@ def _parity(
 )
 def test_layer_equals_the_textbook_layer(world_size, ep, experts, shape):
     run_ranks(_parity, world_size, ep, experts, shape)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ep", "etp", "experts", "name"),
+    [
+        (4, 2, 2, "grouped", "gpt_oss"),
+        *(
+            pytest.param(*layout, experts, name, marks=SLOW)
+            for layout in ((1, 1, 1), (2, 2, 1), (2, 1, 2))
+            for experts in ("grouped", "sequential")
+            for name in OPTIONS
+        ),
+    ],
+)
+def test_a_layer_of_any_activation_equals_the_textbook_layer(world_size, ep, etp, experts, name):
+    shape = {
+        "swiglu": False,
+        "add_mlp_bias": True,
+        "moe_shared_expert_intermediate_size": 16,
+        **OPTIONS[name],
+    }
+    run_ranks(_parity, world_size, ep, experts, shape, etp, ROUTERS[1:2])
 
 
 @pytest.mark.parametrize(("world_size", "ep", "etp"), SHARED)

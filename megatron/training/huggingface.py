@@ -1,0 +1,320 @@
+"""Checkpoints of ours out of folders of Hugging Face's, and back: tensor by tensor, no ranks.
+
+What is written here is an ordinary checkpoint with weights alone; a run that loads it begins at
+iteration 0 with a fresh optimizer. Names and layouts are in megatron.core.models.huggingface.
+"""
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.dist_checkpointing import folders
+from megatron.core.dist_checkpointing.index import TensorFacts
+from megatron.core.dist_checkpointing.mapping import MODEL, OPTIMIZER
+from megatron.core.dist_checkpointing.offline import OfflineWriter, StoredCheckpoint, shared_out
+from megatron.core.errors import CheckpointError, ConfigError
+from megatron.core.models.huggingface import accounting, writer
+from megatron.core.models.huggingface.config_file import CONFIG
+from megatron.core.models.huggingface.exchange import hf_tensor, is_equal, our_tensor
+from megatron.core.models.huggingface.family import Family, families, family_named, family_of
+from megatron.core.models.huggingface.folder import HfFolder
+from megatron.core.models.huggingface.options import hf_config_of, model_options
+from megatron.core.models.huggingface.weight_plan import WeightPlan, weight_plan
+from megatron.training.config.run_config import RunConfig
+from megatron.training.huggingface_model import (
+    config_of,
+    dtype_flags,
+    model_facts,
+    options_of_checkpoint,
+    same_function,
+)
+from megatron.training.resume_rules import architecture, config_data, config_from_data
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+"""Names of number formats on the command line."""
+ITERATION = 0
+"""Of a checkpoint that an import writes."""
+WEIGHTS_ONLY = "weights_only"
+"""Entry of common.json: true where --load begins anew with the weights."""
+SHARD_BYTES = 5 * 10**9
+_FILE_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What an import or export did."""
+
+    path: Path
+    family: Family
+    options: Mapping[str, Any]
+    """Of the model, field -> value."""
+    num_tensors: int
+    """Written."""
+    size_bytes: int
+    seconds: float
+    ignored: tuple[str, ...] = ()
+    """Tensors on disk that are known to be no weights."""
+
+
+def import_checkpoint(
+    hf_dir: Path,
+    out_dir: Path,
+    *,
+    dtype: str | None = None,
+    make_vocab_size_divisible_by: int = 1,
+    ignore_fields: Collection[str] = (),
+) -> Exchanged:
+    """Make a checkpoint of ours out of a folder of Hugging Face's.
+
+    Args:
+        hf_dir: Has config.json and weights in safetensors.
+        out_dir: Gets ``iter_0000000`` and the tracker file.
+        dtype: Key of ``DTYPES``; that of the files when None.
+        make_vocab_size_divisible_by: The embedding gets rows of zeros up to a multiple of this.
+        ignore_fields: See ``model_options``.
+
+    Raises:
+        ConfigError: config.json cannot be built.
+        CheckpointError: Tensors are missing, too many, or of other shapes; files are damaged; or
+            ``out_dir`` holds a checkpoint already.
+    """
+    begin = time.perf_counter()
+    if (there := folders.find_checkpoint(out_dir, ITERATION)) is not None:
+        raise CheckpointError(f"{there} is there already; delete it or give another folder")
+    with HfFolder.open(hf_dir) as source:
+        options = model_options(source.config, ignore=ignore_fields)
+        rows = options["padded_vocab_size"]
+        unit = make_vocab_size_divisible_by
+        options["padded_vocab_size"] = -(-rows // unit) * unit
+        options |= dtype_flags(DTYPES[dtype] if dtype else _dtype_of(source))
+        config = config_of(options)
+        plan = weight_plan(family_of(source.config), options, vocab_size=rows)
+        shapes = {key: fact.shape for key, fact in source.facts.items()}
+        accounted = accounting.account(plan, shapes)
+        facts = model_facts(config, options["padded_vocab_size"])
+        accounting.compare_with_model(plan, {key: fact.shape for key, fact in facts.items()})
+        read = named_reader(source, accounted)
+        refuse_other_copies(source, accounted)
+        stored = {MODEL + key: fact for key, fact in facts.items()}
+        total = sum(fact.nbytes for fact in stored.values())
+        files = shared_out(stored, max(1, -(-total // _FILE_BYTES)))
+        with OfflineWriter(out_dir, ITERATION, files) as target:
+            for key in target.order:
+                name = key.removeprefix(MODEL)
+                target.add(key, our_tensor(plan, name, stored[key].dtype, read))
+            common = _common(config, plan.family, hf_dir, source.config)
+            path, size = target.finish(common, {})
+    assert isinstance(path, Path), f"{path} is no folder"
+    seconds = time.perf_counter() - begin
+    return Exchanged(path, plan.family, options, len(stored), size, seconds, accounted.ignored)
+
+
+def export_checkpoint(
+    ckpt_dir: Path,
+    hf_dir: Path,
+    *,
+    iteration: int | None = None,
+    family: str | None = None,
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    verify: bool = True,
+) -> Exchanged:
+    """Make a folder of Hugging Face's out of a checkpoint of ours.
+
+    Args:
+        ckpt_dir: Folder of checkpoints, or one of them.
+        hf_dir: To be made; not there yet, or empty.
+        iteration: Which checkpoint; the latest when None.
+        family: How to name the weights; the family that it was imported as, else the first that
+            fits, when None.
+        dtype: Key of ``DTYPES``; the model's when None. Wider than that, main weights are taken
+            where the checkpoint has them.
+        vocab_size: Rows of the vocabulary to write; those that it was imported with when None, else
+            the ids of the tokenizer, else all.
+        max_shard_bytes: Of one file of tensors.
+        verify: Read everything back and compare it bit for bit.
+
+    Raises:
+        ConfigError: No family computes what this model computes.
+        CheckpointError: Damage; something is there already; what was written reads differently.
+    """
+    begin = time.perf_counter()
+    writer.refuse_target(hf_dir)
+    source = StoredCheckpoint.open(ckpt_dir, iteration)
+    config = config_from_data(dict(source.common["config"]))
+    options = options_of_checkpoint(config, source.common["padded_vocab_size"])
+    found = _family_for(config, options, source, family)
+    rows = vocab_size or _rows(source, options["padded_vocab_size"])
+    plan = weight_plan(found, options, vocab_size=rows)
+    accounting.compare_with_model(plan, _shapes(source))
+    wanted = DTYPES[dtype] if dtype else _weights_dtype(source, plan)
+    facts = _hf_facts(plan, wanted)
+
+    def read(key: str) -> Tensor:
+        return source.read(_precise(source, key, wanted))
+
+    size = writer.write_folder(
+        hf_dir,
+        facts,
+        lambda key: hf_tensor(plan, key, facts[key].dtype, read),
+        documents={CONFIG: _hf_config(options, found, rows, wanted)},
+        copies={},
+        max_shard_bytes=max_shard_bytes,
+    )
+    if verify:
+        verify_export(hf_dir, plan, facts, read)
+    seconds = time.perf_counter() - begin
+    return Exchanged(hf_dir, found, options, len(facts), size, seconds)
+
+
+def verify_export(
+    hf_dir: Path, plan: WeightPlan, facts: Mapping[str, TensorFacts], read: Any
+) -> None:
+    """Import what was exported, tensor by tensor, and compare it with where it came from.
+
+    Raises:
+        CheckpointError: Names the tensors that differ.
+    """
+    with HfFolder.open(hf_dir) as again:
+        shapes = {key: fact.shape for key, fact in again.facts.items()}
+        accounted = accounting.account(plan, shapes)
+        back = named_reader(again, accounted)
+        wrong = []
+        for key, pieces in plan.pieces_of_key.items():
+            dtype = facts[pieces[0].hf_key].dtype
+            original = read(key).to(dtype)
+            if not is_equal(plan, key, original, our_tensor(plan, key, dtype, back)):
+                wrong.append(f"{key} reads differently")
+    accounting.refuse(f"{hf_dir} is not what the checkpoint holds", wrong)
+
+
+def named_reader(source: HfFolder, accounted: accounting.Accounting) -> Any:
+    """Return a function that reads tensors of a folder by their names in the plan."""
+
+    def read(hf_key: str, rows: tuple[int, int] | None) -> Tensor:
+        return source.read(accounted.names[hf_key], rows)
+
+    return read
+
+
+def refuse_other_copies(source: HfFolder, accounted: accounting.Accounting) -> None:
+    """Refuse a tensor that should repeat another one, as a tied output layer, and does not."""
+    accounting.refuse(
+        f"{source.path}: config.json ties tensors that differ",
+        [
+            f"{name} is not {original}"
+            for name, original in accounted.copies.items()
+            if not torch.equal(source.read(name), source.read(original))
+        ],
+    )
+
+
+def _dtype_of(source: HfFolder) -> torch.dtype:
+    """Return the dtype of most of the numbers."""
+    count: dict[torch.dtype, int] = {}
+    for fact in source.facts.values():
+        count[fact.dtype] = count.get(fact.dtype, 0) + fact.nbytes
+    best = max(count, key=lambda dtype: count[dtype])
+    return best if best in DTYPES.values() else torch.bfloat16
+
+
+def _common(
+    config: RunConfig, family: Family, hf_dir: Path, hf_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "iteration": ITERATION,
+        WEIGHTS_ONLY: True,
+        "consumed_train_samples": 0,
+        "data_fingerprint": None,
+        "dropout_seed": None,
+        "optimizer": None,
+        "loss_scale": None,
+        "world_size": 1,
+        "padded_vocab_size": config.tokenizer.padded_vocab_size,
+        "architecture": architecture(config.model),
+        "schedule": {},
+        "tokenizer": None,
+        "torch": torch.__version__,
+        "config": config_data(config),
+        "huggingface": {"family": family.name, "config": dict(hf_config)},
+        "history": [f"imported from {hf_dir.name} of Hugging Face ({family.name})"],
+    }
+
+
+def _family_for(
+    config: RunConfig, options: Mapping[str, Any], source: StoredCheckpoint, asked: str | None
+) -> Family:
+    """Return the family that computes what this model computes."""
+    origin = (source.common.get("huggingface") or {}).get("family")
+    names = [asked] if asked else [origin] if origin else [found.name for found in families()]
+    problems: dict[str, list[str]] = {}
+    for name in names:
+        family = family_named(name)
+        try:
+            problems[name] = same_function(config, options, family)
+        except ConfigError as error:
+            problems[name] = list(error.problems) or [str(error)]
+        if not problems[name]:
+            return family
+    nearest = min(problems, key=lambda name: len(problems[name]))
+    ConfigError.raise_if_any(
+        [f"{nearest}: {problem}" for problem in problems[nearest]],
+        "this model is none of " + ", ".join(names) if len(names) > 1 else None,
+    )
+    raise AssertionError("no problems and no family")
+
+
+def _hf_config(
+    options: Mapping[str, Any], family: Family, rows: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    return hf_config_of({**options, "padded_vocab_size": rows}, family, dtype=name)
+
+
+def _shapes(source: StoredCheckpoint) -> dict[str, tuple[int, ...]]:
+    """Return key, without ``model.``, -> shape of the weights of a checkpoint."""
+    keys = [key for key in source.keys if key.startswith(MODEL)]
+    return {key.removeprefix(MODEL): source.facts(key).shape for key in keys}
+
+
+def _rows(source: StoredCheckpoint, padded: int) -> int:
+    """Return how many rows of the vocabulary mean something."""
+    origin = (source.common.get("huggingface") or {}).get("config") or {}
+    if origin.get("vocab_size"):
+        return int(origin["vocab_size"])
+    ids: int | None = (source.common["tokenizer"] or {}).get("vocab_size")
+    settings = source.common["config"]["tokenizer"]
+    unit = settings.get("make_vocab_size_divisible_by") or 1
+    unit *= source.common["config"]["model"].get("tensor_model_parallel_size") or 1
+    return ids if ids is not None and -(-ids // unit) * unit == padded else padded
+
+
+def _weights_dtype(source: StoredCheckpoint, plan: WeightPlan) -> torch.dtype:
+    key = next(key for key in plan.shapes if key not in plan.fp32_keys)
+    return source.facts(MODEL + key).dtype
+
+
+def _hf_facts(plan: WeightPlan, dtype: torch.dtype) -> dict[str, TensorFacts]:
+    def kind(hf_key: str) -> torch.dtype:
+        keys = {piece.key for piece in plan.pieces_of_hf_key[hf_key]}
+        return torch.float32 if keys & plan.fp32_keys and dtype != torch.float64 else dtype
+
+    return {key: TensorFacts(shape, kind(key)) for key, shape in plan.hf_shapes.items()}
+
+
+def _precise(source: StoredCheckpoint, key: str, dtype: torch.dtype) -> str:
+    """Return the key of the main weight where more of it is wanted than the model keeps."""
+    main = f"{OPTIMIZER}main_param.{key}"
+    is_wider = dtype.itemsize > source.facts(MODEL + key).dtype.itemsize
+    return main if is_wider and main in source.index else MODEL + key

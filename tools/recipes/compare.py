@@ -1,0 +1,29 @@
+"""Counted parameters against published ones, as exactly as those are given. Pure."""
+
+from decimal import Decimal
+
+BILLION = 10**9
+ALLOWED = 0.01
+"""Relative difference that counts as equal."""
+
+
+def difference(published: str, counted: int) -> float:
+    """Return (counted - published) / published.
+
+    Args:
+        published: In billions, such as ``46.7``.
+        counted: Parameters.
+    """
+    return counted / (float(published) * BILLION) - 1
+
+
+def is_equal(published: str, counted: int) -> bool:
+    """Return whether ``counted`` lies within 1 % of ``published``, or rounds to it.
+
+    A figure such as 1.3 says no more than 1.25 to 1.35, which is 4 %.
+    """
+    if abs(difference(published, counted)) <= ALLOWED:
+        return True
+    exact = Decimal(published)
+    digit = Decimal(1).scaleb(int(exact.as_tuple().exponent))
+    return abs(Decimal(counted) / BILLION - exact) <= digit / 2
