@@ -68,6 +68,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero bubble": (2, PP | OVERLAP | {"pipeline_schedule": "zb-h1"}),
     "dualpipev": (2, PP | {"pipeline_schedule": "dualpipev", "num_layers": 4}),
     "overlapped experts": (2, EP | {"overlap_moe_expert_parallel_comm": True}),
+    "overlapped, late weights": (
+        2,
+        EP | {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True},
+    ),
     "zero 3": (2, {"use_torch_fsdp2": True}),
     "recomputed": (2, EP | FULL),
     "zero 3, recomputed": (2, FULL | {"use_torch_fsdp2": True}),
@@ -85,7 +89,7 @@ QUICK = [
     ("untied", "zero 3"),
 ]
 NO_EXPERTS = {"ep", "overlapped experts", "recomputed", "sp and ep", "cp and ep"}
-NO_EXPERTS |= {"ep and pp, sharded"}
+NO_EXPERTS |= {"ep and pp, sharded", "overlapped, late weights"}
 BY_LAYER = {"moe_layer_freq", "moe_num_experts_per_layer", "window_attn_skip_freq"}
 FOUR_LAYERS = {"virtual stages", "dualpipev"}
 
