@@ -20,7 +20,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.errors import ConfigError, DataError
 from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
-from megatron.core.transformer.moe.router import update_expert_biases, update_quantile_betas
+from megatron.core.transformer.moe.router_updates import update_expert_biases, update_quantile_betas
 from megatron.training.datasets.batch import Batch
 from megatron.training.initialize import World
 from megatron.training.loss import MaskedLoss

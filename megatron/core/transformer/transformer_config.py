@@ -77,6 +77,8 @@ class TransformerConfig(
         yield from self.parallel_problems()
         yield from self.activation_problems()
         yield from self.attention_problems(self.hidden_size)
+        if self.num_attention_heads:
+            yield from self.rotary_problems(self.rotary_dim)
         yield from self.core_attention_problems(self.num_layers)
         yield from self.scaling_problems()
         yield from self.precision_problems()
@@ -222,6 +224,16 @@ class TransformerConfig(
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a query or key that the tables of rotary positions are made for."""
+        return self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of ``rotary_channels`` are rotated; even."""
+        return int(self.rotary_channels * self.rotary_percent) // 2 * 2
 
     @property
     def attention_windows(self) -> list[int | None] | None:

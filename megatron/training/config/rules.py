@@ -14,6 +14,10 @@ from megatron.training.config.overlap_rules import OVERLAP_RULES
 from megatron.training.config.pipeline_rules import PIPELINE_RULES
 from megatron.training.config.run_rules import RULES_OF_FOLDERS, RUN_RULES
 from megatron.training.config.scaling_rules import SCALING_RULES
+from megatron.training.config.upcycling_rules import (
+    UPCYCLING_RULES,
+    UPCYCLING_RULES_OF_FOLDERS,
+)
 
 RULES = (
     *MODEL_RULES,
@@ -24,8 +28,9 @@ RULES = (
     *DATA_RULES,
     *RUN_RULES,
     *CHECKPOINT_RULES,
+    *UPCYCLING_RULES,
 )
-OF_FOLDERS = (*RULES_OF_FOLDERS, *CHECKPOINT_RULES_OF_FOLDERS)
+OF_FOLDERS = (*RULES_OF_FOLDERS, *CHECKPOINT_RULES_OF_FOLDERS, *UPCYCLING_RULES_OF_FOLDERS)
 
 
 def find_problems(check: Check, *, looks_at_folders: bool = True) -> list[str]:

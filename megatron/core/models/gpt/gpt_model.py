@@ -50,6 +50,7 @@ class GPTModel(nn.Module):
         vocab_size: int,
         max_sequence_length: int,
         *,
+        unpadded_vocab_size: int | None = None,
         stages: Sequence[StageLayers] | None = None,
         pg_collection: ProcessGroupCollection,
     ) -> None:
@@ -60,6 +61,8 @@ class GPTModel(nn.Module):
             transformer_layer_spec: Of ``get_gpt_decoder_block_spec``, or the user's own.
             vocab_size: Rows of the embedding, padding included.
             max_sequence_length: Longest sequence that learned positions can hold.
+            unpadded_vocab_size: Rows that are tokens; the others have no share in the softmax, and
+                logits of -inf. None: all are tokens.
             stages: The pipeline stages of this rank, in the order of the model; the whole model
                 when None.
             pg_collection: Groups of this rank.
@@ -76,12 +79,9 @@ class GPTModel(nn.Module):
         self.stages = tuple(stages or [whole_model(config.num_layers, config.mtp_depths)])
         self.embedding = self._make_embedding(pg_collection)
         self.rotary_pos_emb = None
-        if config.position_embedding_type == "rope":
+        if config.has_rotary_positions:
             self.rotary_pos_emb = RotaryEmbedding(
-                config.head_dim,
-                rotary_percent=config.rotary_percent,
-                rotary_base=config.rotary_base,
-                interleaved=config.rotary_interleaved,
+                config, channels=config.rotary_channels, rotary_dim=config.rotary_dim
             )
         self.decoder = TransformerBlock(
             config, transformer_layer_spec, stages=self.stages, pg_collection=pg_collection
@@ -96,7 +96,12 @@ class GPTModel(nn.Module):
             )
         self.output_layer = None
         if any(stage.head for stage in self.stages):
-            self.output_layer = OutputLayer(config, vocab_size, pg_collection=pg_collection)
+            self.output_layer = OutputLayer(
+                config,
+                vocab_size,
+                unpadded_vocab_size=unpadded_vocab_size,
+                pg_collection=pg_collection,
+            )
 
     def _make_embedding(
         self, pg_collection: ProcessGroupCollection
@@ -178,7 +183,9 @@ class GPTModel(nn.Module):
             positions = own_ranges(length * ranks, self.cp_group.rank(), ranks)
             if offset:
                 positions = (range(offset, offset + length),)
-            rotary = self.rotary_pos_emb(positions, hidden_states)
+            cache = context.kv_cache
+            whole = length * ranks if cache is None else cache.max_len
+            rotary = self.rotary_pos_emb(positions, hidden_states, length=whole)
         hidden_states = self.decoder(hidden_states, attention_mask, rotary, context)
         if context.kv_cache is not None:
             context.kv_cache.advance(length)
