@@ -28,7 +28,8 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
     depths = config.mtp_depths  # each a head, a projection of two to one, and a layer
     products = float(vocab_size * hidden * (1 + depths) + 2 * hidden * hidden * depths)
     pattern = config.moe_layer_pattern
-    for layer, is_moe in enumerate((*pattern, *pattern[-1:] * depths)):
+    for layer in (*range(len(pattern)), *[len(pattern) - 1] * depths):
+        is_moe = pattern[layer]
         own = config.for_layer(layer) if is_moe else config
         causal_core = core_products(config, config.mean_keys_of(layer, seq_length))
         products += projections + causal_core + _mlp_products(own, is_moe)

@@ -22,6 +22,8 @@ class LayerCosts:
     embedding: float = 0.0
     head: float = 0.0
     """Final norm, output head and loss, and multi-token prediction, which is beside it."""
+    mtp_num_layers: int = 0
+    """Modules of multi-token prediction that ``head`` costs."""
 
 
 def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size: int) -> LayerCosts:
@@ -50,6 +52,7 @@ def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size:
         layers=tuple(map(float, layers)),
         embedding=float(hidden),
         head=float(hidden * vocab_size + ahead),
+        mtp_num_layers=config.mtp_depths,
     )
 
 

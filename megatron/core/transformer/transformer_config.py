@@ -210,7 +210,13 @@ class TransformerConfig(
         """Return a config of which every layer is as the last one of this."""
         last = self.num_layers - 1
         config = self.for_layer(last) if self.moe_layer_pattern[last] else self
-        return replace(config, cp_comm_type=[self.cp_comm_type_of(last)])
+        has_window = self.attention_window_of(last) is not None
+        return replace(
+            config,
+            cp_comm_type=[self.cp_comm_type_of(last)],
+            window_size=self.window_size if has_window else None,
+            window_attn_skip_freq=None,
+        )
 
     @property
     def head_dim(self) -> int:

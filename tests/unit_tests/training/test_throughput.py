@@ -56,3 +56,12 @@ def test_a_window_counts_the_keys_in_it() -> None:
     assert _flops() - half == 6 * 2 * 8 * (2 - 1.5)
     for reach in ([3, 0], [100, 0], [-1, 0]):
         assert _flops(window_size=reach) == _flops()
+
+
+def test_a_depth_of_multi_token_prediction_costs_a_layer_a_head_and_a_projection() -> None:
+    # projections 4*8*8, causal core 8*4, two matrices of 8*16; logits 32*8; two widths to one
+    depth = 256 + 32 + 256 + 256 + 2 * 8 * 8
+    assert _flops(mtp_num_layers=2) - _flops() == 6 * 2 * depth
+    experts = {"num_moe_experts": 8, "moe_router_topk": 3, "moe_layer_freq": [0, 1]}
+    of_last = 6 * (depth + 2 * 2 * 8 * 16)
+    assert _flops(**experts, mtp_num_layers=1) - _flops(**experts) == of_last
