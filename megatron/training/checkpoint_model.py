@@ -68,10 +68,7 @@ def load_trained_model(
     config = config_from_data(opened.common["config"])
     for_one_process(config)
     tokenizer = saved_tokenizer(opened)
-    vocab_size = opened.common["padded_vocab_size"]
-    if vocab_size is None:
-        raise CheckpointError(f"{opened.path} holds no GPTModel (it has no word embedding)")
-    model = _model(config, vocab_size).to(device)
+    model = empty_model(opened, config).to(device)
     read_tensors(opened.path, model_tensors(model), None, prefixes=(MODEL,))
     model.eval()
     return TrainedModel(model=model, config=config, tokenizer=tokenizer, path=opened.path)
@@ -111,6 +108,22 @@ def saved_tokenizer(opened: OpenCheckpoint) -> Tokenizer | None:
     return tokenizer
 
 
+def empty_model(opened: OpenCheckpoint, config: RunConfig) -> GPTModel:
+    """Build the model of a checkpoint in this process, its weights not set.
+
+    Args:
+        opened: The checkpoint.
+        config: Of the run that saved it, ``for_one_process``.
+
+    Raises:
+        CheckpointError: It is not of a GPTModel.
+    """
+    vocab_size = opened.common["padded_vocab_size"]
+    if vocab_size is None:
+        raise CheckpointError(f"{opened.path} holds no GPTModel (it has no word embedding)")
+    return _model(config, vocab_size)
+
+
 def _from_huggingface(folder: Path, device: torch.device | str) -> TrainedModel:
     """Build the model of a folder of Hugging Face's."""
     from megatron.training.huggingface_load import load_folder  # its packages need not be here
@@ -137,5 +150,6 @@ def _model(config: RunConfig, vocab_size: int) -> GPTModel:
             get_gpt_decoder_block_spec(config.model),
             vocab_size=vocab_size,
             max_sequence_length=config.model.max_position_embeddings,
+            unpadded_vocab_size=config.tokenizer.unpadded_vocab_size,
             pg_collection=ProcessGroupCollection.create(config.model.layout(1)),
         )

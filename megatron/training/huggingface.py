@@ -100,6 +100,7 @@ def import_checkpoint(
         options |= dtype_flags(wanted)
         numbers = PlainNumbers(source, wanted)
         config = config_of(options)
+        config.tokenizer.unpadded_vocab_size = rows
         plan = weight_plan(family_of(source.config), options, vocab_size=rows)
         shapes = {key: fact.shape for key, fact in numbers.facts.items()}
         accounted = accounting.account(plan, shapes)
@@ -251,6 +252,8 @@ def _rows(source: StoredCheckpoint, padded: int) -> int:
         return int(origin["vocab_size"])
     ids: int | None = (source.common["tokenizer"] or {}).get("vocab_size")
     settings = source.common["config"]["tokenizer"]
+    if settings.get("unpadded_vocab_size"):
+        return int(settings["unpadded_vocab_size"])
     unit = settings.get("make_vocab_size_divisible_by") or 1
     unit *= source.common["config"]["model"].get("tensor_model_parallel_size") or 1
     return ids if ids is not None and -(-ids // unit) * unit == padded else padded

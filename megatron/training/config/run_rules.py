@@ -151,6 +151,13 @@ def _other_run(check: Check, folder: Place) -> Iterator[str]:
     if load is not None and place(load).resolve() == folder.resolve():
         return
     if found := complete_iterations(folder):
+        if check.config.checkpoint.moe_use_upcycling:
+            yield (
+                f"{check.show('save')} already holds checkpoints (newest: iteration {found[-1]}), "
+                "and a model is upcycled once: to go on with it give --load in the place of "
+                f"--moe-use-upcycling, --load {folder}; or choose another folder"
+            )
+            return
         yield (
             f"{check.show('save')} already holds checkpoints of another run (newest: iteration "
             f"{found[-1]}); add --load {folder} to go on with it, or choose another folder"
