@@ -81,3 +81,22 @@ def test_torchrun_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="leave out torchrun and add --dry-run-world-size 4"):
         parse_args(f"{GOOD} --dry-run".split())
+
+
+def test_a_dry_run_knows_latent_attention(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    latents = (
+        "--multi-latent-attention --q-lora-rank 12 --kv-lora-rank 8 --qk-head-dim 6 "
+        "--qk-pos-emb-head-dim 4 --v-head-dim 5 --normalization RMSNorm --disable-bias-linear"
+    )
+    done = _dry_run(f"{LAYOUT} --sequence-parallel {latents} --dry-run-json {target}")
+    assert done.returncode == 0, done.stderr
+    assert "no deadlock: every rank comes to the end of the step" in done.stdout
+    figures = json.loads(target.read_text())
+    hidden, heads, vocab = 32, 2, 8192
+    queries = hidden * 12 + 12 + 12 * heads * (6 + 4)
+    latent = hidden * (8 + 4) + 8 + 8 * heads * (6 + 5)
+    attention = queries + latent + heads * 5 * hidden
+    experts = 8 * 2 * hidden * 4 * hidden
+    layer = attention + experts + 8 * hidden + 2 * hidden
+    assert figures["parameters"]["whole"] == vocab * hidden + 2 * layer + hidden
