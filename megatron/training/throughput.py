@@ -2,7 +2,8 @@
 
 The count is Megatron's, so that figures compare: matrix products only, causal half of attention
 (of a layer with a window, what lies in it, which Megatron counts in full), the top-k experts of
-each token whether or not they were dropped, the shared experts, no router, backward = 2 x forward.
+each token whether or not they were dropped, the shared experts, multi-token prediction, no router,
+backward = 2 x forward.
 """
 
 from megatron.core.transformer.attention_products import core_products, projection_products
@@ -22,9 +23,11 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
 
     Source: Narayanan et al. 2021 (arXiv:2104.04473), appendix; MoE layers count ``topk`` experts.
     """
-    projections = projection_products(config)
-    products = float(vocab_size * config.hidden_size)
-    for layer, is_moe in enumerate(config.moe_layer_pattern):
+    hidden, projections = config.hidden_size, projection_products(config)
+    depths = config.mtp_depths  # each a head, a projection of two to one, and a layer
+    products = float(vocab_size * hidden * (1 + depths) + 2 * hidden * hidden * depths)
+    pattern = config.moe_layer_pattern
+    for layer, is_moe in enumerate((*pattern, *pattern[-1:] * depths)):
         own = config.for_layer(layer) if is_moe else config
         causal_core = core_products(config, config.mean_keys_of(layer, seq_length))
         products += projections + causal_core + _mlp_products(own, is_moe)

@@ -146,6 +146,12 @@ _DENSE_CASES = {
         | {"hidden_size": 48, "num_attention_heads": 6, "tie_word_embeddings": True}
         | _rope(10000.0),
     ),
+    "smollm3": Case(
+        "smollm3",
+        DENSE
+        | {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0], "tie_word_embeddings": True}
+        | _rope(2e6),
+    ),
 }
 _SOFTMAX_CASES = {
     "mixtral": Case(

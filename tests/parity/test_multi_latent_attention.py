@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_aux_loss_coeff": [0.02],
         "moe_layer_freq": [0, 1],
     },
+    "tokens further ahead": {"q_lora_rank": 10, "mtp_num_layers": 1},
 }
 TP2 = {"tensor_model_parallel_size": 2}
 TP4 = {"tensor_model_parallel_size": 4}
@@ -73,6 +74,7 @@ QUICK = [
     ("experts", 4, TP2 | SP | EP2 | ZERO),
     ("query latent", 2, PP2),
     ("no query latent", 2, ZERO3),
+    ("tokens further ahead", 2, TP2 | SP),
 ]
 
 

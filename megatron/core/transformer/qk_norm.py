@@ -71,7 +71,9 @@ class AllHeadsNorm(nn.Module):
         super().__init__()
         self.eps, self.group = config.layernorm_epsilon, pg_collection.tp
         ranks, width = self.group.size(), num_heads * config.head_dim
-        role = ParamRole(init=Init(kind="ones"), decays=config.apply_wd_to_qk_layernorm)
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        init = Init(kind="zeros" if self.zero_centered else "ones")
+        role = ParamRole(init=init, decays=config.apply_wd_to_qk_layernorm)
         self.part = slice(None)
         """Of the weight, of this rank's heads."""
         if num_heads % ranks == 0:
@@ -86,9 +88,10 @@ class AllHeadsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [s, b, ..., d], this rank's heads, over all that is of one token."""
-        out: Tensor = _RMSNormOverRanks.apply(
-            x.flatten(2), self.weight[self.part], self.eps, self.group
-        )
+        weight = self.weight[self.part]
+        if self.zero_centered:
+            weight = weight.to(compute_dtype(weight.dtype)) + 1.0
+        out: Tensor = _RMSNormOverRanks.apply(x.flatten(2), weight, self.eps, self.group)
         return out.view(x.shape)
 
 

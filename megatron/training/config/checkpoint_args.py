@@ -32,7 +32,8 @@ _ALONE = """
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size moe_router_type
     moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor
     moe_router_enable_expert_bias moe_router_bias_update_rate moe_input_jitter_eps
-    moe_router_dtype moe_z_loss_coeff moe_router_quantile_balancing_ema
+    moe_router_dtype moe_router_bias moe_router_norm_topk_prob moe_z_loss_coeff
+    moe_router_quantile_balancing_ema
     layernorm_zero_centered_gamma embedding_multiplier residual_multiplier logits_multiplier
     final_logit_softcapping sandwich_norm
 """
@@ -59,10 +60,11 @@ MODEL: tuple[tuple[str, ...], ...] = (
     ("group_query_attention", "num_query_groups"),
     ("window_size", "window_attn_skip_freq"),
     ("fp16", "bf16", "fp64"),
+    ("mtp_num_layers", "mtp_loss_scaling_factor"),
     ("parallel_residual", "parallel_residual_shared_norm"),
     ("num_moe_experts", "moe_num_experts_per_layer"),
     ("moe_router_topk", "moe_router_topk_per_layer"),
-    ("moe_router_num_groups", "moe_router_group_topk"),
+    ("moe_router_num_groups", "moe_router_group_topk", "moe_router_group_score_topk"),
     ("moe_router_load_balancing_type", "moe_aux_loss_coeff"),
     (
         "moe_expert_capacity_factor",
@@ -70,6 +72,7 @@ MODEL: tuple[tuple[str, ...], ...] = (
         "moe_pad_expert_input_to_capacity",
     ),
     ("padded_vocab_size", "make_vocab_size_divisible_by"),
+    ("unpadded_vocab_size",),
 )
 """What makes the model compute what it computed, in training too."""
 
@@ -147,6 +150,8 @@ def _taken(
     wanted: CheckpointConfig,
 ) -> Given:
     facts = stored_facts(start)
+    if start.is_huggingface:
+        _pad_for_ranks(facts["config"]["tokenizer"], said)
     stored = {
         name: value for section in facts["config"].values() for name, value in section.items()
     }
@@ -174,6 +179,12 @@ def _taken(
     ]
     given.notices.append(f"{FLAG}: taken from {start.path}: {', '.join(shown) or 'nothing'}")
     return given
+
+
+def _pad_for_ranks(tokenizer: dict[str, Any], said: dict[str, Any]) -> None:
+    """Add the fewest rows to a vocabulary that tensor-parallel ranks can share, in place."""
+    ranks = max(said.get("tensor_model_parallel_size") or 1, 1)
+    tokenizer["padded_vocab_size"] = -(-tokenizer["padded_vocab_size"] // ranks) * ranks
 
 
 def _of_groups(

@@ -213,7 +213,7 @@ PREFIXES: tuple[tuple[str, str], ...] = (
         "a trace holds experts and weights of each token: --moe-routing-trace-path",
     ),
     ("--moe-", "this part of the MoE layer is not offered yet; see --help for what is"),
-    ("--mtp-", "multi-token prediction is not offered yet; leave it out"),
+    ("--mtp-", "give --mtp-num-layers and --mtp-loss-scaling-factor alone"),
     ("--mrope", "use --position-embedding-type rope"),
     ("--relative-attention", "use --position-embedding-type rope"),
     ("--mamba", _OTHER_MODEL),

@@ -68,6 +68,7 @@ MAY_DIFFER = {
     "recompute_method",
     "recompute_num_layers",
     "recompute_modules",
+    "mtp_loss_scaling_factor",
     "max_position_embeddings",  # its table is compared by shape
 }
 RESOLVED = {

@@ -14,6 +14,10 @@ from megatron.core.transformer.multi_latent_attention import (
     MLASelfAttention,
     MLASelfAttentionSubmodules,
 )
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.qk_norm import HEAD_NORMS, AllHeadsNorm
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNorm, RMSNorm
@@ -39,6 +43,21 @@ def get_gpt_decoder_block_spec(config: TransformerConfig) -> TransformerBlockSub
     return TransformerBlockSubmodules(
         layer_specs=tuple(get_gpt_layer_spec(config, moe) for moe in config.moe_layer_pattern),
         layer_norm=NORMS[config.normalization],
+        mtp_layer=get_mtp_layer_spec(config) if config.mtp_depths else None,
+    )
+
+
+def get_mtp_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Describe one depth of multi-token prediction, its layer of the kind of the last one."""
+    norm = NORMS[config.normalization]
+    return ModuleSpec(
+        MultiTokenPredictionLayer,
+        MultiTokenPredictionLayerSubmodules(
+            enorm=norm,
+            hnorm=norm,
+            transformer_layer=get_gpt_layer_spec(config, config.moe_layer_pattern[-1]),
+            final_layernorm=norm,
+        ),
     )
 
 

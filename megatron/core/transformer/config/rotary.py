@@ -3,9 +3,9 @@
 Several flags say how rotary positions are stretched; ``rope_scaling`` is what they say together.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from megatron.core.config_field import derived, flag
 
@@ -160,7 +160,7 @@ class RotaryConfig:
             return self.rope_scaling_factor
         if kind == "longrope":
             return self.max_position_embeddings / (self.rope_original_length or 1)
-        return _FACTORS[kind]
+        return _FACTORS.get(kind, 1.0)
 
     @property
     def rope_original_length(self) -> int | None:
@@ -230,3 +230,29 @@ class RotaryConfig:
                     f"--{name.replace('_', '-')} has {len(factors)} numbers; one for each pair of "
                     f"the {dim} channels of a head that are rotated is needed, {dim // 2}"
                 )
+
+
+def written_out(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of positions without other ways to say them and without defaults.
+
+    Args:
+        options: Of a model, by field name; those of other parts are not looked at.
+
+    Returns:
+        Options of the same function: ``rope_scaling_type`` says the kind of scaling, its factor and
+        original length are given where it has them.
+    """
+    names = {entry.name for entry in fields(RotaryConfig)}
+    config = RotaryConfig(**{name: value for name, value in options.items() if name in names})
+    kind = config.rope_scaling
+    found: dict[str, Any] = {
+        "position_embedding_type": config.position_kind,
+        "rotary_seq_len_interpolation_factor": None,
+        "use_rope_scaling": False,
+        "rope_type": None,
+        "rope_scaling_type": kind,
+    }
+    if kind != "none":
+        found["rope_scaling_factor"] = config.rope_factor
+        found["rope_scaling_original_max_position_embeddings"] = config.rope_original_length
+    return found

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from megatron.core.inference.kv_cache import KVCache
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tests.helpers.models import tiny_batch, tiny_config, tiny_gpt
+from tests.helpers.models import tiny_batch, tiny_config, tiny_gpt, world_of_one
 from tests.helpers.tolerances import TOLERANCES
+from tests.reference.gpt import gpt_logits
 
 
 def _cache(config: TransformerConfig, max_len: int = 16) -> KVCache:
@@ -69,6 +71,46 @@ def test_norms_and_rotations_in_pieces_equal_those_at_once(kind: str) -> None:
         ]
         expected = model(ids, positions)
     torch.testing.assert_close(torch.cat(got, dim=1), expected, **TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize("pieces", [[11], [1] * 11, [4, 1, 1, 5], [3, 8]])
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=["kernel", "blocks"])
+def test_windows_and_sinks_reach_into_the_cache(softcap: float | None, pieces: list[int]) -> None:
+    config = tiny_config(
+        position_embedding_type="rope",
+        window_size=[3, 0],
+        window_attn_skip_freq=[1, 0],
+        softmax_type="learnable",
+        attn_logit_softcapping=softcap,
+    )
+    model = tiny_gpt(config)
+    ids, positions, _ = tiny_batch(samples=2, length=11)
+    context = ForwardContext(kv_cache=_cache(config))
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        got = [
+            model(piece, places, context=context)
+            for piece, places in zip(
+                ids.split(pieces, dim=1), positions.split(pieces, dim=1), strict=True
+            )
+        ]
+        expected = gpt_logits(weights, config, ids, positions)
+    torch.testing.assert_close(torch.cat(got, dim=1), expected, **TOLERANCES[torch.float64])
+
+
+def test_values_may_be_of_another_size_than_keys() -> None:
+    core = DotProductAttention(tiny_config(), layer_number=1, pg_collection=world_of_one())
+    query, key, value = (torch.randn(2, 4, 6, size).double() for size in (8, 8, 5))
+    cache = KVCache(2, 2, 6, 4, 8, torch.float64, value_dim=5)
+    with torch.no_grad():
+        whole = core(query, key, value, None, ForwardContext())
+        parts = []
+        for part in (slice(0, 4), slice(4, 6)):
+            context = ForwardContext(kv_cache=cache)
+            parts.append(core(*(x[:, :, part] for x in (query, key, value)), None, context))
+            cache.advance(part.stop - part.start)
+    assert whole.shape == (6, 2, 4 * 5)
+    torch.testing.assert_close(torch.cat(parts), whole, **TOLERANCES[torch.float64])
 
 
 def test_mask_over_cached_positions_hides_them() -> None:

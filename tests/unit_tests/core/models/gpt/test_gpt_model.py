@@ -89,10 +89,33 @@ SHAPES = {
         **OPTIONS["gpt_oss"],
     },
     "GELU by tanh": {"openai_gelu": True},
+    "norm of all heads, weights around 1": {
+        "qk_layernorm": True,
+        "qk_layernorm_scope": "all_heads",
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": True,
+    },
+    "norm of heads, weights around 1": {
+        "qk_layernorm": True,
+        "layernorm_zero_centered_gamma": True,
+    },
     "no positions, RMSNorm, gelu": {"position_embedding_type": "none", "normalization": "RMSNorm"},
     "learned, swiglu, biases, untied": {
         "swiglu": True,
         "untie_embeddings_and_output_weights": True,
+    },
+    "windows in the first layer, learnt sinks": {
+        "window_size": [2, 0],
+        "window_attn_skip_freq": 2,
+        "softmax_type": "learnable",
+        "position_embedding_type": "rope",
+        "group_query_attention": True,
+        "num_query_groups": 2,
+    },
+    "capped scores of another scale, off by one": {
+        "attn_logit_softcapping": 2.0,
+        "softmax_scale": 0.7,
+        "softmax_type": "off-by-one",
     },
 }
 
