@@ -23,8 +23,7 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
 
     Source: Narayanan et al. 2021 (arXiv:2104.04473), appendix; MoE layers count ``topk`` experts.
     """
-    hidden = config.hidden_size
-    projections = projection_products(config)
+    hidden, projections = config.hidden_size, projection_products(config)
     depths = config.mtp_depths  # each a head, a projection of two to one, and a layer
     products = float(vocab_size * hidden * (1 + depths) + 2 * hidden * hidden * depths)
     pattern = config.moe_layer_pattern

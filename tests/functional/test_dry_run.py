@@ -98,3 +98,22 @@ def test_a_cap_of_attention_scores_costs_memory_on_cuda_where_windows_cost_none(
         activations.append(figures["ranks"][0]["memory_bytes"]["activations"])
     weights = 2 * 2 * 512 * (512 / 2) * 2  # samples, heads, queries, keys, bytes of bf16
     assert activations[1] - activations[0] > weights / 2
+
+
+def test_a_dry_run_knows_latent_attention(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    latents = (
+        "--multi-latent-attention --q-lora-rank 12 --kv-lora-rank 8 --qk-head-dim 6 "
+        "--qk-pos-emb-head-dim 4 --v-head-dim 5 --normalization RMSNorm --disable-bias-linear"
+    )
+    done = _dry_run(f"{LAYOUT} --sequence-parallel {latents} --dry-run-json {target}")
+    assert done.returncode == 0, done.stderr
+    assert "no deadlock: every rank comes to the end of the step" in done.stdout
+    figures = json.loads(target.read_text())
+    hidden, heads, vocab = 32, 2, 8192
+    queries = hidden * 12 + 12 + 12 * heads * (6 + 4)
+    latent = hidden * (8 + 4) + 8 + 8 * heads * (6 + 5)
+    attention = queries + latent + heads * 5 * hidden
+    experts = 8 * 2 * hidden * 4 * hidden
+    layer = attention + experts + 8 * hidden + 2 * hidden
+    assert figures["parameters"]["whole"] == vocab * hidden + 2 * layer + hidden

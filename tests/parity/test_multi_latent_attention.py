@@ -40,6 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_aux_loss_coeff": [0.02],
         "moe_layer_freq": [0, 1],
     },
+    "tokens further ahead": {"q_lora_rank": 10, "mtp_num_layers": 1},
 }
 TP2 = {"tensor_model_parallel_size": 2}
 TP4 = {"tensor_model_parallel_size": 4}
@@ -48,6 +49,7 @@ CP2 = {"context_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 ZERO = {"use_distributed_optimizer": True}
+ZERO3 = {"use_torch_fsdp2": True}
 UP = {"recompute_granularity": "selective", "recompute_modules": ["mla_up_proj"]}
 CORE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 
@@ -71,6 +73,8 @@ QUICK = [
     ("no query latent", 4, TP2 | CP2 | {"cp_comm_type": ["p2p"]}),
     ("experts", 4, TP2 | SP | EP2 | ZERO),
     ("query latent", 2, PP2),
+    ("no query latent", 2, ZERO3),
+    ("tokens further ahead", 2, TP2 | SP),
 ]
 
 
@@ -91,6 +95,7 @@ WIDE = [
     *((2, CP2 | {"cp_comm_type": [kind]}) for kind in ("p2p", "all_gather", "a2a")),
     *((4, TP2 | SP | CP2 | {"cp_comm_type": [kind]}) for kind in ("p2p", "all_gather", "a2a")),
     (4, CP2 | PP2),
+    (4, ZERO3 | CP2 | UP),
     (4, TP2 | {"overlap_grad_reduce": True, "bucket_size": 300}),
 ]
 
@@ -106,6 +111,19 @@ def test_every_layout_equals_one_process(model, world_size, layout):
 @pytest.mark.parametrize("layout", [EP2, EP2 | TP2, EP2 | PP2, EP2 | CP2, EP2 | TP2 | SP | ZERO])
 def test_every_layout_of_experts_equals_one_process(layout):
     check("experts", 4, **layout)
+
+
+def test_bf16_follows_one_process():
+    bf16 = {"fp64": False, "bf16": True, "optimizer": "adam", "lr": 1e-2}
+    runs = [
+        run_layout(
+            ranks, steps=3, batch_of=make_batch, **(BASE | MODELS["query latent"] | bf16 | layout)
+        )
+        for ranks, layout in ((1, {}), (2, TP2 | SP | UP))
+    ]
+    for one, two in zip(*(run.steps for run in runs), strict=True):
+        assert two.lm_loss == pytest.approx(one.lm_loss, rel=2**-7)
+        assert two.grad_norm == pytest.approx(one.grad_norm, rel=2**-5)
 
 
 def _one_rank_of_the_rotated_key(patch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from megatron.core.inference.kv_cache import KVCache
 class LatentCache(KVCache):
     """A cache of one group whose keys are [latent, rotated key] and whose values are the latent."""
 
+    holds_latents = True
+
     def __init__(
         self,
         num_layers: int,

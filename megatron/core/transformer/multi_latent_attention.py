@@ -78,7 +78,7 @@ class MLASelfAttention(nn.Module):
             pg_collection: Its ``tp`` splits the heads.
         """
         super().__init__()
-        self.layer_number, self.caches_latents = layer_number, config.cache_mla_latents
+        self.layer_number = layer_number
         self.sizes = _Sizes(
             config.qk_head_dim,
             config.qk_pos_emb_head_dim,
@@ -132,7 +132,7 @@ class MLASelfAttention(nn.Module):
         latent, key_pe = compressed.split([self.sizes.latent, self.sizes.pe], dim=-1)
         latent = self.kv_layernorm(latent)
         attend = self._attend
-        if context.kv_cache is not None and self.caches_latents:
+        if context.kv_cache is not None and context.kv_cache.holds_latents:
             attend = self._attend_from_latents
         attended = recomputed(
             attend,
