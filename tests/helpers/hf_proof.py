@@ -1,6 +1,6 @@
 """One case of the proof: their checkpoint, their figures, ours, and how far they are apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,8 @@ LOGITS = {torch.float32: 1e-5, torch.float64: 1e-12}
 RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-12}
 """Of the loss, of the norm of all gradients and of each of them."""
 PADDED_TO = 1
+PARTS = ("all", "embeddings", "attention", "MLPs", "norms")
+"""Gradients whose norms are compared: their norm together, of each kind of tensor."""
 _TP, _EP = "--tensor-model-parallel-size 2", "--expert-model-parallel-size 2"
 _PP = "--pipeline-model-parallel-size 2"
 ONE = Layout()
@@ -61,11 +63,17 @@ class Apart(NamedTuple):
 
     logits: float
     loss: float
-    grad_norm: float
+    norms: dict[str, float]
+    """Of the gradients of each of ``PARTS``."""
     gradients: float
     """The worst of all, relative to its own norm."""
     worst: str
     """Which that is."""
+
+    @property
+    def relative(self) -> float:
+        """The worst of all that is relative."""
+        return max(self.loss, self.gradients, *self.norms.values())
 
 
 def layouts_of(name: str) -> list[str]:
@@ -109,11 +117,12 @@ def apart(theirs: Reference, ours: Ours) -> Apart:
     )
     errors = {key: _relative(mine.gradients[key], want) for key, want in theirs.gradients.items()}
     worst = max(errors, key=errors.__getitem__)
-    norm = float(torch.stack([one.double().norm() for one in theirs.gradients.values()]).norm())
+    norms = norms_of(theirs.gradients)
+    of_ours = norms_of(mine.gradients) | {"all": ours.grad_norm}  # as the step told it
     return Apart(
         logits=float((mine.logits - theirs.logits).abs().max()),
         loss=abs(mine.loss / theirs.loss - 1.0),
-        grad_norm=abs(ours.grad_norm / norm - 1.0),
+        norms={part: abs(of_ours[part] / norm - 1.0) for part, norm in norms.items()},
         gradients=errors[worst],
         worst=worst,
     )
@@ -123,7 +132,26 @@ def refuse_far(found: Apart, dtype: torch.dtype) -> None:
     """Raise AssertionError if a figure is beyond what its dtype allows."""
     allowed = RELATIVE[dtype]
     assert found.logits <= LOGITS[dtype], found
-    assert max(found.loss, found.grad_norm, found.gradients) <= allowed, found
+    assert found.relative <= allowed, found
+
+
+def norms_of(gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the norm of the gradients of each of ``PARTS``, by names of theirs."""
+    squares = dict.fromkeys(PARTS, 0.0)
+    for key, gradient in gradients.items():
+        size = float(gradient.double().square().sum())
+        for part in ("all", part_of(key)):
+            squares[part] += size
+    return {part: size**0.5 for part, size in squares.items()}
+
+
+def part_of(key: str) -> str:
+    """Return which of ``PARTS`` a tensor of theirs belongs to."""
+    if "norm" in key or "ln_" in key:
+        return "norms"
+    if any(word in key for word in ("embed", "wte", "wpe", "lm_head")):
+        return "embeddings"
+    return "attention" if "attn" in key else "MLPs"
 
 
 def check_round_trip(case: Imported, folder: Path) -> int:
@@ -137,6 +165,14 @@ def check_round_trip(case: Imported, folder: Path) -> int:
     if CASES[case.name].family != "grok":
         _refuse_other_function(load(CASES[case.name], folder, torch.float32), case)
     return number
+
+
+def check_round_trip_in_bf16(name: str, folder: Path) -> int:
+    """Take the checkpoint of a case in bf16 in and out again; return the number of tensors."""
+    make_checkpoint(CASES[name], folder / "hf", dtype=torch.bfloat16)
+    import_checkpoint(folder / "hf", folder / "ours")
+    export_checkpoint(folder / "ours", folder / "again")
+    return refuse_other_bits(folder / "hf", folder / "again")
 
 
 def refuse_other_bits(before: Path, after: Path) -> int:

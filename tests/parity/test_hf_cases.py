@@ -24,7 +24,7 @@ OTHER: dict[str, dict[str, list[Any]]] = {
     "mistral": {"sliding_window": [6, 8, None]},
     "mixtral-window": {"sliding_window": [6, 8, None], "num_experts_per_tok": [1]},
     "qwen2-windows": {"sliding_window": [6, 8], "max_window_layers": [0, 1, 3, 4]},
-    "smollm3": {"no_rope_layers": [[1, 1, 1, 1], [0, 1, 0, 1]]},
+    "smollm3": {"no_rope_layers": [[1, 1, 0, 1]]},
     "qwen2-moe": {"norm_topk_prob": [True], "num_experts_per_tok": [2]},
     "qwen2-moe-renormalised": {"norm_topk_prob": [False]},
     "qwen3-moe": {"norm_topk_prob": [False]},
