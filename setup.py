@@ -12,10 +12,12 @@ EXTRAS = {
     "tiktoken": ["tiktoken>=0.7"],
     "parquet": ["pyarrow>=14"],
     "zstd": ["zstandard>=0.21"],
+    "gguf": ["gguf>=0.10"],
     "object-store": ["fsspec>=2024.2", "gcsfs>=2024.2", "s3fs>=2024.2"],
 }
-# Tests bring a store of their own, for which the fsspec that torch needs is enough.
-UNTESTED = ("object-store",)
+# Tests bring a store of their own, for which the fsspec that torch needs is enough. What reads GGUF
+# is tested by `make smollm2`, which installs it with the model.
+UNTESTED = ("object-store", "gguf")
 DEV = [
     "hypothesis>=6.100",
     "import-linter>=2.0",

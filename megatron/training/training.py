@@ -20,7 +20,7 @@ from megatron.core.tokenizers.base import Tokenizer
 from megatron.core.tokenizers.build_tokenizer import build_tokenizer
 from megatron.training.arguments import parse_args
 from megatron.training.checkpoint_state import LoadedState
-from megatron.training.checkpointing import load_checkpoint
+from megatron.training.checkpointing import load_checkpoint, world_group
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
 from megatron.training.dry_run.command import dry_run
@@ -41,6 +41,7 @@ from megatron.training.setup_model import ModelProvider, setup_run
 from megatron.training.start_up import ready, start_line
 from megatron.training.stop import StopRequest
 from megatron.training.train_step import train_step
+from megatron.training.upcycling.online import after_upcycling
 from megatron.training.wrap_up import finish
 
 log = logging.getLogger(__name__)
@@ -301,13 +302,14 @@ def load(
         Where training begins, and where non-persistent checkpoints are, if there are any.
     """
     between = NonPersistent.create(run.config, launch)
+    config = after_upcycling(run.config, world_group())
     reader = functools.partial(
         load_checkpoint, model=run.model, optimizer=run.optimizer, tokenizer=tokenizer
     )
     if between is None:
-        loaded = reader(run.config.checkpoint.load, config=run.config)
+        loaded = reader(config.checkpoint.load, config=config)
     else:
-        loaded = between.load(run.config, reader)
+        loaded = between.load(config, reader)
     if loaded.path is not None:
         log.info("%s", loaded.line())
     for notice in loaded.notices:

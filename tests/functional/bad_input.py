@@ -8,12 +8,14 @@ from tests.functional.bad_core_attention_input import CORE_ATTENTION_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
 from tests.functional.bad_loss_scale_input import LOSS_SCALE_CASES
 from tests.functional.bad_moe_input import MOE_CASES
+from tests.functional.bad_mtp_input import MTP_CASES
 from tests.functional.bad_optimizer_input import OPTIMIZER_CASES
 from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
 from tests.functional.bad_scaling_input import SCALING_CASES
 from tests.functional.bad_sharded_input import SHARDED_CASES
 from tests.functional.bad_store_input import STORE_CASES
+from tests.functional.bad_upcycling_input import UPCYCLING_CASES
 
 SHAPE = "--num-layers 4 --hidden-size 64"
 GOOD = f"{SHAPE} --mock-data"
@@ -26,11 +28,17 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "both precisions": (1, f"{GOOD} --bf16 --fp64", ["--bf16 and --fp64 exclude each other"]),
     **ACTIVATION_CASES,
     **LOSS_SCALE_CASES,
+    **UPCYCLING_CASES,
     "typo": (1, f"{MOE} --moe-rooter-topk 2", ["did you mean --moe-router-topk?"]),
     "abbreviation": (1, f"{MOE} --moe-router-top 2", ["did you mean --moe-router-topk?"]),
     "attention backend": (1, f"{GOOD} --attention-backend flsh", ["did you mean flash?"]),
     "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
+    "too few tokens": (
+        1,
+        f"{GOOD} --vocab-size 100 --unpadded-vocab-size 90",
+        ["--unpadded-vocab-size 90 must lie between the 101 ids of --tokenizer-type NullTokenizer"],
+    ),
     **MOE_CASES,
     **ATTENTION_CASES,
     "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
@@ -211,6 +219,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     **ROUTER_CASES,
     **SCALING_CASES,
+    **MTP_CASES,
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["must be above 0"]),
     "nodes that cut groups": (
         4,

@@ -21,10 +21,13 @@ from megatron.core.models.gpt.moe_module_specs import EXPERTS
 from megatron.core.parallel_layout import rank_groups
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_args
+from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import World
 from megatron.training.run import Run, TrainState
 from megatron.training.setup_model import setup_run
 from megatron.training.train_step import train_step
+from megatron.training.upcycling.online import after_upcycling
+from tests.helpers.small_runs import save
 from tests.unit_tests.training.tiny_run import (
     SAMPLES,
     SEQ,
@@ -136,6 +139,20 @@ def expert_functions(line: str) -> object:
     return seen
 
 
+def begun(line: str) -> object:
+    """The weights of experts with which a run begins, from a dense checkpoint in DENSE."""
+    with TemporaryDirectory() as folder:
+        save(Path(folder) / "dense", _run(""), 2)
+        words = line.replace("DENSE", f"{folder}/dense").replace("OWN", f"{folder}/own")
+        run = _run(words)
+        config = after_upcycling(run.config, dist.group.WORLD)
+        load_checkpoint(
+            config.checkpoint.load, config=config, model=run.model, optimizer=run.optimizer
+        )
+        tensors = run.model.module.named_parameters()
+        return {name: _digest(tensor.detach()) for name, tensor in tensors if "experts" in name}
+
+
 class Case(NamedTuple):
     """Two command lines that differ in one flag, and where to see it."""
 
@@ -179,6 +196,13 @@ CASES: dict[str, Case] = {
         "--moe-router-group-topk 1",
         "--moe-router-group-topk 2",
     ),
+    "--moe-router-group-score-topk": Case(
+        expert_rows,
+        f"{MOE} --moe-router-num-groups 2 --moe-router-group-topk 1",
+        "--moe-router-group-score-topk 1",
+        "--moe-router-group-score-topk 4",
+    ),
+    "--moe-router-bias": Case(built, MOE, "--moe-router-bias"),
     "--moe-router-enable-expert-bias": Case(
         built, f"{MOE} --moe-router-score-function sigmoid", "--moe-router-enable-expert-bias"
     ),
@@ -233,6 +257,13 @@ CASES: dict[str, Case] = {
         trained, f"{MOE} --swiglu --disable-bias-linear", "--moe-fused-activation compiled"
     ),
     "--moe-expert-chunk-tokens": Case(expert_rows, MOE, "--moe-expert-chunk-tokens 5"),
+    "--moe-use-upcycling": Case(begun, MOE, "--moe-use-upcycling --load DENSE --save OWN"),
+    "--moe-upcycling-granularity": Case(
+        begun,
+        f"{MOE} --moe-use-upcycling --load DENSE --save OWN --moe-ffn-hidden-size 16",
+        "--moe-upcycling-granularity 2 --moe-shared-expert-intermediate-size 32",
+        "--moe-shared-expert-intermediate-size 48",
+    ),
     "--moe-shared-expert-overlap": Case(
         order,
         f"{MOE} --moe-shared-expert-intermediate-size 12",

@@ -33,6 +33,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "rotary_percent": 0.7,
         "rotary_base": 99.5,
     },
+    "longrope": {
+        "rope_scaling_type": "longrope",
+        "rope_scaling_original_max_position_embeddings": 10,
+        "longrope_short_factor": [1.0, 1.0, 1.0],
+        "longrope_long_factor": [1.5, 3.0, 7.0],
+    },
+    "yarn": {
+        "position_embedding_type": "yarn",
+        "rope_scaling_factor": 8.0,
+        "rope_scaling_original_max_position_embeddings": 8,
+        "yarn_correction_range_round_to_int": False,
+        "yarn_beta_slow": 0.05,
+        "rotary_interleaved": True,
+    },
     "layernorm of heads": {"qk_layernorm": True, "apply_wd_to_qk_layernorm": True},
     "rms of all heads": {
         "qk_layernorm": True,
@@ -69,6 +83,7 @@ QUICK = [
     ("rms of all heads", 4, TP4),
     ("rms of heads", 2, CP2),
     ("layernorm of heads", 2, PP2),
+    ("longrope", 2, CP2),
 ]
 
 

@@ -178,7 +178,7 @@ class _Batch:
         )
         last = logits[:, -1].to("cpu")  # [b, v]
         last = last.double() if last.dtype == torch.float64 else last.float()
-        if not torch.isfinite(last).all():
+        if not torch.isfinite(last[:, : self.options.vocab_size]).all():
             raise MegatronError("the model gives logits that are not numbers")
         last[:, self.options.vocab_size :] = float("-inf")
         draws = [torch.rand((), generator=g, dtype=torch.float64) for g in self.generators]

@@ -19,7 +19,7 @@ class LayerCosts:
     """Each transformer layer, in order."""
     embedding: float = 0.0
     head: float = 0.0
-    """Final norm, output head and loss."""
+    """Final norm, output head and loss, and multi-token prediction, which is beside it."""
 
 
 def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size: int) -> LayerCosts:
@@ -39,15 +39,17 @@ def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size:
         + matrices * hidden * (config.moe_shared_expert_intermediate_size or 0)
         + 2 * hidden * (config.moe_latent_size or 0)
     )
+    layers = [
+        projections
+        + 2 * queries * config.mean_keys_of(layer, seq_length)
+        + (moe if is_moe else dense)
+        for layer, is_moe in enumerate(config.moe_layer_pattern)
+    ]
+    ahead = config.mtp_depths * (layers[-1] + 2 * hidden * hidden + hidden * vocab_size)
     return LayerCosts(
-        layers=tuple(
-            projections
-            + 2 * queries * config.mean_keys_of(layer, seq_length)
-            + (moe if is_moe else dense)
-            for layer, is_moe in enumerate(config.moe_layer_pattern)
-        ),
+        layers=tuple(map(float, layers)),
         embedding=float(hidden),
-        head=float(hidden * vocab_size),
+        head=float(hidden * vocab_size + ahead),
     )
 
 

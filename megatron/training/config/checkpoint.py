@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron.core.config_field import flag
+from megatron.training.config.upcycling import UpcyclingConfig
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(UpcyclingConfig):
     """Checkpointing."""
 
     save: str | None = None

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.errors import CheckpointError
 from megatron.core.transformer.config.pipeline import PIPELINE_OPTIONS
+from megatron.core.transformer.config.rotary import READ_BY
 from megatron.training.config.checkpoint import CheckpointConfig
 from megatron.training.config.flags import Given
 from megatron.training.config.options import Option
@@ -24,19 +25,28 @@ _ALONE = """
     num_layers hidden_size ffn_hidden_size add_bias_linear add_mlp_bias hidden_dropout
     untie_embeddings_and_output_weights num_attention_heads kv_channels attention_dropout
     softmax_scale softmax_type attn_logit_softcapping
-    add_qkv_bias position_embedding_type max_position_embeddings rotary_base rotary_percent
+    add_qkv_bias max_position_embeddings rotary_base rotary_percent
     rotary_interleaved add_proj_bias qk_layernorm qk_layernorm_scope apply_wd_to_qk_layernorm
     normalization layernorm_epsilon seq_length moe_layer_freq moe_ffn_hidden_size
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size moe_router_type
     moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor
     moe_router_enable_expert_bias moe_router_bias_update_rate moe_input_jitter_eps
-    moe_router_dtype moe_z_loss_coeff moe_router_quantile_balancing_ema
+    moe_router_dtype moe_router_bias moe_router_norm_topk_prob moe_z_loss_coeff
+    moe_router_quantile_balancing_ema
     layernorm_zero_centered_gamma embedding_multiplier residual_multiplier logits_multiplier
     final_logit_softcapping sandwich_norm
 """
 
 MODEL: tuple[tuple[str, ...], ...] = (
     *((name,) for name in _ALONE.split()),
+    (
+        "position_embedding_type",
+        "rope_type",
+        "use_rope_scaling",
+        "rotary_seq_len_interpolation_factor",
+        "rope_scaling_type",
+        *READ_BY,
+    ),
     (
         "swiglu",
         "geglu",
@@ -49,10 +59,11 @@ MODEL: tuple[tuple[str, ...], ...] = (
     ("group_query_attention", "num_query_groups"),
     ("window_size", "window_attn_skip_freq"),
     ("fp16", "bf16", "fp64"),
+    ("mtp_num_layers", "mtp_loss_scaling_factor"),
     ("parallel_residual", "parallel_residual_shared_norm"),
     ("num_moe_experts", "moe_num_experts_per_layer"),
     ("moe_router_topk", "moe_router_topk_per_layer"),
-    ("moe_router_num_groups", "moe_router_group_topk"),
+    ("moe_router_num_groups", "moe_router_group_topk", "moe_router_group_score_topk"),
     ("moe_router_load_balancing_type", "moe_aux_loss_coeff"),
     (
         "moe_expert_capacity_factor",
@@ -60,6 +71,7 @@ MODEL: tuple[tuple[str, ...], ...] = (
         "moe_pad_expert_input_to_capacity",
     ),
     ("padded_vocab_size", "make_vocab_size_divisible_by"),
+    ("unpadded_vocab_size",),
 )
 """What makes the model compute what it computed, in training too."""
 
@@ -137,6 +149,8 @@ def _taken(
     wanted: CheckpointConfig,
 ) -> Given:
     facts = stored_facts(start)
+    if start.is_huggingface:
+        _pad_for_ranks(facts["config"]["tokenizer"], said)
     stored = {
         name: value for section in facts["config"].values() for name, value in section.items()
     }
@@ -164,6 +178,12 @@ def _taken(
     ]
     given.notices.append(f"{FLAG}: taken from {start.path}: {', '.join(shown) or 'nothing'}")
     return given
+
+
+def _pad_for_ranks(tokenizer: dict[str, Any], said: dict[str, Any]) -> None:
+    """Add the fewest rows to a vocabulary that tensor-parallel ranks can share, in place."""
+    ranks = max(said.get("tensor_model_parallel_size") or 1, 1)
+    tokenizer["padded_vocab_size"] = -(-tokenizer["padded_vocab_size"] // ranks) * ranks
 
 
 def _of_groups(

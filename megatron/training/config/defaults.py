@@ -226,6 +226,19 @@ def _tokenizer(run: Derivation) -> None:
             f"--padded-vocab-size {padded} must be at least the {source.vocab_size} ids of "
             f"--tokenizer-type {run.get('tokenizer_type')}"
         )
+        return
+    _unpadded(run, source.vocab_size, padded)
+
+
+def _unpadded(run: Derivation, ids: int, padded: int) -> None:
+    tokens = run.get("unpadded_vocab_size")
+    if tokens is None:
+        run.use("unpadded_vocab_size", ids)
+    elif not ids <= tokens <= padded:
+        run.problems.append(
+            f"--unpadded-vocab-size {tokens} must lie between the {ids} ids of --tokenizer-type "
+            f"{run.get('tokenizer_type')} and the {padded} rows of the embedding"
+        )
 
 
 def _pipeline_layout(run: Derivation) -> None:

@@ -9,21 +9,28 @@ from megatron.training.config.checkpoint_rules import (
 from megatron.training.config.checks import Check
 from megatron.training.config.data_rules import DATA_RULES
 from megatron.training.config.model_rules import MODEL_RULES
+from megatron.training.config.mtp_rules import MTP_RULES
 from megatron.training.config.overlap_rules import OVERLAP_RULES
 from megatron.training.config.pipeline_rules import PIPELINE_RULES
 from megatron.training.config.run_rules import RULES_OF_FOLDERS, RUN_RULES
 from megatron.training.config.scaling_rules import SCALING_RULES
+from megatron.training.config.upcycling_rules import (
+    UPCYCLING_RULES,
+    UPCYCLING_RULES_OF_FOLDERS,
+)
 
 RULES = (
     *MODEL_RULES,
     *SCALING_RULES,
+    *MTP_RULES,
     *PIPELINE_RULES,
     *OVERLAP_RULES,
     *DATA_RULES,
     *RUN_RULES,
     *CHECKPOINT_RULES,
+    *UPCYCLING_RULES,
 )
-OF_FOLDERS = (*RULES_OF_FOLDERS, *CHECKPOINT_RULES_OF_FOLDERS)
+OF_FOLDERS = (*RULES_OF_FOLDERS, *CHECKPOINT_RULES_OF_FOLDERS, *UPCYCLING_RULES_OF_FOLDERS)
 
 
 def find_problems(check: Check, *, looks_at_folders: bool = True) -> list[str]:

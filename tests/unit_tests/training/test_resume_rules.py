@@ -65,6 +65,7 @@ MAY_DIFFER = {
     "recompute_method",
     "recompute_num_layers",
     "recompute_modules",
+    "mtp_loss_scaling_factor",
     "max_position_embeddings",  # its table is compared by shape
 }
 RESOLVED = {
@@ -80,6 +81,13 @@ RESOLVED = {
     "moe_router_load_balancing_type": "moe_router_choice",
     "moe_num_experts_per_layer": "moe_experts_by_layer",
     "moe_router_topk_per_layer": "moe_topk_by_layer",
+    "position_embedding_type": "position_kind",
+    "rope_type": "rope_scaling",
+    "use_rope_scaling": "rope_scaling",
+    "rope_scaling_type": "rope_scaling",
+    "rope_scaling_factor": "rope_factor",
+    "rotary_seq_len_interpolation_factor": "rope_factor",
+    "rope_scaling_original_max_position_embeddings": "rope_original_length",
     "bf16": "params_dtype_name",
     "fp16": "params_dtype_name",
     "fp64": "params_dtype_name",
@@ -136,6 +144,16 @@ def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:
             {"position_embedding_type": "rope"},
             {"position_embedding_type": "rope", "rotary_interleaved": True},
             "--rotary-interleaved is False",
+        ),
+        (
+            {"position_embedding_type": "rope"},
+            {"position_embedding_type": "rope", "use_rope_scaling": True},
+            "--rope-scaling-type is none in the checkpoint and llama3",
+        ),
+        (
+            {"position_embedding_type": "yarn", "rope_scaling_factor": 4.0},
+            {"position_embedding_type": "yarn", "rope_scaling_factor": 8.0},
+            "--rope-scaling-factor is 4.0 in the checkpoint and 8.0",
         ),
         ({}, {"window_size": [3, 0]}, "is None in the checkpoint and [3, 3]"),
         ({}, {"softmax_type": "off-by-one"}, "--softmax-type is vanilla"),

@@ -6,6 +6,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.qk_norm import HEAD_NORMS, AllHeadsNorm
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNorm, RMSNorm
@@ -31,6 +35,21 @@ def get_gpt_decoder_block_spec(config: TransformerConfig) -> TransformerBlockSub
     return TransformerBlockSubmodules(
         layer_specs=tuple(get_gpt_layer_spec(config, moe) for moe in config.moe_layer_pattern),
         layer_norm=NORMS[config.normalization],
+        mtp_layer=get_mtp_layer_spec(config) if config.mtp_depths else None,
+    )
+
+
+def get_mtp_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Describe one depth of multi-token prediction, its layer of the kind of the last one."""
+    norm = NORMS[config.normalization]
+    return ModuleSpec(
+        MultiTokenPredictionLayer,
+        MultiTokenPredictionLayerSubmodules(
+            enorm=norm,
+            hnorm=norm,
+            transformer_layer=get_gpt_layer_spec(config, config.moe_layer_pattern[-1]),
+            final_layernorm=norm,
+        ),
     )
 
 

@@ -18,7 +18,7 @@ _IGNORED = """
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
     torchscript transformers.js_config transformers_version typical_p unsloth_fixed
-    unsloth_version use_bfloat16 use_cache
+    quantization_config unsloth_version use_bfloat16 use_cache
 """
 IGNORED = frozenset(_IGNORED.split())
 """Fields of any config.json that do not change what the model computes from given ids."""
@@ -165,5 +165,24 @@ def aux_loss(default: float) -> ConfigRow:
     return row(
         {"router_aux_loss_coef": default},
         lambda fields: {"moe_aux_loss_coeff": [fields["router_aux_loss_coef"]]},
+        write,
+    )
+
+
+def attention_bias(default: bool = False) -> ConfigRow:
+    """Return the row of the biases of all four projections of attention."""
+
+    def write(options: Options) -> dict[str, Any]:
+        if options["add_qkv_bias"] != options["add_proj_bias"]:
+            raise ConfigError(
+                "--add-qkv-bias and --add-proj-bias go together in this family (attention_bias)"
+            )
+        return {"attention_bias": options["add_qkv_bias"]}
+
+    return row(
+        {"attention_bias": default},
+        lambda fields: dict.fromkeys(
+            ("add_qkv_bias", "add_proj_bias"), bool(fields["attention_bias"])
+        ),
         write,
     )

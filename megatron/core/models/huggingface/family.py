@@ -12,8 +12,19 @@ __all__ = ["FAMILIES", "Family", "families", "family_named", "family_of"]
 FAMILIES = {
     "gpt2": "gpt2",
     "llama": "llama",
-    "mixtral": "mixtral",
+    "mistral": "mixtral",
     "qwen2": "qwen",
+    "qwen3": "qwen",
+    "smollm3": "smollm3",
+    "mixtral": "mixtral",
+    "qwen2_moe": "qwen",
+    "qwen3_moe": "qwen",
+    "olmoe": "olmoe",
+    "granitemoe": "granite",
+    "deepseek_v2": "deepseek",
+    "deepseek_v3": "deepseek",
+    "gpt_oss": "gpt_oss",
+    "grok": "grok",
 }
 """Name of a family -> module of ``families`` that holds it."""
 

@@ -16,6 +16,15 @@ from megatron.core.models.huggingface.model_facts import (
     with_defaults,
 )
 
+_RESOLVED = {
+    "position_embedding_type": "position_kind",
+    "rope_scaling_type": "rope_scaling",
+    "rope_scaling_factor": "rope_factor",
+    "rope_scaling_original_max_position_embeddings": "rope_original_length",
+}
+"""Option -> property that says what it comes to."""
+_TRAINING = frozenset({"moe_router_load_balancing_type"})
+"""Options that families set and that change training alone."""
 VERSION = "4.46.0"
 """``transformers_version`` of a config.json that is written here."""
 
@@ -35,6 +44,7 @@ def model_options(hf_config: Mapping[str, Any], *, ignore: Collection[str] = ())
         ConfigError: Lists every field that cannot be built or is not known.
     """
     family = family_of(hf_config)
+    hf_config = _renamed(family, hf_config)
     problems = list(_strangers(family, hf_config, ignore))
     found = dict(family.constants)
     fields = family_defaults(family) | dict(hf_config)
@@ -67,12 +77,11 @@ def hf_config_of(
         ConfigError: The family cannot say it; lists what.
     """
     family = family_named(family) if isinstance(family, str) else family
-    given = with_defaults(options)
-    given["ffn_hidden_size"] = ModelFacts.of(options).config.ffn_size
+    given = with_defaults(options) | resolved(options)
     problems = [
         f"{name} {given[name]!r} is not what {family.name} has: {value!r}"
         for name, value in family.constants.items()
-        if given[name] != value
+        if given[name] != value and name not in _TRAINING
     ]
     fields: dict[str, Any] = {}
     for row in family.rows:
@@ -84,6 +93,28 @@ def hf_config_of(
     head = {"architectures": [family.architecture], "model_type": family.model_types[0]}
     kinds = {} if dtype is None else {"torch_dtype": dtype, "dtype": dtype}
     return head | fields | kinds | {"transformers_version": VERSION}
+
+
+def _renamed(family: Family, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields under the names of the family's table."""
+    found = dict(hf_config)
+    for other, name in family.aliases.items():
+        if other in found and name not in found:
+            found[name] = found.pop(other)
+    return found
+
+
+def resolved(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what options that leave a size open, or say it in another way, mean."""
+    config = ModelFacts.of(options).config
+    found: dict[str, Any] = {"ffn_hidden_size": config.ffn_size}
+    if config.num_moe_experts is not None:
+        found["moe_ffn_hidden_size"] = config.moe_ffn_size
+        found["moe_layer_freq"] = [int(is_moe) for is_moe in config.moe_layer_pattern]
+    for option, name in _RESOLVED.items():
+        if hasattr(config, name):
+            found[option] = getattr(config, name)
+    return found
 
 
 def family_defaults(family: Family) -> dict[str, Any]:
@@ -98,7 +129,7 @@ def family_defaults(family: Family) -> dict[str, Any]:
 
 def _strangers(family: Family, hf_config: Mapping[str, Any], ignore: Collection[str]) -> list[str]:
     known = {name for row in family.rows for name in row.defaults}
-    known |= IGNORED | family.ignored_fields | set(ignore)
+    known |= IGNORED | family.ignored_fields | family.aliases.keys() | set(ignore)
     found = sorted(name for name in hf_config if name not in known and not name.startswith("_"))
     if not found:
         return []

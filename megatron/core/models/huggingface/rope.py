@@ -42,11 +42,12 @@ _KINDS = {"default": "none", "su": "longrope"}
 _DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
-def rope(theta: float = 10000.0, **scaling: Any) -> ConfigRow:
+def rope(theta: float = 10000.0, *, max_positions: int = 2048, **scaling: Any) -> ConfigRow:
     """Return the row of rotary positions.
 
     Args:
         theta: Base where config.json does not say it.
+        max_positions: Longest sequence where config.json does not say it.
         scaling: Scaling where config.json says nothing of rotary positions at all.
     """
     defaults = {
@@ -54,7 +55,7 @@ def rope(theta: float = 10000.0, **scaling: Any) -> ConfigRow:
         "rope_scaling": None,
         "rope_theta": None,
         "partial_rotary_factor": None,
-        "max_position_embeddings": None,
+        "max_position_embeddings": max_positions,
     }
 
     def read(fields: Fields) -> dict[str, Any]:
@@ -110,6 +111,8 @@ def _write(options: Options) -> dict[str, Any]:
         if names is None:
             raise ConfigError(f"--rope-scaling-type {kind} has no name in config.json")
         values = {name: options[option] for name, option in names.items()}
+        if not values.get("mscale_all_dim", 1):  # then neither has an effect
+            values["mscale"] = values["mscale_all_dim"] = None
         scaling = {"rope_type": kind} | {k: v for k, v in values.items() if v is not None}
     parameters = {"rope_type": "default"} | (scaling or {}) | {"rope_theta": base}
     found = {

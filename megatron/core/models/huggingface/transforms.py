@@ -193,6 +193,7 @@ SHAPES: Mapping[str, Shape] = {
     "kv_down": lambda facts: (
         facts["kv_lora_rank"] + facts["qk_pos_emb_head_dim"], facts.config.hidden_size,
     ),
+    "kv_down_bias": lambda facts: (facts["kv_lora_rank"] + facts["qk_pos_emb_head_dim"],),
     "kv_up": lambda facts: (
         facts.heads * (facts["qk_head_dim"] + facts["v_head_dim"]), facts["kv_lora_rank"],
     ),

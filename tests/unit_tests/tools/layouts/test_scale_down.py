@@ -53,6 +53,28 @@ def test_heads_keep_their_groups():
     assert (model.num_attention_heads, model.num_query_groups) == (4, 1)
 
 
+PHI = """
+    --num-layers 32 --hidden-size 3072 --num-attention-heads 24 --kv-channels 128 --seq-length 8192
+    --max-position-embeddings 131072 --rope-scaling-type longrope --position-embedding-type rope
+    --rope-scaling-original-max-position-embeddings 4096 --rotary-percent 0.75 --rotary-interleaved
+    --qk-layernorm --qk-layernorm-scope all_heads --normalization RMSNorm --disable-bias-linear
+    --add-proj-bias --longrope-short-factor %s --longrope-long-factor %s
+"""
+
+
+def test_stretched_positions_stay_stretched_and_norms_of_heads_stay():
+    factors = " ".join(map(str, range(1, 49)))
+    model = _small(PHI % (factors, factors))[0].model
+    assert (model.rope_scaling, model.rotary_dim, model.head_dim) == ("longrope", 4, 4)
+    assert model.longrope_long_factor == [47.0, 48.0]
+    assert model.rope_is_long(16)
+    assert model.qk_layernorm_scope == "all_heads"
+    assert model.rotary_interleaved
+    assert model.add_proj_bias
+    llama = _small(DENSE + " --position-embedding-type rope --use-rope-scaling")[0].model
+    assert (llama.rope_scaling, llama.rope_original_length) == ("llama3", 16)
+
+
 def test_windows_end_within_short_sequences_and_layers_of_both_kinds_stay():
     gpt_oss = f"{MIXTRAL} --window-size 127,0 --window-attn-skip-freq 2 --softmax-type learnable"
     model = _small(gpt_oss)[0].model

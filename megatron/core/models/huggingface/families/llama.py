@@ -55,6 +55,9 @@ def _write_biases(options: Options) -> dict[str, Any]:
     }
 
 
+BIASES = row({"attention_bias": False, "mlp_bias": False}, _read_biases, _write_biases)
+"""The row of the biases of attention and of MLPs, each its own field."""
+
 LLAMA = Family(
     name="llama",
     title="Llama 2, Llama 3, SmolLM, SmolLM2",
@@ -70,7 +73,7 @@ LLAMA = Family(
         fixed("hidden_act", "silu", "swish"),
         rope(),
         tied(False),
-        row({"attention_bias": False, "mlp_bias": False}, _read_biases, _write_biases),
+        BIASES,
         dropouts("attention_dropout", None, default=0.0),
     ),
     weights=(*OUTER, *NORMS, *SELF_ATTENTION, *DENSE_MLP),
