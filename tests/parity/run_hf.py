@@ -29,6 +29,7 @@ from tests.helpers.hf_proof import (
     check_round_trip_in_bf16,
     imported,
     layouts_of,
+    refuse_other_start,
     run,
 )
 from tests.helpers.hf_table import Outcome, write_page
@@ -86,9 +87,12 @@ def prove(name: str, folder: Path) -> Outcome:
 
 
 def _figures(case: Imported, layout: str, outcome: Outcome) -> Iterator[tuple[torch.dtype, Apart]]:
+    on = LAYOUTS.get(layout, ONE)
     try:
-        for dtype, ours in zip(DTYPES, run(case, LAYOUTS.get(layout, ONE), DTYPES), strict=True):
+        runs = run(case, on, DTYPES)
+        for dtype, ours in zip(DTYPES, runs, strict=True):
             yield dtype, apart(case.theirs[dtype], ours)
+        refuse_other_start(case, on, runs[0])
     except (ConfigError, RuntimeError, AssertionError) as error:
         outcome.problems.append(f"{layout}: {_last_line(error)}")
 
