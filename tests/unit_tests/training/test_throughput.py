@@ -39,6 +39,16 @@ def test_grouped_queries_save_projections_only() -> None:
     assert _flops() - grouped == 6 * 2 * 8 * 8
 
 
+def test_latent_attention_counts_the_ways_down_and_up() -> None:
+    widths = {"kv_lora_rank": 3, "qk_head_dim": 5, "qk_pos_emb_head_dim": 2, "v_head_dim": 7}
+    latent = {"multi_latent_attention": True, "position_embedding_type": "rope", **widths}
+    # queries 8*2*7; down 8*(3+2), up 3*2*(5+7), out 2*7*8; scores 2*7*2, values 2*7*2
+    one = 112 + 40 + 72 + 112 + 28 + 28 + 256
+    assert _flops(**latent) == 6 * (2 * one + 256)
+    # down 8*4, up 4*2*7 in place of 8*2*7
+    assert _flops(**latent) - _flops(**latent, q_lora_rank=4) == 6 * 2 * (112 - 32 - 56)
+
+
 def test_a_window_counts_the_keys_in_it() -> None:
     # of 4 positions, w = 2: 2 - 4 / 8 = 1.5 keys a query where a whole layer counts 2
     assert _flops() - _flops(window_size=[1, 0]) == 6 * 2 * 2 * 8 * (2 - 1.5)
