@@ -52,9 +52,15 @@ class Ours(NamedTuple):
     """Of all gradients, as the step told it."""
 
 
-def run_config(folder: Path, layout: Layout, dtype: torch.dtype, *, is_sparse: bool) -> RunConfig:
-    """Return the options of a run that begins with the checkpoint in ``folder``."""
+def run_config(
+    folder: Path, layout: Layout, dtype: torch.dtype, *, is_sparse: bool, rows: int
+) -> RunConfig:
+    """Return the options of a run that begins with a folder, a checkpoint of ours or of theirs.
+
+    Its vocabulary is padded to ``rows``.
+    """
     words = [*_WORDS.split(), "--load", str(folder), *layout.words.split()]
+    words += ["--padded-vocab-size", str(rows)]
     words += ["--fp64"] if dtype == torch.float64 else []
     words += _SPARSE.split() if is_sparse else []
     return parse_args(words, world_size=layout.ranks)

@@ -1,6 +1,6 @@
 """One case of the proof: their checkpoint, their figures, ours, and how far they are apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,10 @@ LOGITS = {torch.float32: 1e-5, torch.float64: 1e-12}
 """Largest absolute difference of logits, which are about 1. In fp64 1e-10 was asked for."""
 RELATIVE = {torch.float32: 1e-4, torch.float64: 1e-12}
 """Of the loss, of the norm of all gradients and of each of them."""
-PADDED_TO = 1
+PADDED_TO = 16
+ROWS = -(-VOCAB // PADDED_TO) * PADDED_TO
+PARTS = ("all", "embeddings", "attention", "MLPs", "norms")
+"""Gradients whose norms are compared: their norm together, of each kind of tensor."""
 _TP, _EP = "--tensor-model-parallel-size 2", "--expert-model-parallel-size 2"
 _PP = "--pipeline-model-parallel-size 2"
 ONE = Layout()
@@ -61,11 +64,17 @@ class Apart(NamedTuple):
 
     logits: float
     loss: float
-    grad_norm: float
+    norms: dict[str, float]
+    """Of the gradients of each of ``PARTS``."""
     gradients: float
     """The worst of all, relative to its own norm."""
     worst: str
     """Which that is."""
+
+    @property
+    def relative(self) -> float:
+        """The worst of all that is relative."""
+        return max(self.loss, self.gradients, *self.norms.values())
 
 
 def layouts_of(name: str) -> list[str]:
@@ -83,16 +92,30 @@ def imported(name: str, folder: Path) -> Imported:
     import_checkpoint(hf, folder / "fp32", make_vocab_size_divisible_by=PADDED_TO)
     import_checkpoint(hf, folder / "fp64", make_vocab_size_divisible_by=PADDED_TO, dtype="fp64")
     options = model_options(config)
-    options["padded_vocab_size"] = -(-VOCAB // PADDED_TO) * PADDED_TO
+    options["padded_vocab_size"] = ROWS
     plan = weight_plan(family_of(config), options, vocab_size=VOCAB)
     return Imported(name, hf, checkpoints, theirs, plan)
 
 
 def run(case: Imported, layout: Layout, dtypes: Sequence[torch.dtype]) -> list[Ours]:
     """Run the imported checkpoint on a layout, in each dtype."""
+    return _run(case, layout, [(case.checkpoints[dtype], dtype) for dtype in dtypes])
+
+
+def refuse_other_start(case: Imported, layout: Layout, imported_run: Ours) -> None:
+    """Raise unless a run that begins with their folder itself is the fp32 run, bit for bit."""
+    (straight,) = _run(case, layout, [(case.hf, torch.float32)])
+    first, second = imported_run.result, straight.result
+    assert torch.equal(first.logits, second.logits), "logits of --load of their folder differ"
+    for key, gradient in first.gradients.items():
+        assert torch.equal(gradient, second.gradients[key]), key
+
+
+def _run(case: Imported, layout: Layout, starts: Sequence[tuple[Path, torch.dtype]]) -> list[Ours]:
     is_sparse = CASES[case.name].experts > 0
     configs = [
-        run_config(case.checkpoints[dtype], layout, dtype, is_sparse=is_sparse) for dtype in dtypes
+        run_config(folder, layout, dtype, is_sparse=is_sparse, rows=ROWS)
+        for folder, dtype in starts
     ]
     return compute(configs, layout.ranks, case.plan)
 
@@ -109,11 +132,12 @@ def apart(theirs: Reference, ours: Ours) -> Apart:
     )
     errors = {key: _relative(mine.gradients[key], want) for key, want in theirs.gradients.items()}
     worst = max(errors, key=errors.__getitem__)
-    norm = float(torch.stack([one.double().norm() for one in theirs.gradients.values()]).norm())
+    norms = norms_of(theirs.gradients)
+    of_ours = norms_of(mine.gradients) | {"all": ours.grad_norm}  # as the step told it
     return Apart(
         logits=float((mine.logits - theirs.logits).abs().max()),
         loss=abs(mine.loss / theirs.loss - 1.0),
-        grad_norm=abs(ours.grad_norm / norm - 1.0),
+        norms={part: abs(of_ours[part] / norm - 1.0) for part, norm in norms.items()},
         gradients=errors[worst],
         worst=worst,
     )
@@ -123,7 +147,26 @@ def refuse_far(found: Apart, dtype: torch.dtype) -> None:
     """Raise AssertionError if a figure is beyond what its dtype allows."""
     allowed = RELATIVE[dtype]
     assert found.logits <= LOGITS[dtype], found
-    assert max(found.loss, found.grad_norm, found.gradients) <= allowed, found
+    assert found.relative <= allowed, found
+
+
+def norms_of(gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the norm of the gradients of each of ``PARTS``, by names of theirs."""
+    squares = dict.fromkeys(PARTS, 0.0)
+    for key, gradient in gradients.items():
+        size = float(gradient.double().square().sum())
+        for part in ("all", part_of(key)):
+            squares[part] += size
+    return {part: size**0.5 for part, size in squares.items()}
+
+
+def part_of(key: str) -> str:
+    """Return which of ``PARTS`` a tensor of theirs belongs to."""
+    if "norm" in key or "ln_" in key:
+        return "norms"
+    if any(word in key for word in ("embed", "wte", "wpe", "lm_head")):
+        return "embeddings"
+    return "attention" if "attn" in key else "MLPs"
 
 
 def check_round_trip(case: Imported, folder: Path) -> int:
@@ -137,6 +180,14 @@ def check_round_trip(case: Imported, folder: Path) -> int:
     if CASES[case.name].family != "grok":
         _refuse_other_function(load(CASES[case.name], folder, torch.float32), case)
     return number
+
+
+def check_round_trip_in_bf16(name: str, folder: Path) -> int:
+    """Take the checkpoint of a case in bf16 in and out again; return the number of tensors."""
+    make_checkpoint(CASES[name], folder / "hf", dtype=torch.bfloat16)
+    import_checkpoint(folder / "hf", folder / "ours")
+    export_checkpoint(folder / "ours", folder / "again")
+    return refuse_other_bits(folder / "hf", folder / "again")
 
 
 def refuse_other_bits(before: Path, after: Path) -> int:

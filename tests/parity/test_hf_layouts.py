@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from tests.helpers.hf_cases import CASES
-from tests.helpers.hf_proof import LAYOUTS, apart, imported, layouts_of, refuse_far, run
+from tests.helpers.hf_proof import (
+    LAYOUTS,
+    apart,
+    imported,
+    layouts_of,
+    refuse_far,
+    refuse_other_start,
+    run,
+)
 
 QUICK = {("qwen3-biases", "tp2 pp2"), ("deepseek-v3", "tp2 ep2")}
 PAIRS = [(name, layout) for name in CASES for layout in layouts_of(name)]
@@ -19,8 +27,10 @@ PAIRS = [(name, layout) for name in CASES for layout in layouts_of(name)]
 )
 def test_a_layout_computes_what_their_one_process_computes(name, layout, tmp_path):
     case, dtypes = imported(name, tmp_path), (torch.float32, torch.float64)
-    for dtype, ours in zip(dtypes, run(case, LAYOUTS[layout], dtypes), strict=True):
+    runs = run(case, LAYOUTS[layout], dtypes)
+    for dtype, ours in zip(dtypes, runs, strict=True):
         refuse_far(apart(case.theirs[dtype], ours), dtype)
+    refuse_other_start(case, LAYOUTS[layout], runs[0])
 
 
 def test_the_quick_pairs_exist():
