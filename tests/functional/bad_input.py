@@ -6,6 +6,7 @@ from tests.functional.bad_checkpoint_input import CHECKPOINT_CASES
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_core_attention_input import CORE_ATTENTION_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
+from tests.functional.bad_latent_input import LATENT_CASES
 from tests.functional.bad_loss_scale_input import LOSS_SCALE_CASES
 from tests.functional.bad_moe_input import MOE_CASES
 from tests.functional.bad_mtp_input import MTP_CASES
@@ -109,6 +110,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["--sequence-parallel shares --seq-length 63 over --tensor-model-parallel-size 2"],
     ),
     **CORE_ATTENTION_CASES,
+    **LATENT_CASES,
     **SHARDED_CASES,
     **CONTEXT_CASES,
     **PIPELINE_CASES,

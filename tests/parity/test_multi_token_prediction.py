@@ -40,6 +40,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_router_topk_per_layer": [1, 3],
     },
     "hash": {"mtp_num_layers": 1, "moe_router_type": "hash", "moe_aux_loss_coeff": None},
+    "window of the last": ROPE
+    | {"mtp_num_layers": 2, "window_size": [3, 0], "window_attn_skip_freq": [0, 1]},
     "sandwich": UNTIED | ROPE | {"mtp_num_layers": 1, "sandwich_norm": True},
 }
 TP = {"tensor_model_parallel_size": 2}
@@ -66,6 +68,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero bubble": (2, PP | OVERLAP | {"pipeline_schedule": "zb-h1"}),
     "dualpipev": (2, PP | {"pipeline_schedule": "dualpipev", "num_layers": 4}),
     "overlapped experts": (2, EP | {"overlap_moe_expert_parallel_comm": True}),
+    "overlapped, late weights": (
+        2,
+        EP | {"overlap_moe_expert_parallel_comm": True, "delay_wgrad_compute": True},
+    ),
     "zero 3": (2, {"use_torch_fsdp2": True}),
     "recomputed": (2, EP | FULL),
     "zero 3, recomputed": (2, FULL | {"use_torch_fsdp2": True}),
@@ -83,7 +89,8 @@ QUICK = [
     ("untied", "zero 3"),
 ]
 NO_EXPERTS = {"ep", "overlapped experts", "recomputed", "sp and ep", "cp and ep"}
-NO_EXPERTS |= {"ep and pp, sharded"}
+NO_EXPERTS |= {"ep and pp, sharded", "overlapped, late weights"}
+BY_LAYER = {"moe_layer_freq", "moe_num_experts_per_layer", "window_attn_skip_freq"}
 FOUR_LAYERS = {"virtual stages", "dualpipev"}
 
 
@@ -92,7 +99,7 @@ def wide() -> list[Any]:
     found = []
     for model in MODELS:
         for layout in LAYOUTS:
-            by_layer = {"moe_layer_freq", "moe_num_experts_per_layer"} & MODELS[model].keys()
+            by_layer = BY_LAYER & MODELS[model].keys()
             if model == "dense" and layout in NO_EXPERTS:
                 continue
             if by_layer and layout in FOUR_LAYERS:

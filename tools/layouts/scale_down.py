@@ -34,6 +34,7 @@ def scaled_down(values: Mapping[str, Any], layer_pattern: list[bool]) -> dict[st
     _heads(found, values)
     _positions(found, values)
     _scores(found, values, kept)
+    _latents(found, values)
     if "num_moe_experts" in values or "moe_num_experts_per_layer" in values:
         _experts(found, values)
         _per_layer(found, values, kept)
@@ -124,6 +125,21 @@ def _scores(found: dict[str, Any], values: Mapping[str, Any], kept: list[int]) -
     if values.get("softmax_scale") is not None and "num_attention_heads" in values:
         size = values.get("kv_channels") or values["hidden_size"] // values["num_attention_heads"]
         found["softmax_scale"] = values["softmax_scale"] * math.sqrt(size / HEAD_DIM)
+
+
+def _latents(found: dict[str, Any], values: Mapping[str, Any]) -> None:
+    if not values.get("multi_latent_attention"):
+        return
+    share = values.get("v_head_dim", 128) / values.get("qk_head_dim", 128)
+    found["qk_head_dim"], found["qk_pos_emb_head_dim"] = HEAD_DIM + 2, HEAD_DIM
+    found["v_head_dim"] = max(2, round(found["qk_head_dim"] * share))
+    found["kv_lora_rank"] = UNIT
+    if values.get("q_lora_rank") is not None:
+        found["q_lora_rank"] = UNIT + UNIT // 2
+    if values.get("softmax_scale") is not None:
+        size = values.get("qk_head_dim", 128) + values.get("qk_pos_emb_head_dim", 64)
+        small = found["qk_head_dim"] + found["qk_pos_emb_head_dim"]
+        found["softmax_scale"] = values["softmax_scale"] * math.sqrt(size / small)
 
 
 def _experts(found: dict[str, Any], values: Mapping[str, Any]) -> None:

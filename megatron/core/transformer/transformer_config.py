@@ -11,14 +11,13 @@ from megatron.core.config_field import choice_problems, derived, flag
 from megatron.core.errors import ConfigError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.config.activation import ActivationConfig
-from megatron.core.transformer.config.attention import AttentionConfig
 from megatron.core.transformer.config.core_attention import CoreAttentionConfig
 from megatron.core.transformer.config.init import InitConfig
+from megatron.core.transformer.config.mla import MLAConfig
 from megatron.core.transformer.config.mtp import MTPConfig
 from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
 from megatron.core.transformer.config.recompute import RecomputeConfig
-from megatron.core.transformer.config.rotary import RotaryConfig
 from megatron.core.transformer.config.scaling import ScalingConfig
 from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 
@@ -27,8 +26,7 @@ from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 class TransformerConfig(
     MoEPerLayerConfig,
     ActivationConfig,
-    AttentionConfig,
-    RotaryConfig,
+    MLAConfig,
     CoreAttentionConfig,
     ScalingConfig,
     MTPConfig,
@@ -212,17 +210,30 @@ class TransformerConfig(
         """Return a config of which every layer is as the last one of this."""
         last = self.num_layers - 1
         config = self.for_layer(last) if self.moe_layer_pattern[last] else self
-        return replace(config, cp_comm_type=[self.cp_comm_type_of(last)])
+        has_window = self.attention_window_of(last) is not None
+        return replace(
+            config,
+            cp_comm_type=[self.cp_comm_type_of(last)],
+            window_size=self.window_size if has_window else None,
+            window_attn_skip_freq=None,
+        )
 
     @property
     def head_dim(self) -> int:
-        """Size of one attention head."""
+        """Size of one query and key head."""
+        if self.multi_latent_attention:
+            return self.qk_head_dim + self.qk_pos_emb_head_dim
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_head_dim(self) -> int:
+        """Size of one value head."""
+        return self.v_head_dim if self.multi_latent_attention else self.head_dim
 
     @property
     def rotary_channels(self) -> int:
         """Channels of a query or key that the tables of rotary positions are made for."""
-        return self.head_dim
+        return self.qk_pos_emb_head_dim if self.multi_latent_attention else self.head_dim
 
     @property
     def rotary_dim(self) -> int:

@@ -24,6 +24,7 @@ FLAG = "--use-checkpoint-args"
 _ALONE = """
     num_layers hidden_size ffn_hidden_size add_bias_linear add_mlp_bias hidden_dropout
     untie_embeddings_and_output_weights num_attention_heads kv_channels attention_dropout
+    multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
     softmax_scale softmax_type attn_logit_softcapping
     add_qkv_bias max_position_embeddings rotary_base rotary_percent
     rotary_interleaved add_proj_bias qk_layernorm qk_layernorm_scope apply_wd_to_qk_layernorm
@@ -89,7 +90,7 @@ _OF_THIS_RUN = """
     moe_enable_routing_replay moe_token_dispatcher_type moe_dispatcher_node_size moe_experts_type
     moe_grouped_mm_backend moe_fused_activation moe_expert_chunk_tokens moe_shared_expert_overlap
     overlap_moe_expert_parallel_comm delay_wgrad_compute recompute_granularity recompute_method
-    recompute_num_layers recompute_modules
+    recompute_num_layers recompute_modules cache_mla_latents
 """
 OF_THIS_RUN = frozenset(_OF_THIS_RUN.split())
 """Options of the model's section that are never taken: they are about machines and trials."""

@@ -119,6 +119,21 @@ def _router_type(run: Derivation) -> None:
         )
 
 
+def _latent_attention(run: Derivation) -> None:
+    if not run.config.model.multi_latent_attention:
+        return
+    for name, value, why in (
+        ("position_embedding_type", "rope", "--multi-latent-attention keeps positions so"),
+        ("rotary_interleaved", True, "the pairs of --multi-latent-attention"),
+        ("qk_layernorm", True, "the latents of --multi-latent-attention are always normalised"),
+    ):
+        if run.config.sources.get(name, "default") == "default":
+            run.use(name, value, why)
+    if run.config.model.rope_scaling == "none" and run.config.given("rope_scaling_factor"):
+        why = "what --multi-latent-attention means by --rotary-scaling-factor alone"
+        run.use("rope_type", "yarn", why)
+
+
 def _heads(run: Derivation) -> None:
     if run.is_set("num_attention_heads"):
         return
@@ -363,6 +378,7 @@ def _balancing(run: Derivation) -> None:
 
 _STEPS: tuple[Callable[[Derivation], None], ...] = (
     _experts,
+    _latent_attention,
     _heads,
     _sequence,
     _sequence_parallelism,

@@ -124,6 +124,10 @@ def heads(check: Check) -> Iterator[str]:
     """Heads share the width evenly, and query groups share the heads evenly."""
     model = check.config.model
     count, hidden = model.num_attention_heads, model.hidden_size
+    yield from model.core_attention_problems(model.num_layers)
+    if model.multi_latent_attention:
+        yield from model.attention_problems(hidden)
+        return
     if model.kv_channels is None and hidden % count:
         yield (
             f"{check.show('hidden_size')} must be a multiple of "
@@ -138,7 +142,6 @@ def heads(check: Check) -> Iterator[str]:
             f"groups that fit: {nearest(model.num_query_groups, divisors(count))}"
         )
     yield from model.qk_norm_problems()
-    yield from model.core_attention_problems(model.num_layers)
 
 
 def activations(check: Check) -> Iterator[str]:

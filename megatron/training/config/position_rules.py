@@ -30,10 +30,12 @@ def positions(check: Check) -> Iterator[str]:
             share = (
                 "" if model.rotary_percent == 1 else f" x --rotary-percent {model.rotary_percent:g}"
             )
+            size, change = "head size", "--num-attention-heads, --kv-channels"
+            if model.multi_latent_attention:
+                size = change = "--qk-pos-emb-head-dim"
             yield (
-                f"rotary positions turn pairs: head size {model.rotary_channels}{share} = "
-                f"{rotated} must be even; change --num-attention-heads, --kv-channels or "
-                "--rotary-percent"
+                f"rotary positions turn pairs: {size} {model.rotary_channels}{share} = {rotated} "
+                f"must be even; change {change} or --rotary-percent"
             )
     learned = model.position_embedding_type == "learned_absolute"
     if not learned:

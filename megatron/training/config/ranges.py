@@ -39,6 +39,7 @@ _NAMES_BY_RANGE = {
         moe_router_group_score_topk
         moe_shared_expert_intermediate_size
         moe_latent_size
+        q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
         micro_batch_size global_batch_size train_iters exit_interval exit_duration_in_mins
         lr_decay_iters lr_wsd_decay_iters seq_length
         vocab_size make_vocab_size_divisible_by padded_vocab_size unpadded_vocab_size

@@ -8,6 +8,7 @@ from megatron.training.config.checkpoint_rules import (
 )
 from megatron.training.config.checks import Check
 from megatron.training.config.data_rules import DATA_RULES
+from megatron.training.config.mla_rules import MLA_RULES
 from megatron.training.config.model_rules import MODEL_RULES
 from megatron.training.config.mtp_rules import MTP_RULES
 from megatron.training.config.overlap_rules import OVERLAP_RULES
@@ -21,6 +22,7 @@ from megatron.training.config.upcycling_rules import (
 
 RULES = (
     *MODEL_RULES,
+    *MLA_RULES,
     *SCALING_RULES,
     *MTP_RULES,
     *PIPELINE_RULES,

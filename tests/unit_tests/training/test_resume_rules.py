@@ -18,8 +18,11 @@ from megatron.training.resume_rules import (
     schedule_problems,
 )
 
+_LATENT = {"multi_latent_attention": True, "position_embedding_type": "rope"}
+
 # options of the model that may differ between a checkpoint and the run that loads it
 MAY_DIFFER = {
+    "cache_mla_latents",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "pipeline_schedule",
@@ -157,6 +160,9 @@ def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:
         ),
         ({}, {"window_size": [3, 0]}, "is None in the checkpoint and [3, 3]"),
         ({}, {"softmax_type": "off-by-one"}, "--softmax-type is vanilla"),
+        ({}, _LATENT, "--multi-latent-attention is False in the checkpoint and True"),
+        (_LATENT, _LATENT | {"q_lora_rank": 8}, "--q-lora-rank is None in the checkpoint and 8"),
+        (_LATENT, _LATENT | {"v_head_dim": 8}, "--v-head-dim is 128 in the checkpoint and 8"),
         ({}, {"softmax_scale": 0.5}, "--softmax-scale is None"),
         ({"attn_logit_softcapping": 30.0}, {}, "--attn-logit-softcapping is 30.0"),
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_type": "hash"}, "is topk in"),

@@ -92,6 +92,17 @@ def test_scores_stay_as_large_as_they_were_for_the_cap():
     assert model.attn_logit_softcapping == 1.0
 
 
+def test_latent_attention_stays_and_its_widths_shrink():
+    latents = "--multi-latent-attention --q-lora-rank 1536 --kv-lora-rank 512 --v-head-dim 192"
+    model = _small(f"{DEEPSEEK} {latents}")[0].model
+    assert model.multi_latent_attention
+    assert (model.q_lora_rank, model.kv_lora_rank) == (12, 8)
+    assert (model.qk_head_dim, model.qk_pos_emb_head_dim, model.v_head_dim) == (6, 4, 9)
+    stretched = "--multi-latent-attention --rotary-scaling-factor 40 --mscale-all-dim 1.0"
+    model = _small(f"{DEEPSEEK} {stretched}")[0].model
+    assert (model.q_lora_rank, model.rope_scaling, model.rope_factor) == (None, "yarn", 40.0)
+
+
 def test_a_dense_model_stays_dense():
     config, _ = _small(DENSE)
     assert config.model.num_moe_experts is None

@@ -281,6 +281,7 @@ V3 = Family(
               "experts", layers="moe", is_fp32=True),
     ),
     ignored_fields=_IGNORED,
+    has_prediction_layers=True,
     ignored_keys=(INV_FREQ,),
 )  # fmt: skip
 
