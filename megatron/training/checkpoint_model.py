@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from megatron.core.dist_checkpointing.store import OpenCheckpoint, open_checkpoi
 from megatron.core.errors import CheckpointError, DataError
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.huggingface.config_file import is_hf_folder
 from megatron.core.param_role import deferred_init
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.base import Tokenizer
 from megatron.core.tokenizers.build_tokenizer import TokenizerSettings, build_tokenizer
 from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.training.config.run_config import RunConfig
+from megatron.training.huggingface_start import facts_of_folder
 from megatron.training.initialize import Launch, connect
 from megatron.training.resume_rules import config_from_data
 from megatron.training.starting_point import folder_and_iteration
@@ -46,7 +49,8 @@ def load_trained_model(
     """Build the model that a run saved, on one process.
 
     Args:
-        folder: What the run had as --save; or one checkpoint in it, such as ``iter_0000010``.
+        folder: What the run had as --save; or one checkpoint in it, such as ``iter_0000010``; or a
+            model of Hugging Face's.
         iteration: Which checkpoint; the latest when None.
         device: Where to put the model.
 
@@ -54,6 +58,8 @@ def load_trained_model(
         CheckpointError: Nothing there, damaged, or not of a GPTModel.
         DataError: A file of the tokenizer is gone or has changed.
     """
+    if isinstance(folder, Path) and is_hf_folder(folder):
+        return _from_huggingface(folder, device)
     if iteration is None:
         folder, iteration = folder_and_iteration(folder)
     opened = open_checkpoint(folder, None, iteration=iteration)
@@ -115,6 +121,28 @@ def empty_model(opened: OpenCheckpoint, config: RunConfig) -> GPTModel:
     vocab_size = opened.common["padded_vocab_size"]
     if vocab_size is None:
         raise CheckpointError(f"{opened.path} holds no GPTModel (it has no word embedding)")
+    return _model(config, vocab_size)
+
+
+def _from_huggingface(folder: Path, device: torch.device | str) -> TrainedModel:
+    """Build the model of a folder of Hugging Face's."""
+    from megatron.training.huggingface_load import load_folder  # its packages need not be here
+
+    facts = facts_of_folder(folder)
+    config = config_from_data(facts["config"])
+    config.model.check()
+    rows = facts["config"]["tokenizer"]["padded_vocab_size"]
+    model = _model(config, rows).to(device)
+    load_folder(folder, model_tensors(model), config=config, rows=rows, group=None)
+    model.eval()
+    tokenizer = None
+    if (kind := facts["tokenizer"]) is not None:
+        settings = TokenizerSettings(tokenizer_type=kind["type"], **kind["files"])
+        tokenizer = build_tokenizer(settings)
+    return TrainedModel(model=model, config=config, tokenizer=tokenizer, path=folder)
+
+
+def _model(config: RunConfig, vocab_size: int) -> GPTModel:
     connect(_ALONE, "gloo", torch.device("cpu"), timedelta(minutes=1))
     with deferred_init():
         return GPTModel(

@@ -150,7 +150,7 @@ def checkpoint_content(
     For the arguments see ``save_checkpoint``.
     """
     group = world_group()
-    tensors = model_tensors(unwrap(model), _weights(model))
+    tensors = model_tensors(unwrap(model), kept_weights(model))
     if optimizer is not None and not config.checkpoint.no_save_optim:
         tensors |= optimizer_tensors(optimizer.named_state())
     if not config.checkpoint.no_save_rng:
@@ -165,7 +165,7 @@ def checkpoint_content(
         "optimizer": _optimizer_facts(config, optimizer),
         "loss_scale": _loss_scale(config, optimizer),
         "world_size": size_of(group),
-        "padded_vocab_size": _padded_vocab_size(unwrap(model)),
+        "padded_vocab_size": padded_vocab_size(unwrap(model)),
         "architecture": architecture(config.model),
         "schedule": schedule(config),
         "tokenizer": tokenizer_facts(tokenizer),
@@ -223,6 +223,10 @@ def load_checkpoint(
     if start.weights_only:
         options = replace(options, finetune=True)
         config = replace(config, checkpoint=options)
+    if start.is_huggingface:
+        from megatron.training.huggingface_load import load_huggingface  # an optional package
+
+        return load_huggingface(start, config, model, optimizer, group)
     without_optim = options.finetune or options.no_load_optim or config.training.skip_train
     with_optim = optimizer is not None and not without_optim
     restored = optimizer if with_optim else None
@@ -268,12 +272,13 @@ def world_group() -> ProcessGroup | None:
     return dist.group.WORLD if dist.is_initialized() else None
 
 
-def _weights(model: nn.Module) -> list[NamedWeight] | None:
+def kept_weights(model: nn.Module) -> list[NamedWeight] | None:
     """Return what this rank keeps of a sharded model; None when it holds whole parameters."""
     return model.saved_weights() if isinstance(model, TorchFullyShardedDataParallel) else None
 
 
-def _padded_vocab_size(model: nn.Module) -> int | None:
+def padded_vocab_size(model: nn.Module) -> int | None:
+    """Return the rows of the whole word embedding; None on ranks that have none of it."""
     embedding = dict(model.named_parameters()).get(_EMBEDDING)
     if embedding is None:
         return None
@@ -317,7 +322,7 @@ def _read(
     group: ProcessGroup | None,
 ) -> list[str]:
     """Read all tensors that are wanted, in place; returns notices."""
-    weights = _weights(model)
+    weights = kept_weights(model)
     tensors = model_tensors(unwrap(model), weights)
     _refuse_vocab(opened, unwrap(model), group)
     prefixes = [MODEL]
@@ -355,7 +360,7 @@ def _ranks(number: int) -> str:
 
 
 def _refuse_vocab(opened: OpenCheckpoint, model: nn.Module, group: ProcessGroup | None) -> None:
-    sizes = gather(_padded_vocab_size(model), group)  # the first pipeline rank has an embedding
+    sizes = gather(padded_vocab_size(model), group)  # the first pipeline rank has an embedding
     then, now = opened.common["padded_vocab_size"], next(filter(None, sizes), None)
     if then is not None and now is not None and then != now:
         raise CheckpointError(

@@ -34,6 +34,7 @@ from megatron.training.huggingface_model import (
     same_function,
 )
 from megatron.training.resume_rules import architecture, config_data, config_from_data
+from megatron.training.starting_point import WEIGHTS_ONLY
 
 DTYPES = {
     "fp32": torch.float32,
@@ -44,8 +45,6 @@ DTYPES = {
 """Names of number formats on the command line."""
 ITERATION = 0
 """Of a checkpoint that an import writes."""
-WEIGHTS_ONLY = "weights_only"
-"""Entry of common.json: true where --load begins anew with the weights."""
 SHARD_BYTES = 5 * 10**9
 _FILE_BYTES = 5 * 10**9
 
@@ -103,8 +102,8 @@ def import_checkpoint(
         accounted = accounting.account(plan, shapes)
         facts = model_facts(config, options["padded_vocab_size"])
         accounting.compare_with_model(plan, {key: fact.shape for key, fact in facts.items()})
-        read = named_reader(source, accounted)
-        refuse_other_copies(source, accounted)
+        read = accounting.named_reader(source, accounted)
+        accounting.refuse_other_copies(source, accounted)
         stored = {MODEL + key: fact for key, fact in facts.items()}
         total = sum(fact.nbytes for fact in stored.values())
         files = shared_out(stored, max(1, -(-total // _FILE_BYTES)))
@@ -189,7 +188,7 @@ def verify_export(
     with HfFolder.open(hf_dir) as again:
         shapes = {key: fact.shape for key, fact in again.facts.items()}
         accounted = accounting.account(plan, shapes)
-        back = named_reader(again, accounted)
+        back = accounting.named_reader(again, accounted)
         wrong = []
         for key, pieces in plan.pieces_of_key.items():
             dtype = facts[pieces[0].hf_key].dtype
@@ -197,27 +196,6 @@ def verify_export(
             if not is_equal(plan, key, original, our_tensor(plan, key, dtype, back)):
                 wrong.append(f"{key} reads differently")
     accounting.refuse(f"{hf_dir} is not what the checkpoint holds", wrong)
-
-
-def named_reader(source: HfFolder, accounted: accounting.Accounting) -> Any:
-    """Return a function that reads tensors of a folder by their names in the plan."""
-
-    def read(hf_key: str, rows: tuple[int, int] | None) -> Tensor:
-        return source.read(accounted.names[hf_key], rows)
-
-    return read
-
-
-def refuse_other_copies(source: HfFolder, accounted: accounting.Accounting) -> None:
-    """Refuse a tensor that should repeat another one, as a tied output layer, and does not."""
-    accounting.refuse(
-        f"{source.path}: config.json ties tensors that differ",
-        [
-            f"{name} is not {original}"
-            for name, original in accounted.copies.items()
-            if not torch.equal(source.read(name), source.read(original))
-        ],
-    )
 
 
 def _dtype_of(source: HfFolder) -> torch.dtype:

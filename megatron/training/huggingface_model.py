@@ -24,7 +24,8 @@ _FLAGS = {
     torch.float16: {"fp16": True},
     torch.float64: {"fp64": True},
 }
-_FORMAT = "number format (--bf16, --fp16, --fp64)"
+NUMBER_FORMAT = "number format (--bf16, --fp16, --fp64)"
+"""Entry of ``architecture`` that an exchange may change."""
 
 
 def dtype_flags(dtype: torch.dtype) -> dict[str, bool]:
@@ -86,5 +87,5 @@ def same_function(config: RunConfig, options: Mapping[str, Any], family: Family)
     return [
         f"{flag} is {value}, and a {family.name} has {theirs[flag]}"
         for flag, value in ours.items()
-        if value != theirs[flag] and flag != _FORMAT
+        if value != theirs[flag] and flag != NUMBER_FORMAT
     ]

@@ -42,10 +42,11 @@ def _where(config: RunConfig) -> str:
     if start is None:
         why = f"{options.load} holds no checkpoint yet"
         return f"starting a fresh run at iteration 0 ({why}){between}"
-    if start.weights_only:
+    own = options.load is not None and start.folder == place(options.load)
+    if start.weights_only and not own:
         why = f"{options.load} holds no checkpoint yet" if options.load else "no --load"
         return f"finetuning at iteration 0 with the weights of {start.path} ({why}){between}"
-    if options.finetune:
+    if options.finetune or start.weights_only:
         return f"finetuning at iteration 0 with the weights of {start.path}"
     return f"resuming at iteration {start.iteration} from {start.path}{between}"
 

@@ -5,7 +5,8 @@ the checkpoint, and mistakes told, before anything is set up.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.folders import (
@@ -17,7 +18,12 @@ from megatron.core.dist_checkpointing.folders import (
 )
 from megatron.core.dist_checkpointing.object_folders import place, store_problem
 from megatron.core.errors import CheckpointError
+from megatron.core.models.huggingface.config_file import is_hf_folder
 from megatron.training.config.checkpoint import CheckpointConfig
+from megatron.training.huggingface_start import facts_of_folder
+
+WEIGHTS_ONLY = "weights_only"
+"""Entry of common.json, true where a checkpoint is not of a run: --load begins anew with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +34,10 @@ class StartingPoint:
     """Holds it, and perhaps others."""
     iteration: int
     weights_only: bool = False
-    """Whether the run begins anew with its weights, as --finetune does, because it was found by
-    --pretrained-checkpoint."""
+    """Whether the run begins anew with its weights, as --finetune does: because it was found by
+    --pretrained-checkpoint, or because there is nothing else in it."""
+    is_huggingface: bool = False
+    """Whether ``folder`` itself is a model of Hugging Face's."""
 
     @property
     def path(self) -> Place:
@@ -38,6 +46,8 @@ class StartingPoint:
         Raises:
             CheckpointError: It is not there.
         """
+        if self.is_huggingface:
+            return self.folder
         found = find_checkpoint(self.folder, self.iteration)
         if found is None:
             complete = complete_iterations(self.folder)
@@ -55,21 +65,29 @@ def starting_point(options: CheckpointConfig) -> StartingPoint | None:
         CheckpointError: A tracker file is damaged, or names what is not there.
     """
     if options.load is not None:
-        folder, iteration = _usable("--load", options.load), options.ckpt_step
-        if iteration is None:
-            iteration = latest_iteration(folder)
-        if iteration is not None:
-            return StartingPoint(folder=folder, iteration=iteration)
+        start = _found_in(_usable("--load", options.load), options.ckpt_step)
+        if start is not None:
+            return start
     if options.pretrained_checkpoint is None:
         return None
-    folder, iteration = folder_and_iteration(
-        _usable("--pretrained-checkpoint", options.pretrained_checkpoint)
+    start = _found_in(
+        *folder_and_iteration(_usable("--pretrained-checkpoint", options.pretrained_checkpoint))
     )
+    return None if start is None else replace(start, weights_only=True)
+
+
+def _found_in(folder: Place, iteration: int | None) -> StartingPoint | None:
     if iteration is None:
         iteration = latest_iteration(folder)
     if iteration is None:
-        return None
-    return StartingPoint(folder=folder, iteration=iteration, weights_only=True)
+        if not isinstance(folder, Path) or not is_hf_folder(folder):
+            return None
+        return StartingPoint(folder=folder, iteration=0, weights_only=True, is_huggingface=True)
+    start = StartingPoint(folder=folder, iteration=iteration)
+    is_first = iteration == 0 and find_checkpoint(folder, 0) is not None
+    if is_first and stored_facts(start).get(WEIGHTS_ONLY):
+        return replace(start, weights_only=True)
+    return start
 
 
 def _usable(flag: str, text: str) -> Place:
@@ -99,6 +117,9 @@ def stored_facts(start: StartingPoint) -> dict[str, Any]:
     Raises:
         CheckpointError: It is not there or damaged.
     """
+    if start.is_huggingface:
+        assert isinstance(start.folder, Path), f"{start.folder} is in an object store"
+        return facts_of_folder(start.folder)
     file = start.path / COMMON
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
+from megatron.core.dist_checkpointing.foreign import refuse_foreign
 from megatron.core.errors import CheckpointError
 from megatron.core.extensions.object_store import ObjectPath
 
@@ -85,9 +86,12 @@ def latest_iteration(folder: Place) -> int | None:
     checkpoint and no tracker; the newest complete one counts then.
 
     Raises:
-        CheckpointError: The tracker is unreadable or names a checkpoint that is not there.
+        CheckpointError: The tracker is unreadable or names a checkpoint that is not there, or
+            Megatron-LM wrote the folder.
     """
     complete = complete_iterations(folder)
+    if not complete:
+        refuse_foreign(folder)
     tracker = folder / TRACKER
     if not tracker.is_file():
         return complete[-1] if complete else None

@@ -137,6 +137,8 @@ def _taken(
     wanted: CheckpointConfig,
 ) -> Given:
     facts = stored_facts(start)
+    if start.is_huggingface:
+        _pad_for_ranks(facts["config"]["tokenizer"], said)
     stored = {
         name: value for section in facts["config"].values() for name, value in section.items()
     }
@@ -164,6 +166,12 @@ def _taken(
     ]
     given.notices.append(f"{FLAG}: taken from {start.path}: {', '.join(shown) or 'nothing'}")
     return given
+
+
+def _pad_for_ranks(tokenizer: dict[str, Any], said: dict[str, Any]) -> None:
+    """Add the fewest rows to a vocabulary that tensor-parallel ranks can share, in place."""
+    ranks = max(said.get("tensor_model_parallel_size") or 1, 1)
+    tokenizer["padded_vocab_size"] = -(-tokenizer["padded_vocab_size"] // ranks) * ranks
 
 
 def _of_groups(

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.folders import TRACKER, Place, complete_iterations
+from megatron.core.dist_checkpointing.foreign import refuse_foreign
 from megatron.core.dist_checkpointing.object_folders import place, store_problem
-from megatron.core.errors import ConfigError
+from megatron.core.errors import CheckpointError, ConfigError
+from megatron.core.models.huggingface.config_file import is_hf_folder
 from megatron.core.num_microbatches_calculator import NumMicroBatches
 from megatron.training.config.checks import Check, Rule
 from megatron.training.schedule_settings import build_scheduler
@@ -176,7 +178,13 @@ def loading(check: Check) -> Iterator[str]:
     if problem := store_problem(folder):
         yield f"{check.show('load')} {problem}"
         return
-    there = (folder / TRACKER).is_file() or bool(complete_iterations(folder))
+    try:
+        refuse_foreign(folder)
+    except CheckpointError as error:
+        yield f"{check.show('load')}: {error}"
+        return
+    is_theirs = isinstance(folder, Path) and is_hf_folder(folder)
+    there = is_theirs or (folder / TRACKER).is_file() or bool(complete_iterations(folder))
     if not wanted.allow_fresh_start and not there and wanted.pretrained_checkpoint is None:
         what = "has no checkpoint" if folder.is_dir() else "is no folder"
         yield (

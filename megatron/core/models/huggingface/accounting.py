@@ -3,7 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from megatron.core.errors import CheckpointError
+from megatron.core.models.huggingface.exchange import Read
+from megatron.core.models.huggingface.folder import HfFolder
 from megatron.core.models.huggingface.weight_plan import WeightPlan
 
 Shape = tuple[int, ...]
@@ -95,6 +100,27 @@ def refuse(what: str, problems: Sequence[str]) -> None:
     lines = [f"  - {text}" for text in problems[:_MOST]]
     lines += [f"  - and {more} more"] if more > 0 else []
     raise CheckpointError("\n".join([f"{what}:", *lines]))
+
+
+def named_reader(source: HfFolder, accounted: Accounting) -> Read:
+    """Return a function that reads tensors of a folder by their names in the plan."""
+
+    def read(hf_key: str, rows: tuple[int, int] | None) -> Tensor:
+        return source.read(accounted.names[hf_key], rows)
+
+    return read
+
+
+def refuse_other_copies(source: HfFolder, accounted: Accounting) -> None:
+    """Refuse a tensor that should repeat another one, as a tied output layer, and does not."""
+    refuse(
+        f"{source.path}: config.json ties tensors that differ",
+        [
+            f"{name} is not {original}"
+            for name, original in accounted.copies.items()
+            if not torch.equal(source.read(name), source.read(original))
+        ],
+    )
 
 
 def _names(plan: WeightPlan, found: Mapping[str, Shape]) -> dict[str, str]:

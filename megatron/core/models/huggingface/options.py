@@ -44,6 +44,7 @@ def model_options(hf_config: Mapping[str, Any], *, ignore: Collection[str] = ())
         ConfigError: Lists every field that cannot be built or is not known.
     """
     family = family_of(hf_config)
+    hf_config = _renamed(family, hf_config)
     problems = list(_strangers(family, hf_config, ignore))
     found = dict(family.constants)
     fields = family_defaults(family) | dict(hf_config)
@@ -94,6 +95,15 @@ def hf_config_of(
     return head | fields | kinds | {"transformers_version": VERSION}
 
 
+def _renamed(family: Family, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields under the names of the family's table."""
+    found = dict(hf_config)
+    for other, name in family.aliases.items():
+        if other in found and name not in found:
+            found[name] = found.pop(other)
+    return found
+
+
 def resolved(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what options that leave a size open, or say it in another way, mean."""
     config = ModelFacts.of(options).config
@@ -119,7 +129,7 @@ def family_defaults(family: Family) -> dict[str, Any]:
 
 def _strangers(family: Family, hf_config: Mapping[str, Any], ignore: Collection[str]) -> list[str]:
     known = {name for row in family.rows for name in row.defaults}
-    known |= IGNORED | family.ignored_fields | set(ignore)
+    known |= IGNORED | family.ignored_fields | family.aliases.keys() | set(ignore)
     found = sorted(name for name in hf_config if name not in known and not name.startswith("_"))
     if not found:
         return []

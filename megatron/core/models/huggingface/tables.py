@@ -77,6 +77,8 @@ class Family:
     weights: tuple[Weight, ...]
     base_prefix: str = "model."
     """Of the names of all weights but the output layer's; files of the bare model leave it out."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other name of a field of config.json -> its name in ``rows``."""
     ignored_fields: frozenset[str] = frozenset()
     """Fields of config.json that do not change the function, beyond those of all families."""
     ignored_keys: tuple[str, ...] = ()

@@ -217,6 +217,7 @@ V2 = Family(
         "moe_router_score_function": "softmax",
         "moe_router_pre_softmax": True,
     },
+    aliases={"num_experts": "n_routed_experts"},
     rows=(
         *_COMMON,
         vocabulary(102400),
@@ -252,6 +253,7 @@ V3 = Family(
         "moe_router_enable_expert_bias": True,
         "moe_router_load_balancing_type": ["none"],
     },
+    aliases={"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"},
     rows=(
         *_COMMON,
         vocabulary(129280),
@@ -267,7 +269,7 @@ V3 = Family(
         same("rope_interleave", "rotary_interleaved", True),
         fixed("scoring_func", "sigmoid"),
         fixed("topk_method", "noaux_tc"),
-        row({"num_nextn_predict_layers": 0, "num_mtp_layers": 0}, lambda fields: {},
+        row({"num_nextn_predict_layers": 0}, lambda fields: {},
             lambda options: {"num_nextn_predict_layers": options["mtp_num_layers"] or 0}),
         rope(max_positions=4096),
     ),

@@ -48,6 +48,12 @@ GPT2 = Family(
         "openai_gelu": True,
         "group_query_attention": False,
     },
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
     rows=(
         vocabulary(50257),
         same("n_positions", "max_position_embeddings", 1024),

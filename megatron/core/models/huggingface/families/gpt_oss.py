@@ -41,6 +41,7 @@ GPT_OSS = Family(
         "moe_router_pre_softmax": False,
         "softmax_type": "learnable",
     },
+    aliases={"num_experts": "num_local_experts"},
     rows=(
         vocabulary(201088),
         heads(2880, 64, 8, head_dim=64),

@@ -48,6 +48,7 @@ GRANITE_MOE = Family(
     model_types=("granitemoe",),
     architecture="GraniteMoeForCausalLM",
     constants={**RMS_SWIGLU, "moe_router_pre_softmax": False},
+    aliases={"num_experts": "num_local_experts"},
     rows=(
         vocabulary(32000),
         heads(4096, 32, None),

@@ -54,6 +54,7 @@ MIXTRAL = Family(
     model_types=("mixtral",),
     architecture="MixtralForCausalLM",
     constants={**RMS_SWIGLU, "moe_router_pre_softmax": False},
+    aliases={"num_experts": "num_local_experts"},
     rows=(
         *_COMMON,
         expert_width("intermediate_size", 14336),

@@ -30,6 +30,7 @@ OLMOE = Family(
     model_types=("olmoe",),
     architecture="OlmoeForCausalLM",
     constants={**RMS_SWIGLU, "qk_layernorm": True, "qk_layernorm_scope": "all_heads"},
+    aliases={"num_local_experts": "num_experts"},
     rows=(
         vocabulary(50304),
         heads(2048, 16, None),

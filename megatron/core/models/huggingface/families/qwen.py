@@ -81,6 +81,7 @@ QWEN2_MOE = Family(
     model_types=("qwen2_moe",),
     architecture="Qwen2MoeForCausalLM",
     constants={**RMS_SWIGLU, "moe_shared_expert_gate": True},
+    aliases={"num_local_experts": "num_experts"},
     rows=(
         *_COMMON,
         *_MOE,
@@ -116,6 +117,7 @@ QWEN3_MOE = Family(
     model_types=("qwen3_moe",),
     architecture="Qwen3MoeForCausalLM",
     constants={**RMS_SWIGLU, "qk_layernorm": True},
+    aliases={"num_local_experts": "num_experts"},
     rows=(
         *_COMMON,
         *_MOE,
