@@ -63,8 +63,9 @@ def save_dense(folder: Path, family: str, extra: str = "") -> None:
     init_weights(model, config.training.seed)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for param in model.parameters():
-            spread = 0.3 if param.dim() == 1 else 0.08
+        for name, param in model.named_parameters():
+            # larger biases would make all tokens alike, and routers send them one way
+            spread = 0.05 if name.endswith(".bias") else 0.3 if param.dim() == 1 else 0.08
             param += spread * torch.randn(param.shape, generator=generator).to(param.dtype)
     done = save_checkpoint(
         folder, TrainState(iteration=3), config=config, model=model, optimizer=None

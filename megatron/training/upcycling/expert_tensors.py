@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.upcycling.preservation import Recipe, folds, router_std
 from megatron.training.upcycling.widths import Channels, channels_of
 
-_MLP = re.compile(rf"^{re.escape(MODEL)}(.*layers\.(\d+)\.mlp)\.(.+)$")
+_MLP = re.compile(rf"^{re.escape(MODEL)}(decoder\.layers\.(\d+)\.mlp)\.(.+)$")
 _FC2_WEIGHT, _FC2_BIAS = "linear_fc2.weight", "linear_fc2.bias"
 # gate, up: of gated MLPs; dimension 0 runs over the ffn channels
 _FC1 = frozenset(
