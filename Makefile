@@ -56,7 +56,7 @@ verify: $(STAMPS)/dev ## every parallel layout against one process, on up to 8 r
 verify-reshard: $(STAMPS)/dev ## save at every layout, load at every layout; writes its tables into docs/checkpoint_format.md: minutes
 	$(TEST_ENV) $(BIN)/python tools/verify_reshard.py --markdown docs/checkpoint_format.md
 
-verify-upcycling: $(STAMPS)/dev ## dense models of three families as experts, each with its receipt; writes docs/upcycling.md: minutes
+verify-upcycling: $(STAMPS)/dev ## dense models of four families as experts, each with its receipt; writes docs/upcycling.md: minutes
 	$(TEST_ENV) $(BIN)/python tools/verify_upcycling.py --markdown docs/upcycling.md
 
 smollm2: $(STAMPS)/dev ## a real model, SmolLM2-135M: import, upcycle, train, export; writes docs/smollm2.md: half an hour, 6 GB

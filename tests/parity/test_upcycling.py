@@ -38,6 +38,7 @@ QUICK = {
     "gpt2": Case(granularity=2, copies=2, score="softmax over all"),
     "llama": Case(granularity=2, copies=1, score="softmax", fold=True),
     "qwen2": Case(granularity=1, copies=1, score="sigmoid"),
+    "qwen3": Case(granularity=1, copies=2, score="softmax"),
 }
 
 

@@ -38,8 +38,8 @@ def page(figures: Mapping[str, Any], commands: Mapping[str, str]) -> str:
         (
             "train",
             f"{training['steps']} steps of {training['tokens_per_step']} tokens: loss "
-            f"{training['first']:.3f} (mean of the first 10) to {training['last']:.3f} (of the "
-            f"last 10); held-out text {training['held_out_before']:.3f} to "
+            f"{training['first']:.3f} (mean of the first half) to {training['last']:.3f} (of "
+            f"the other, the same text again); held-out text {training['held_out_before']:.3f} to "
             f"{training['held_out_after']:.3f}",
         ),
         (

@@ -62,8 +62,6 @@ def fitting_problems(
     if model.num_moe_experts is None:
         yield "upcycling needs --num-experts"
         return
-    if depth := getattr(dense, "mtp_num_layers", None):
-        yield f"--mtp-num-layers {depth}: layers that predict further tokens are not upcycled"
     then, now = architecture(dense), architecture(model)
     for flag in [f for f in now if f.startswith(("--moe-", *_NEW))]:
         del now[flag]
