@@ -54,7 +54,7 @@ def test_the_page_holds_the_figures_of_the_run() -> None:
         "160 of 160 as in transformers with the KV cache, 159 of 160 without",
         "logits 3.5e-05 apart (rounding 4.5e-05), KL 5.5e-12 nats",
         "kept to rounding |",
-        "2.500 (mean of the first half) to 2.250",
+        "2.500 (mean of the first 10) to 2.250",
         "2.5e-05 apart",
         "# import\npython tools/checkpoint/convert.py",
     ):
