@@ -68,6 +68,7 @@ SmolLM2-135M-Instruct (Apache-2.0), shipped as GGUF inside the Python package `l
 imported, compared with transformers, made a mixture of 4 experts, trained, exported as Mixtral.
 `make smollm2` does it and writes this page; `tests/functional/test_smollm2.py` is the same with
 fewer steps, in `make test-all` where the package is installed."""
-_END = """Training is by SGD, to fit into 6 GB, on a few thousand characters, again and again: it shows
-that gradients are right, not what the mixture can learn. Differences are of logits in fp32; rounding is how
-far the dense model in fp32 is from itself in fp64 (see [upcycling](upcycling.md))."""
+_END = """Training is by SGD, to fit into 6 GB, on a few thousand characters, again and again: it
+shows that gradients are right, not what the mixture can learn. Differences are of logits in fp32;
+rounding is how far the dense model in fp32 is from itself in fp64: see
+[upcycling](upcycling.md)."""
