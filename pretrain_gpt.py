@@ -35,6 +35,7 @@ def model_provider(config: RunConfig, pg_collection: ProcessGroupCollection) -> 
         get_gpt_decoder_block_spec(config.model),
         vocab_size=config.tokenizer.padded_vocab_size,
         max_sequence_length=config.model.max_position_embeddings,
+        unpadded_vocab_size=config.tokenizer.unpadded_vocab_size,
         stages=stages_of_rank(config.model, pg_collection.pp.rank()),
         pg_collection=pg_collection,
     )

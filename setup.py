@@ -8,6 +8,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.7"],
     "progress": ["tqdm>=4.60"],
     "tensorboard": ["tensorboard>=2.12"],
+    "huggingface": ["safetensors>=0.4.3", "tokenizers>=0.20"],
     "tokenizers": ["tokenizers>=0.20"],
     "tiktoken": ["tiktoken>=0.7"],
     "parquet": ["pyarrow>=14"],

@@ -58,6 +58,12 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         help="Choose among the likeliest tokens that reach this probability; 0 is all.",
     )
     add("--seed", type=int, default=1234, help="Of the draws.")
+    add(
+        "--cache-mla-latents",
+        action="store_true",
+        help="Of a model with --multi-latent-attention remember latents instead of keys and "
+        "values: less memory, the same tokens. As the run said when not set.",
+    )
     add("--device", choices=("cpu", "cuda"), help="cuda when there is one, when not set.")
     return parser.parse_tool_args(argv)
 
@@ -149,6 +155,12 @@ def run(options: argparse.Namespace, prompts: list[str]) -> None:
     if trained.tokenizer is None:
         raise DataError(f"{trained.path} was trained without a tokenizer: there is no text to it")
     model_config, tokenizer = trained.config.model, trained.tokenizer
+    if options.cache_mla_latents and not model_config.multi_latent_attention:
+        raise ConfigError(
+            f"--cache-mla-latents: the model of {trained.path} has no latents, it was trained "
+            "without --multi-latent-attention; leave it out"
+        )
+    model_config.cache_mla_latents |= options.cache_mla_latents
     learned = model_config.position_embedding_type == "learned_absolute"
     positions = model_config.max_position_embeddings if learned else None
     prompt_ids = [tokenizer.tokenize(prompt) for prompt in prompts]

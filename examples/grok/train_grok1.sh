@@ -6,7 +6,7 @@ MODEL=(
     --num-layers 64 --hidden-size 6144 --ffn-hidden-size 32768 --padded-vocab-size 131072
     --num-attention-heads 48 --group-query-attention --num-query-groups 8 --kv-channels 128
     --max-position-embeddings 8192 --position-embedding-type rope --rotary-base 10000
-    --geglu --disable-bias-linear --normalization RMSNorm --sandwich-norm --hidden-dropout 0
+    --geglu --openai-gelu --disable-bias-linear --normalization RMSNorm --sandwich-norm --hidden-dropout 0
     --attention-dropout 0
     --attn-logit-softcapping 30 --embedding-multiplier 78.38367176906169
     --logits-multiplier 0.5773502691896257

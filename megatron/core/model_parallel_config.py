@@ -62,7 +62,8 @@ class ModelParallelConfig:
     def cp_comm_type_of(self, layer_number: int) -> Literal["p2p", "all_gather", "a2a"]:
         """Return how attention of a layer reaches the other ranks of a sequence."""
         kinds = self.cp_comm_type
-        return kinds[0] if len(kinds) == 1 else kinds[layer_number]
+        # layers of multi-token prediction count on, and are as the last
+        return kinds[min(layer_number, len(kinds) - 1)]
 
     def data_ranks(self, world_size: int) -> int:
         """Return how many ranks read different samples; 1 where the sizes do not fit the world."""

@@ -34,6 +34,12 @@ class StageLayers:
         return "".join(symbol * times for symbol, times in marks.items()) + "L" * self.head
 
 
-def whole_model(num_layers: int) -> StageLayers:
+def whole_model(num_layers: int, mtp_num_layers: int = 0) -> StageLayers:
     """Return the only stage of a model that is not cut."""
-    return StageLayers(embedding=True, layers=range(num_layers), final_norm=True, head=True)
+    return StageLayers(
+        embedding=True,
+        layers=range(num_layers),
+        final_norm=True,
+        mtp_layers=range(mtp_num_layers),
+        head=True,
+    )

@@ -37,6 +37,7 @@ def refuse_misfits(
     problems = list(architecture_problems(common["architecture"], architecture(config.model)))
     if problem := tokenizer_problem(common["tokenizer"], tokenizer):
         problems.append(problem)
+    problems += _vocabulary_problems(common, config)
     if with_rng and common["dropout_seed"] is None:
         problems.append("it was saved with --no-save-rng: add --no-load-rng")
     if with_optim:
@@ -44,6 +45,17 @@ def refuse_misfits(
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         raise CheckpointError(f"{opened.path} does not fit this run:{listed}")
+
+
+def _vocabulary_problems(common: dict[str, Any], config: RunConfig) -> Iterator[str]:
+    """Refuse another end of the vocabulary: the softmax would be over other tokens."""
+    then = common["config"].get("tokenizer", {}).get("unpadded_vocab_size")
+    now = config.tokenizer.unpadded_vocab_size
+    if then is not None and now is not None and then != now:
+        yield (
+            f"--unpadded-vocab-size is {then} in the checkpoint and {now} in this run: give it, or "
+            "take it by --use-checkpoint-args"
+        )
 
 
 def _optimizer_problems(common: dict[str, Any], config: RunConfig) -> Iterator[str]:

@@ -151,5 +151,6 @@ def _model(config: RunConfig, vocab_size: int) -> GPTModel:
             get_gpt_decoder_block_spec(config.model),
             vocab_size=vocab_size,
             max_sequence_length=config.model.max_position_embeddings,
+            unpadded_vocab_size=config.tokenizer.unpadded_vocab_size,
             pg_collection=ProcessGroupCollection.create(config.model.layout(1)),
         )

@@ -17,22 +17,23 @@ from megatron.core.dist_checkpointing import folders
 from megatron.core.dist_checkpointing.index import TensorFacts
 from megatron.core.dist_checkpointing.mapping import MODEL, OPTIMIZER
 from megatron.core.dist_checkpointing.offline import OfflineWriter, StoredCheckpoint, shared_out
-from megatron.core.errors import CheckpointError, ConfigError
+from megatron.core.errors import CheckpointError
 from megatron.core.models.huggingface import accounting, writer
 from megatron.core.models.huggingface.config_file import CONFIG
 from megatron.core.models.huggingface.exchange import hf_tensor, is_equal, our_tensor
-from megatron.core.models.huggingface.family import Family, families, family_named, family_of
+from megatron.core.models.huggingface.family import FAMILIES, Family, family_of
 from megatron.core.models.huggingface.folder import HfFolder
 from megatron.core.models.huggingface.options import hf_config_of, model_options
+from megatron.core.models.huggingface.quantized import PlainNumbers, target_dtype
 from megatron.core.models.huggingface.weight_plan import WeightPlan, weight_plan
 from megatron.training.config.run_config import RunConfig
-from megatron.training.huggingface_model import (
+from megatron.training.huggingface_family import (
     config_of,
-    dtype_flags,
-    model_facts,
+    fitting_family,
     options_of_checkpoint,
-    same_function,
 )
+from megatron.training.huggingface_files import ORIGIN, kept_of_folder, side_files
+from megatron.training.huggingface_model import dtype_flags, model_facts
 from megatron.training.resume_rules import architecture, config_data, config_from_data
 from megatron.training.starting_point import WEIGHTS_ONLY
 
@@ -95,15 +96,18 @@ def import_checkpoint(
         rows = options["padded_vocab_size"]
         unit = make_vocab_size_divisible_by
         options["padded_vocab_size"] = -(-rows // unit) * unit
-        options |= dtype_flags(DTYPES[dtype] if dtype else _dtype_of(source))
+        wanted = target_dtype(source, DTYPES[dtype] if dtype else None, DTYPES.values())
+        options |= dtype_flags(wanted)
+        numbers = PlainNumbers(source, wanted)
         config = config_of(options)
+        config.tokenizer.unpadded_vocab_size = rows
         plan = weight_plan(family_of(source.config), options, vocab_size=rows)
-        shapes = {key: fact.shape for key, fact in source.facts.items()}
+        shapes = {key: fact.shape for key, fact in numbers.facts.items()}
         accounted = accounting.account(plan, shapes)
         facts = model_facts(config, options["padded_vocab_size"])
         accounting.compare_with_model(plan, {key: fact.shape for key, fact in facts.items()})
-        read = accounting.named_reader(source, accounted)
-        accounting.refuse_other_copies(source, accounted)
+        read = accounting.named_reader(numbers, accounted)
+        accounting.refuse_other_copies(hf_dir, numbers, accounted)
         stored = {MODEL + key: fact for key, fact in facts.items()}
         total = sum(fact.nbytes for fact in stored.values())
         files = shared_out(stored, max(1, -(-total // _FILE_BYTES)))
@@ -111,8 +115,9 @@ def import_checkpoint(
             for key in target.order:
                 name = key.removeprefix(MODEL)
                 target.add(key, our_tensor(plan, name, stored[key].dtype, read))
-            common = _common(config, plan.family, hf_dir, source.config)
-            path, size = target.finish(common, {})
+            tokenizer, kept = kept_of_folder(hf_dir)
+            common = _common(config, plan.family, hf_dir, source.config) | {"tokenizer": tokenizer}
+            path, size = target.finish(common, kept)
     assert isinstance(path, Path), f"{path} is no folder"
     seconds = time.perf_counter() - begin
     return Exchanged(path, plan.family, options, len(stored), size, seconds, accounted.ignored)
@@ -126,10 +131,12 @@ def export_checkpoint(
     family: str | None = None,
     dtype: str | None = None,
     vocab_size: int | None = None,
+    reference: Path | None = None,
     max_shard_bytes: int = SHARD_BYTES,
-    verify: bool = True,
 ) -> Exchanged:
     """Make a folder of Hugging Face's out of a checkpoint of ours.
+
+    It is read back, and every tensor compared bit for bit with what it was made of.
 
     Args:
         ckpt_dir: Folder of checkpoints, or one of them.
@@ -141,8 +148,10 @@ def export_checkpoint(
             where the checkpoint has them.
         vocab_size: Rows of the vocabulary to write; those that it was imported with when None, else
             the ids of the tokenizer, else all.
+        reference: A folder of Hugging Face's, such as the one that training began with, to take
+            tokenizer, generation settings and harmless fields of config.json from; what the
+            checkpoint keeps of them when None.
         max_shard_bytes: Of one file of tensors.
-        verify: Read everything back and compare it bit for bit.
 
     Raises:
         ConfigError: No family computes what this model computes.
@@ -153,12 +162,16 @@ def export_checkpoint(
     source = StoredCheckpoint.open(ckpt_dir, iteration)
     config = config_from_data(dict(source.common["config"]))
     options = options_of_checkpoint(config, source.common["padded_vocab_size"])
-    found = _family_for(config, options, source, family)
+    origin = (source.common.get(ORIGIN) or {}).get("family")
+    names = [asked] if (asked := family or origin) else FAMILIES
+    found = fitting_family(config, options, names)
     rows = vocab_size or _rows(source, options["padded_vocab_size"])
     plan = weight_plan(found, options, vocab_size=rows)
     accounting.compare_with_model(plan, _shapes(source))
     wanted = DTYPES[dtype] if dtype else _weights_dtype(source, plan)
     facts = _hf_facts(plan, wanted)
+    beside = side_files(source, found, reference)
+    hf_config = _hf_config(options, found, rows, wanted)
 
     def read(key: str) -> Tensor:
         return source.read(_precise(source, key, wanted))
@@ -167,12 +180,11 @@ def export_checkpoint(
         hf_dir,
         facts,
         lambda key: hf_tensor(plan, key, facts[key].dtype, read),
-        documents={CONFIG: _hf_config(options, found, rows, wanted)},
-        copies={},
+        documents={CONFIG: beside.fields | hf_config, **beside.documents},
+        copies=beside.copies,
         max_shard_bytes=max_shard_bytes,
     )
-    if verify:
-        verify_export(hf_dir, plan, facts, read)
+    verify_export(hf_dir, plan, facts, read)
     seconds = time.perf_counter() - begin
     return Exchanged(hf_dir, found, options, len(facts), size, seconds)
 
@@ -188,7 +200,7 @@ def verify_export(
     with HfFolder.open(hf_dir) as again:
         shapes = {key: fact.shape for key, fact in again.facts.items()}
         accounted = accounting.account(plan, shapes)
-        back = accounting.named_reader(again, accounted)
+        back = accounting.named_reader(PlainNumbers(again, torch.float32), accounted)
         wrong = []
         for key, pieces in plan.pieces_of_key.items():
             dtype = facts[pieces[0].hf_key].dtype
@@ -196,15 +208,6 @@ def verify_export(
             if not is_equal(plan, key, original, our_tensor(plan, key, dtype, back)):
                 wrong.append(f"{key} reads differently")
     accounting.refuse(f"{hf_dir} is not what the checkpoint holds", wrong)
-
-
-def _dtype_of(source: HfFolder) -> torch.dtype:
-    """Return the dtype of most of the numbers."""
-    count: dict[torch.dtype, int] = {}
-    for fact in source.facts.values():
-        count[fact.dtype] = count.get(fact.dtype, 0) + fact.nbytes
-    best = max(count, key=lambda dtype: count[dtype])
-    return best if best in DTYPES.values() else torch.bfloat16
 
 
 def _common(
@@ -222,35 +225,11 @@ def _common(
         "padded_vocab_size": config.tokenizer.padded_vocab_size,
         "architecture": architecture(config.model),
         "schedule": {},
-        "tokenizer": None,
         "torch": torch.__version__,
         "config": config_data(config),
-        "huggingface": {"family": family.name, "config": dict(hf_config)},
+        ORIGIN: {"family": family.name, "config": dict(hf_config)},
         "history": [f"imported from {hf_dir.name} of Hugging Face ({family.name})"],
     }
-
-
-def _family_for(
-    config: RunConfig, options: Mapping[str, Any], source: StoredCheckpoint, asked: str | None
-) -> Family:
-    """Return the family that computes what this model computes."""
-    origin = (source.common.get("huggingface") or {}).get("family")
-    names = [asked] if asked else [origin] if origin else [found.name for found in families()]
-    problems: dict[str, list[str]] = {}
-    for name in names:
-        family = family_named(name)
-        try:
-            problems[name] = same_function(config, options, family)
-        except ConfigError as error:
-            problems[name] = list(error.problems) or [str(error)]
-        if not problems[name]:
-            return family
-    nearest = min(problems, key=lambda name: len(problems[name]))
-    ConfigError.raise_if_any(
-        [f"{nearest}: {problem}" for problem in problems[nearest]],
-        "this model is none of " + ", ".join(names) if len(names) > 1 else None,
-    )
-    raise AssertionError("no problems and no family")
 
 
 def _hf_config(
@@ -268,11 +247,13 @@ def _shapes(source: StoredCheckpoint) -> dict[str, tuple[int, ...]]:
 
 def _rows(source: StoredCheckpoint, padded: int) -> int:
     """Return how many rows of the vocabulary mean something."""
-    origin = (source.common.get("huggingface") or {}).get("config") or {}
+    origin = (source.common.get(ORIGIN) or {}).get("config") or {}
     if origin.get("vocab_size"):
         return int(origin["vocab_size"])
     ids: int | None = (source.common["tokenizer"] or {}).get("vocab_size")
     settings = source.common["config"]["tokenizer"]
+    if settings.get("unpadded_vocab_size"):
+        return int(settings["unpadded_vocab_size"])
     unit = settings.get("make_vocab_size_divisible_by") or 1
     unit *= source.common["config"]["model"].get("tensor_model_parallel_size") or 1
     return ids if ids is not None and -(-ids // unit) * unit == padded else padded

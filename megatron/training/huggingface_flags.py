@@ -1,5 +1,6 @@
 """Options of a model as flags, ready to paste. Imports no torch."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,4 +22,5 @@ def flags_of(options: Mapping[str, Any]) -> str:
 def _shown(option: Option, value: Any) -> str:
     if isinstance(value, float):
         return f"{option.flag} {value!r}"  # every digit
-    return option.show(value)
+    shown = option.show(value)
+    return " ".join(shlex.quote(word) for word in shown.split(" "))

@@ -21,11 +21,13 @@ from megatron.core.models.huggingface.exchange import our_tensor
 from megatron.core.models.huggingface.family import family_of
 from megatron.core.models.huggingface.folder import HfFolder
 from megatron.core.models.huggingface.options import model_options
+from megatron.core.models.huggingface.quantized import PlainNumbers
 from megatron.core.models.huggingface.weight_plan import WeightPlan, weight_plan
+from megatron.core.transformer.precision import params_dtype
 from megatron.training.checkpoint_state import LoadedState, SavedOptimizer
 from megatron.training.checkpointing import kept_weights, padded_vocab_size, unwrap
 from megatron.training.config.run_config import RunConfig
-from megatron.training.huggingface_model import NUMBER_FORMAT
+from megatron.training.huggingface_family import NUMBER_FORMAT
 from megatron.training.resume_rules import architecture, architecture_problems
 from megatron.training.starting_point import StartingPoint
 
@@ -89,7 +91,8 @@ def load_folder(
     plan, names = attempt(lambda: _checked(folder, config, rows), group)
     attempt(lambda: _refuse_strangers(plan, tensors), group)
     _refuse_gaps(plan, tensors, group)
-    attempt(lambda: _read(folder, plan, names, tensors), group)
+    dtype = params_dtype(config.model)
+    attempt(lambda: _read(folder, plan, names, tensors, dtype), group)
     return _notices(folder, config)
 
 
@@ -113,9 +116,10 @@ def _checked(
             "mtp_num_layers": getattr(config.model, "mtp_num_layers", None),
         }
         plan = weight_plan(family_of(source.config), options, vocab_size=theirs)
-        found = {key: fact.shape for key, fact in source.facts.items()}
+        numbers = PlainNumbers(source, params_dtype(config.model))
+        found = {key: fact.shape for key, fact in numbers.facts.items()}
         accounted = accounting.account(plan, found)
-        accounting.refuse_other_copies(source, accounted)
+        accounting.refuse_other_copies(folder, numbers, accounted)
         return plan, accounted
 
 
@@ -160,9 +164,10 @@ def _read(
     plan: WeightPlan,
     names: accounting.Accounting,
     tensors: Mapping[str, Storable],
+    dtype: torch.dtype,
 ) -> None:
     with HfFolder.open(folder) as source, torch.no_grad():
-        read = accounting.named_reader(source, names)
+        read = accounting.named_reader(PlainNumbers(source, dtype), names)
         for key, target in tensors.items():
             made = our_tensor(plan, key.removeprefix(MODEL), target.dtype, read)
             fill(target, made)

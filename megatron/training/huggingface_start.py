@@ -25,7 +25,10 @@ def facts_of_folder(folder: Path) -> dict[str, Any]:
     name = str(hf_config.get("torch_dtype") or hf_config.get("dtype"))
     formats = {flag: kind == name for kind, flag in _FORMATS.items()}
     return {
-        "config": {"model": options | formats, "tokenizer": {"padded_vocab_size": rows}},
+        "config": {
+            "model": options | formats,
+            "tokenizer": {"padded_vocab_size": rows, "unpadded_vocab_size": rows},
+        },
         "tokenizer": tokenizer_of_folder(folder),
     }
 

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime
 
 import torch
@@ -52,6 +53,7 @@ class Reporter:
     def _begin(self) -> None:
         self._steps = self._skipped = self._nans = self._losses = 0
         self._seconds = self._loss_sum = 0.0
+        self._mtp_sums = [0.0] * self._run.config.model.mtp_depths
 
     def resume_clock(self) -> None:
         """Leave out the time since the last step: it was spent on saving or evaluating."""
@@ -71,6 +73,8 @@ class Reporter:
         if outcome.updated or outcome.is_search:
             self._losses += 1
             self._loss_sum += outcome.lm_loss
+            for depth, value in enumerate(outcome.mtp_losses):
+                self._mtp_sums[depth] += value
         interval = self._run.config.logging.log_interval
         is_due = self._first or is_last or state.iteration % interval == 0
         report = None
@@ -88,7 +92,9 @@ class Reporter:
         step_s = self._seconds / self._steps
         loss = self._loss_sum / self._losses if self._losses else math.nan
         run = self._run
-        losses = {"lm loss": loss} | (report.losses() if report is not None else {})
+        losses = {"lm loss": loss}
+        losses |= _mtp_named([total / max(self._losses, 1) for total in self._mtp_sums], " loss")
+        losses |= report.losses() if report is not None else {}
         tflops = self._flops_per_step / step_s / run.world.world_size / 1e12
         line = log_line.IterationLine(
             iteration=state.iteration,
@@ -145,6 +151,7 @@ class Reporter:
             "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_samples * run.seq_length,
             "lm_loss": outcome.lm_loss,
+            **_mtp_named(outcome.mtp_losses, "_loss"),
             "learning_rate": outcome.learning_rate,
             "grad_norm": outcome.grad_norm,
             "loss_scale": outcome.loss_scale,
@@ -167,6 +174,7 @@ class Reporter:
             "learning-rate": outcome.learning_rate,
             "batch-size": float(run.global_batch_size),
             "lm loss": outcome.lm_loss,
+            **_mtp_named(outcome.mtp_losses, " loss"),
             "loss-scale": outcome.loss_scale,
             "world-size": float(run.world.world_size),
             "iteration-time": seconds,
@@ -196,6 +204,11 @@ class Reporter:
             }
             self._writer.scalars(state.iteration, scalars, always=True)
         self.resume_clock()
+
+
+def _mtp_named(losses: Sequence[float], ending: str) -> dict[str, float]:
+    """Name the losses of multi-token prediction, from depth 1, as Megatron does."""
+    return {f"mtp_{depth}{ending}": loss for depth, loss in enumerate(losses, start=1)}
 
 
 def _expert_load(state: TrainState, report: MoEReport) -> dict[str, object]:

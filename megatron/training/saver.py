@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
-from megatron.core.dist_checkpointing.folders import Place
+from megatron.core.dist_checkpointing.folders import Place, checkpoint_path
 from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.dist_checkpointing.save_plan import SavePlans
 from megatron.core.dist_checkpointing.staging import Staging
@@ -97,8 +97,21 @@ class Saver:
         if result is not None and result.path is None:
             raise CheckpointError(result.line())
         self._tell(result)
+        self._save_huggingface(state)
         if self._non_persistent is not None:
             self._non_persistent.clean()
+
+    def _save_huggingface(self, state: TrainState) -> None:
+        options = self._run.config.checkpoint
+        if options.save_hf is None:
+            return
+        if state.iteration < self._run.train_iters:
+            log.warning("training is not over, so --save-hf %s is not written", options.save_hf)
+            return
+        assert self._folder is not None, "--save-hf needs --save"
+        from megatron.training.huggingface_save import save_huggingface  # an optional package
+
+        save_huggingface(checkpoint_path(self._folder, state.iteration), options)
 
     def _write(self, state: TrainState) -> SaveResult | None:
         """Save ``state``; None when that is done already or goes on in the background."""

@@ -2,9 +2,11 @@
 
 The count is Megatron's, so that figures compare: matrix products only, causal half of attention
 (of a layer with a window, what lies in it, which Megatron counts in full), the top-k experts of
-each token whether or not they were dropped, the shared experts, no router, backward = 2 x forward.
+each token whether or not they were dropped, the shared experts, multi-token prediction, no router,
+backward = 2 x forward.
 """
 
+from megatron.core.transformer.attention_products import core_products, projection_products
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 FORWARD_AND_BACKWARD = 3  # forward, gradient of inputs, gradient of weights
@@ -21,15 +23,14 @@ def flops_per_token(config: TransformerConfig, *, seq_length: int, vocab_size: i
 
     Source: Narayanan et al. 2021 (arXiv:2104.04473), appendix; MoE layers count ``topk`` experts.
     """
-    hidden = config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys_and_values = 2 * config.query_groups * config.head_dim
-    projections = hidden * (queries + keys_and_values) + queries * hidden
-    products = float(vocab_size * hidden)
-    for layer, is_moe in enumerate(config.moe_layer_pattern):
+    hidden, projections = config.hidden_size, projection_products(config)
+    depths = config.mtp_depths  # each a head, a projection of two to one, and a layer
+    products = float(vocab_size * hidden * (1 + depths) + 2 * hidden * hidden * depths)
+    pattern = config.moe_layer_pattern
+    for layer in (*range(len(pattern)), *[len(pattern) - 1] * depths):
+        is_moe = pattern[layer]
         own = config.for_layer(layer) if is_moe else config
-        # scores and weighted values, of the keys that a query meets
-        causal_core = 2 * queries * config.mean_keys_of(layer, seq_length)
+        causal_core = core_products(config, config.mean_keys_of(layer, seq_length))
         products += projections + causal_core + _mlp_products(own, is_moe)
     return FORWARD_AND_BACKWARD * MULTIPLY_AND_ADD * products
 

@@ -20,10 +20,11 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.errors import ConfigError, DataError
 from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
-from megatron.core.transformer.moe.router import update_expert_biases, update_quantile_betas
+from megatron.core.transformer.moe.router_updates import update_expert_biases, update_quantile_betas
 from megatron.training.datasets.batch import Batch
 from megatron.training.initialize import World
 from megatron.training.loss import MaskedLoss
+from megatron.training.mtp_losses import MTPLosses, labels_ahead, with_ahead
 from megatron.training.run import Run, TrainState
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class StepOutcome(NamedTuple):
     """What the next loss will be multiplied by."""
     is_search: bool = False
     """The update was skipped for too large a loss scale, which falls: nothing is wrong yet."""
+    mtp_losses: tuple[float, ...] = ()
+    """Of each depth of multi-token prediction, over the labels that count there."""
 
 
 def train_step(
@@ -62,12 +65,18 @@ def train_step(
         data_iterator: Microbatches of this rank, of whole sequences.
         notes: This rank's reasons to stop, to be agreed on with the losses.
     """
-    cpu_batches = next_batches(run, data_iterator)
+    cpu_batches = next_batches(run, data_iterator, mtp_depths=run.config.model.mtp_depths)
     counts = count_tokens(cpu_batches, run.world)  # over the global batch
     batches = [batch.to(run.world.device) for batch in cpu_batches]
     run.scheduler.step(run.optimizer, state.consumed_samples)
     run.model.zero_grad_buffer()
-    losses = run_microbatches(run, state, batches, counts)
+    mtp = MTPLosses.of_step(
+        run.config.model,
+        counts.ahead,
+        num_microbatches=len(batches),
+        loss_scale=run.optimizer.grad_scaler.scale,
+    )
+    losses = run_microbatches(run, state, batches, counts, mtp)
     finalize_model_grads(run.model)
     loss, agreed = agree(losses, counts.loss, notes, run.world)
     grad_norm, updated, is_search = None, math.isfinite(loss), False
@@ -96,14 +105,17 @@ def train_step(
         agreed,
         run.optimizer.grad_scaler.scale,
         is_search,
+        mtp.means(run.world),
     )
     if not updated:
         _tell_skipped(run, state, outcome)
     return outcome
 
 
-def next_batches(run: Run, data_iterator: Iterator[Batch]) -> list[Batch]:
+def next_batches(run: Run, data_iterator: Iterator[Batch], *, mtp_depths: int = 0) -> list[Batch]:
     """Return this rank's positions of the microbatches of one global batch, on the CPU.
+
+    With what ``mtp_depths`` modules of multi-token prediction read of them.
 
     Raises:
         DataError: The iterator ended before. Told here, since other stages of a pipeline would
@@ -116,6 +128,7 @@ def next_batches(run: Run, data_iterator: Iterator[Batch]) -> list[Batch]:
             f"{run.world.place()}: the data iterator ended after {len(whole)} of the "
             f"{run.num_microbatches} microbatches of a global batch"
         )
+    whole = [with_ahead(batch, mtp_depths) for batch in whole]
     return [batch.of_positions(cp.rank(), cp.size()) for batch in whole]
 
 
@@ -129,6 +142,8 @@ class TokenCounts(NamedTuple):
     """Those that count in the loss."""
     valid: Tensor
     """Those that are no padding."""
+    ahead: Tensor
+    """[D] fp64: labels that count at each depth of multi-token prediction."""
 
 
 def count_tokens(batches: Sequence[Batch], world: World) -> TokenCounts:
@@ -136,14 +151,16 @@ def count_tokens(batches: Sequence[Batch], world: World) -> TokenCounts:
     counted = sum(int(batch.loss_mask.sum()) for batch in batches)
     padding = sum(int(b.padding_mask.sum()) for b in batches if b.padding_mask is not None)
     valid = sum(batch.tokens.numel() for batch in batches) - padding
-    mine = torch.tensor([counted, valid], dtype=torch.float64)
+    ahead = labels_ahead(batches, batches[0].num_depths)
+    mine = torch.tensor([counted, valid, *ahead], dtype=torch.float64)
     counts = mine.to(world.device, non_blocking=True)
     dist.all_reduce(counts, group=world.pg_collection.dp_cp)
-    return TokenCounts(*counts.clamp_(min=1.0))
+    counts.clamp_(min=1.0)
+    return TokenCounts(counts[0], counts[1], counts[2:])
 
 
 def run_microbatches(
-    run: Run, state: TrainState, batches: Sequence[Batch], counts: TokenCounts
+    run: Run, state: TrainState, batches: Sequence[Batch], counts: TokenCounts, mtp: MTPLosses
 ) -> Tensor:
     """Add the microbatches of a step to the gradients; return their sums of losses.
 
@@ -170,6 +187,7 @@ def run_microbatches(
             padding_mask=batch.padding_mask,
             mean_valid_tokens=counts.valid / forwards,
             lanes=run.pipeline.lanes,
+            ahead=mtp.of_microbatch(index, batch),
         )
         output, loss_func = run.forward_step(iter((batch,)), partial(run.model, context=context))
         if not run.pipeline.has_loss(chunk):

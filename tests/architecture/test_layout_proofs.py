@@ -1,4 +1,4 @@
-"""The pages of proofs are true: each invariant of layouts or checkpoints has tests that exist."""
+"""The pages of proofs are true: each invariant that they name has tests that exist."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,7 @@ from tests.planted.layout_bugs import LAYOUT_BUGS
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/layout_proofs.md").read_text()
 CHECKPOINTS = (ROOT / "docs/checkpoint_proofs.md").read_text()
+HUGGING_FACE = (ROOT / "docs/hf_proofs.md").read_text()
 ROW = re.compile(r"^\| (R\d+) \| (.*) \|$", re.MULTILINE)
 ROWS = {row[1]: row[2] for row in ROW.finditer(PAGE)}
 ON_RANKS = re.compile(r"run_ranks|run_layout|verifier\(\)|Verifier")
@@ -33,7 +34,14 @@ def test_the_page_of_checkpoints_has_every_invariant_of_them():
     assert min(len(nodes) for nodes in rows.values()) >= 3
 
 
-@pytest.mark.parametrize("page", [PAGE, CHECKPOINTS], ids=["layouts", "checkpoints"])
+def test_the_page_of_hugging_face_has_its_invariant_and_tests():
+    assert "R17" in HUGGING_FACE
+    assert len(nodes_in(HUGGING_FACE)) >= 10
+
+
+@pytest.mark.parametrize(
+    "page", [PAGE, CHECKPOINTS, HUGGING_FACE], ids=["layouts", "checkpoints", "hugging face"]
+)
 def test_every_test_that_is_named_exists(page):
     assert missing(nodes_in(page)) == []
 

@@ -6,8 +6,10 @@ from tests.functional.bad_checkpoint_input import CHECKPOINT_CASES
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_core_attention_input import CORE_ATTENTION_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
+from tests.functional.bad_latent_input import LATENT_CASES
 from tests.functional.bad_loss_scale_input import LOSS_SCALE_CASES
 from tests.functional.bad_moe_input import MOE_CASES
+from tests.functional.bad_mtp_input import MTP_CASES
 from tests.functional.bad_optimizer_input import OPTIMIZER_CASES
 from tests.functional.bad_pipeline_input import PIPELINE_CASES
 from tests.functional.bad_router_input import ROUTER_CASES
@@ -33,6 +35,11 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "attention backend": (1, f"{GOOD} --attention-backend flsh", ["did you mean flash?"]),
     "wrong type": (1, f"{GOOD} --lr fast", ["--lr fast: must be a number"]),
     "wrong choice": (1, f"{GOOD} --lr-decay-style cosin", ["did you mean cosine?"]),
+    "too few tokens": (
+        1,
+        f"{GOOD} --vocab-size 100 --unpadded-vocab-size 90",
+        ["--unpadded-vocab-size 90 must lie between the 101 ids of --tokenizer-type NullTokenizer"],
+    ),
     **MOE_CASES,
     **ATTENTION_CASES,
     "scaling by 0": (1, f"{MOE} --moe-router-topk-scaling-factor 0", ["must be above 0"]),
@@ -103,6 +110,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
         ["--sequence-parallel shares --seq-length 63 over --tensor-model-parallel-size 2"],
     ),
     **CORE_ATTENTION_CASES,
+    **LATENT_CASES,
     **SHARDED_CASES,
     **CONTEXT_CASES,
     **PIPELINE_CASES,
@@ -213,6 +221,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     **ROUTER_CASES,
     **SCALING_CASES,
+    **MTP_CASES,
     "capacity": (1, f"{MOE} --moe-expert-capacity-factor 0", ["must be above 0"]),
     "nodes that cut groups": (
         4,

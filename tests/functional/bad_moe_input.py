@@ -140,7 +140,7 @@ MOE_CASES: dict[str, tuple[int, str, list[str]]] = {
     "recomputed norms": (
         1,
         f"{MOE} --recompute-granularity selective --recompute-modules layernorm",
-        ["must be one of core_attn, moe_act", "or recompute whole layers"],
+        ["must be one of core_attn, mla_up_proj, moe_act", "or recompute whole layers"],
     ),
     "recomputed experts of a dense model": (
         1,

@@ -5,6 +5,46 @@ _TYPE = "--moe-router-load-balancing-type"
 
 # as in bad_input.py
 ROUTER_CASES: dict[str, tuple[int, str, list[str]]] = {
+    "softmax without division": (
+        1,
+        f"{_MOE} --no-moe-router-norm-topk-prob",
+        ["needs --moe-router-score-function sigmoid or sqrtsoftplus; with softmax give --moe-rout"],
+    ),
+    "expert choice without division": (
+        1,
+        f"{_MOE} --moe-router-type expert_choice --moe-router-score-function sigmoid "
+        "--moe-aux-loss-coeff 0 --no-moe-router-norm-topk-prob",
+        ["--no-moe-router-norm-topk-prob has no effect with --moe-router-type expert_choice"],
+    ),
+    "judges without groups": (
+        1,
+        f"{_MOE} --moe-router-group-score-topk 2",
+        ["--moe-router-group-score-topk 2 needs groups of experts: add --moe-router-num-groups"],
+    ),
+    "more judges than experts of a group": (
+        1,
+        f"{_MOE} --moe-router-num-groups 4 --moe-router-group-topk 2 "
+        "--moe-router-group-score-topk 3",
+        ["--moe-router-group-score-topk 3 must not be larger than a group of 2 experts"],
+    ),
+    "0 judges": (
+        1,
+        f"{_MOE} --moe-router-num-groups 4 --moe-router-group-topk 2 "
+        "--moe-router-group-score-topk 0",
+        ["--moe-router-group-score-topk 0 must be at least 1"],
+    ),
+    "too many experts for the groups": (
+        1,
+        f"{_MOE} --moe-router-num-groups 4 --moe-router-group-topk 1 --moe-router-topk 3 "
+        "--moe-router-group-score-topk 1",
+        ["--moe-router-topk 3 does not fit in --moe-router-group-topk 1 groups of 2 experts"],
+    ),
+    "router bias of a dense model": (
+        1,
+        "--num-layers 4 --hidden-size 64 --mock-data --moe-router-bias "
+        "--no-moe-router-norm-topk-prob",
+        ["--moe-router-bias, --no-moe-router-norm-topk-prob need a MoE layer: add --num-experts"],
+    ),
     "sinkhorn and a loss": (1, f"{_MOE} {_TYPE} aux_loss sinkhorn", ["sinkhorn excludes the oth"]),
     "quantiles and a loss": (
         1,

@@ -196,6 +196,13 @@ CASES: dict[str, Case] = {
         "--moe-router-group-topk 1",
         "--moe-router-group-topk 2",
     ),
+    "--moe-router-group-score-topk": Case(
+        expert_rows,
+        f"{MOE} --moe-router-num-groups 2 --moe-router-group-topk 1",
+        "--moe-router-group-score-topk 1",
+        "--moe-router-group-score-topk 4",
+    ),
+    "--moe-router-bias": Case(built, MOE, "--moe-router-bias"),
     "--moe-router-enable-expert-bias": Case(
         built, f"{MOE} --moe-router-score-function sigmoid", "--moe-router-enable-expert-bias"
     ),

@@ -38,7 +38,7 @@ def test_bad_input_is_named_with_its_values_and_a_way_out(name):
 
 def test_all_problems_are_listed_at_once():
     line = (
-        f"{MOE} --mtp-num-layers 1 --moe-router-topk 9 --lr -1 --save-interval 3 "
+        f"{MOE} --mtp-detach-heads --moe-router-topk 9 --lr -1 --save-interval 3 "
         "--expert-model-parallel-size 3"
     )
     with pytest.raises(ConfigError) as error:

@@ -81,3 +81,39 @@ def test_torchrun_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="leave out torchrun and add --dry-run-world-size 4"):
         parse_args(f"{GOOD} --dry-run".split())
+
+
+def test_a_cap_of_attention_scores_costs_memory_on_cuda_where_windows_cost_none(
+    tmp_path: Path,
+) -> None:
+    activations = []
+    for options in ("--softmax-type learnable --window-size 15,0", "--attn-logit-softcapping 30"):
+        target = tmp_path / "figures.json"
+        done = _dry_run(
+            f"--device cuda --bf16 --dry-run-world-size 1 --seq-length 512 --attention-dropout 0 "
+            f"--num-layers 1 --dry-run-json {target} {options}"
+        )
+        assert done.returncode == 0, done.stderr
+        figures = json.loads(target.read_text())
+        activations.append(figures["ranks"][0]["memory_bytes"]["activations"])
+    weights = 2 * 2 * 512 * (512 / 2) * 2  # samples, heads, queries, keys, bytes of bf16
+    assert activations[1] - activations[0] > weights / 2
+
+
+def test_a_dry_run_knows_latent_attention(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    latents = (
+        "--multi-latent-attention --q-lora-rank 12 --kv-lora-rank 8 --qk-head-dim 6 "
+        "--qk-pos-emb-head-dim 4 --v-head-dim 5 --normalization RMSNorm --disable-bias-linear"
+    )
+    done = _dry_run(f"{LAYOUT} --sequence-parallel {latents} --dry-run-json {target}")
+    assert done.returncode == 0, done.stderr
+    assert "no deadlock: every rank comes to the end of the step" in done.stdout
+    figures = json.loads(target.read_text())
+    hidden, heads, vocab = 32, 2, 8192
+    queries = hidden * 12 + 12 + 12 * heads * (6 + 4)
+    latent = hidden * (8 + 4) + 8 + 8 * heads * (6 + 5)
+    attention = queries + latent + heads * 5 * hidden
+    experts = 8 * 2 * hidden * 4 * hidden
+    layer = attention + experts + 8 * hidden + 2 * hidden
+    assert figures["parameters"]["whole"] == vocab * hidden + 2 * layer + hidden

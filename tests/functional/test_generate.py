@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.index import read_index
+from megatron.core.inference import generate as generation
+from megatron.core.inference.kv_cache import KVCache
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -157,6 +159,26 @@ def test_one_checkpoint_of_the_folder_can_be_named(tmp_path: Path, generate) -> 
     assert generate("--load", tmp_path, "--ckpt-step", 3, *PROMPTS) == expected
 
 
+def test_cached_latents_give_the_same_tokens(tmp_path: Path, generate, monkeypatch) -> None:
+    latents = {"kv_lora_rank": 8, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5}
+    latents |= {"multi_latent_attention": True, "position_embedding_type": "rope"}
+    save(tmp_path, fp64=True, **latents)
+    widths = []
+    right = generation.make_cache
+
+    def noted(*args: object) -> KVCache:
+        cache = right(*args)
+        widths.append((cache.keys.shape[-1], cache.values.shape[-1]))
+        return cache
+
+    monkeypatch.setattr(generation, "make_cache", noted)
+    words = ("--load", tmp_path, *PROMPTS, "--greedy", "--max-new-tokens", 12)
+    plain, cached = generate(*words), generate(*words, "--cache-mla-latents")
+    assert plain == cached
+    assert plain[0] == 0
+    assert widths == [(10, 5), (12, 0)]
+
+
 def test_prompts_are_read_from_a_file(tmp_path: Path, generate) -> None:
     save(tmp_path)
     (tmp_path / "prompts").write_text("one\n\ntwo\n")
@@ -180,6 +202,7 @@ def _cases() -> Iterator[tuple[list[object], str]]:
     yield ["--prompt", "x", "--max-new-tokens", -1], "--max-new-tokens -1 must be 0 or more"
     yield ["--prompt-file", "/nowhere/prompts"], "--prompt-file /nowhere/prompts is not a file"
     yield ["--prompt", "x", "--device", "cuda"], "no CUDA device found"
+    yield ["--prompt", "x", "--cache-mla-latents"], "without --multi-latent-attention; leave it out"
     yield ["--prompt", "x", "--bogus"], "error: unknown: --bogus"
     yield ["--prompt", "x", "--topk", 3], "did you mean --top-k?"
     yield ["--prompt", "x", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"

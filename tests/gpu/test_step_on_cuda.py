@@ -69,3 +69,29 @@ def test_fp16_training_with_a_loss_scale_stays_near_fp32():
     for ours, theirs in zip(fp16, fp32, strict=True):
         assert ours.lm_loss == pytest.approx(theirs.lm_loss, rel=2e-3)
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
+
+
+SCALED = {
+    "embedding_multiplier": 3.5,
+    "residual_multiplier": 0.22,
+    "logits_multiplier": 0.3,
+    "final_logit_softcapping": 1.5,
+    "sandwich_norm": True,
+    "layernorm_zero_centered_gamma": True,
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mtp_num_layers": 2},
+        SCALED,
+        SCALED | {"normalization": "RMSNorm", "parallel_residual": True},
+    ],
+    ids=["depths", "factors", "factors, RMSNorm, parallel"],
+)
+def test_fp64_features_of_the_residual_stream_equal_those_on_the_cpu(options):
+    for ours, theirs in zip(_train("cuda", **options), _train("cpu", **options), strict=True):
+        assert ours.lm_loss == pytest.approx(theirs.lm_loss, rel=1e-10)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-10)
+        assert ours.mtp_losses == pytest.approx(theirs.mtp_losses, rel=1e-10)

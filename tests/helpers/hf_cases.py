@@ -33,8 +33,8 @@ DENSE = {
     "max_position_embeddings": 64,
     "rms_norm_eps": EPSILON,
     "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    "bos_token_id": 3,
+    "eos_token_id": 5,
     "pad_token_id": None,
     "attention_dropout": 0.0,
 }
@@ -98,8 +98,8 @@ _DENSE_CASES = {
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
+            "bos_token_id": 3,
+            "eos_token_id": 5,
         },
     ),
     "llama2": Case("llama", LLAMA | {"num_key_value_heads": 4} | _rope(10000.0)),
@@ -145,6 +145,12 @@ _DENSE_CASES = {
         LLAMA
         | {"hidden_size": 48, "num_attention_heads": 6, "tie_word_embeddings": True}
         | _rope(10000.0),
+    ),
+    "smollm3": Case(
+        "smollm3",
+        DENSE
+        | {"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 1], "tie_word_embeddings": True}
+        | _rope(2e6),
     ),
 }
 _SOFTMAX_CASES = {
@@ -336,8 +342,8 @@ _OTHER_CASES = {
             "max_position_embeddings": 64,
             "rms_norm_eps": EPSILON,
             "tie_word_embeddings": True,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
+            "bos_token_id": 3,
+            "eos_token_id": 5,
             "pad_token_id": 0,
         },
         8,

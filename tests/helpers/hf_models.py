@@ -61,8 +61,12 @@ def make_checkpoint(case: Case, folder: Path, *, dtype: torch.dtype = torch.floa
         randomize(tensors)
         _write(case.config, tensors, folder)
         return
-    model = build(case, dtype)
+    model = build(case, torch.float32)
     randomize(model.state_dict(keep_vars=True))
+    model.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = buffer.data.float()  # as published: fp32 beside bf16
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
@@ -121,10 +125,10 @@ def randomize(stored: Mapping[str, Tensor]) -> None:
 
 def references(case: Case, folder: Path, scratch: Path) -> dict[torch.dtype, Reference]:
     """Run the checkpoint in ``folder`` in fp32, and in fp64 throughout."""
-    model = load(case, folder, torch.float32)
     samples = batch()
     if case.family == "grok":
         return _grok_references(case, folder, samples)
+    model = load(case, folder, torch.float32)
     done = _forward_backward(model, samples)
     found = {torch.float32: _reference(model, scratch / "fp32", done)}
     with in_fp64():

@@ -63,6 +63,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero-bubble": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zb-h1"}),
     "zero1": (2, {"use_distributed_optimizer": True}),
     "fsdp": (2, {"use_torch_fsdp2": True}),
+    "recomputed on one rank": (1, {"recompute_granularity": "selective"}),
     "recomputed": (2, _cp(2, "p2p") | {"recompute_granularity": "selective"}),
 }
 QUICK = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import qk_norm
 from tests.helpers.layouts import LayoutResult, run_layout
 from tests.parity.test_context_parallel import DENSE as DENSE_OF_CP
@@ -32,6 +33,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "rotary_interleaved": True,
         "rotary_percent": 0.7,
         "rotary_base": 99.5,
+    },
+    "longrope": {
+        "rope_scaling_type": "longrope",
+        "rope_scaling_original_max_position_embeddings": 13,  # of two ranks one ends at 12
+        "longrope_short_factor": [1.0, 1.0, 1.0],
+        "longrope_long_factor": [1.5, 3.0, 7.0],
+    },
+    "yarn": {
+        "position_embedding_type": "yarn",
+        "rope_scaling_factor": 8.0,
+        "rope_scaling_original_max_position_embeddings": 8,
+        "yarn_correction_range_round_to_int": False,
+        "yarn_beta_slow": 0.05,
+        "rotary_interleaved": True,
     },
     "layernorm of heads": {"qk_layernorm": True, "apply_wd_to_qk_layernorm": True},
     "rms of all heads": {
@@ -69,6 +84,7 @@ QUICK = [
     ("rms of all heads", 4, TP4),
     ("rms of heads", 2, CP2),
     ("layernorm of heads", 2, PP2),
+    ("longrope", 2, CP2),
 ]
 
 
@@ -86,6 +102,7 @@ WIDE = [
     (4, TP2 | PP2),
     *((4, TP2 | SP | CP2 | {"cp_comm_type": [kind]}) for kind in ("p2p", "all_gather", "a2a")),
     (4, CP2 | PP2),
+    (2, {"use_torch_fsdp2": True}),
     (4, TP2 | {"overlap_grad_reduce": True, "bucket_size": 300}),
 ]
 
@@ -108,3 +125,15 @@ def test_a_norm_that_learns_from_its_own_heads_only_is_seen(model, layout, monke
     )
     with pytest.raises(AssertionError, match=r"step 0: (lm_loss|grad_norm)|replicas|disagree"):
         check(model, layout["tensor_model_parallel_size"], **layout)
+
+
+def test_frequencies_by_the_length_of_a_share_are_seen(monkeypatch):
+    one_process("longrope")
+    right = RotaryEmbedding.forward
+
+    def of_own_positions(self, positions, like, *, length):
+        return right(self, positions, like, length=max(part.stop for part in positions))
+
+    monkeypatch.setattr(RotaryEmbedding, "forward", of_own_positions)
+    with pytest.raises(AssertionError, match=r"step 0: (lm_loss|grad_norm)"):
+        check("longrope", 2, **CP2)

@@ -27,6 +27,7 @@ AUX = "--moe-aux-loss-coeff 0.1"
 SIGMOID = "--moe-router-score-function sigmoid"
 BIAS = "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05"
 GROUPS = "--moe-router-num-groups 2 --moe-router-group-topk 1"
+BIASES = "--add-mlp-bias --moe-router-bias"
 CHOICE = "--moe-router-type expert_choice"
 PATTERN = "--moe-num-experts-per-layer"
 PER_LAYER = f'{PATTERN} "([4]+[6])" --moe-router-topk-per-layer "([2]+[3])"'
@@ -69,6 +70,10 @@ CLONES = {
     "pre_softmax_groups": f"--moe-router-pre-softmax {GROUPS} --num-experts 8",
     "sigmoid_bias": f"{SIGMOID} {BIAS} {AUX}",
     "sigmoid_groups": f"{SIGMOID} {BIAS} {GROUPS} --num-experts 8",
+    "sigmoid_as_it_is": f"{SIGMOID} --no-moe-router-norm-topk-prob {AUX}",
+    "judged_groups": f"{SIGMOID} {BIAS} --num-experts 8 --moe-router-num-groups 4 "
+    "--moe-router-group-topk 2 --moe-router-group-score-topk 2 --moe-router-topk 3",
+    "biases": f"{BIASES} {AUX}",
     "sqrtsoftplus": f"--moe-router-score-function sqrtsoftplus {AUX} "
     "--moe-router-topk-scaling-factor 2.5",
     "capacity": "--moe-expert-capacity-factor 1.0",
@@ -117,7 +122,11 @@ def test_copies_beside_a_single_choice_change_nothing(flags, tmp_path, alone, ca
 ORDER = (2, 0, 3, 1)
 
 
-@pytest.mark.parametrize("flags", [AUX, f"{SIGMOID} {BIAS} {AUX}"], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "flags",
+    [AUX, f"{SIGMOID} {BIAS} {AUX}", f"{BIASES} {AUX}"],
+    ids=["softmax", "sigmoid", "biases"],
+)
 def test_reordered_experts_train_as_the_unbroken_run(flags, tmp_path, alone, capsys) -> None:
     run = saved(tmp_path / "run", flags)
     new, told = surgery(capsys, tmp_path / "run", "reorder", "--order", ",".join(map(str, ORDER)))
@@ -171,7 +180,9 @@ def _without_dead(tensors: dict[str, Tensor], num_experts: int) -> dict[str, Ten
     return found
 
 
-@pytest.mark.parametrize("flags", ["", f"{SIGMOID} --fp32"], ids=["softmax", "sigmoid_fp32"])
+@pytest.mark.parametrize(
+    "flags", ["", f"{SIGMOID} --fp32", BIASES], ids=["softmax", "sigmoid_fp32", "biases"]
+)
 def test_experts_that_a_trace_shows_unused_are_not_missed(flags, tmp_path, alone, capsys) -> None:
     flags = f"{flags} --num-experts 8"
     run = saved(tmp_path / "run", flags, _kill_experts)

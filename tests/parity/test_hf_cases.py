@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.core.errors import ConfigError
+from megatron.core.models.huggingface.options import model_options
 from tests.helpers.hf_cases import CASES
 from tests.helpers.hf_models import batch, build, randomize
 from tests.reference.grok import grok_logits, grok_shapes
@@ -24,6 +26,7 @@ OTHER: dict[str, dict[str, list[Any]]] = {
     "mistral": {"sliding_window": [6, 8, None]},
     "mixtral-window": {"sliding_window": [6, 8, None], "num_experts_per_tok": [1]},
     "qwen2-windows": {"sliding_window": [6, 8], "max_window_layers": [0, 1, 3, 4]},
+    "smollm3": {"no_rope_layers": [[1, 1, 0, 1]]},
     "qwen2-moe": {"norm_topk_prob": [True], "num_experts_per_tok": [2]},
     "qwen2-moe-renormalised": {"norm_topk_prob": [False]},
     "qwen3-moe": {"norm_topk_prob": [False]},
@@ -84,6 +87,36 @@ def test_a_field_of_the_configuration_changes_the_logits(name, field):
     for value in OTHER[name][field]:
         changed = logits(name, {field: value})
         assert difference(changed, own_logits(name)) > SEEN, f"{field} {value}"
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name, fields in OTHER.items() for field in fields]
+)
+def test_a_field_of_the_configuration_is_read_or_refused_by_name(name, field):
+    """What changes the logits there must change the model here, or be refused."""
+    config = CASES[name].config
+    for value in OTHER[name][field]:
+        options, refusal = _read(config | {field: value})
+        assert options != model_options(config), value
+        assert options or field in refusal, refusal
+
+
+def _read(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return what a config.json means, or why it means nothing here."""
+    try:
+        return model_options(config), ""
+    except ConfigError as error:
+        return {}, str(error)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_rotary_positions_of_older_files_mean_the_same(name):
+    """`rope_theta` and `rope_scaling`, as files from before transformers 5 say it."""
+    config = CASES[name].config
+    rope = dict(config["rope_parameters"])
+    older = {key: value for key, value in config.items() if key != "rope_parameters"}
+    older |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if len(rope) > 1 else None}
+    assert model_options(older) == model_options(config)
 
 
 @pytest.mark.parametrize("name", SCALED)

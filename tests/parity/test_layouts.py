@@ -23,6 +23,15 @@ LAYOUTS = [  # (ranks, expert parallel)
 SHARED = [(2, 1, 2), (4, 2, 2), (4, 1, 4), (4, 1, 2)]  # (ranks, expert parallel, expert tensor)
 RTOL = 1e-12  # of the largest element of each tensor, in fp64
 
+GPT_OSS = {
+    "swiglu": False,
+    "quick_geglu": True,
+    "glu_linear_offset": 1.0,
+    "activation_func_clamp_value": 0.05,  # the tiny model's gates are small
+    "add_bias_linear": False,
+    "add_mlp_bias": True,
+    "moe_router_bias": True,
+}
 CASES = {
     "alltoall": {},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
@@ -60,6 +69,16 @@ CASES = {
     },
     "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 2.5},
     "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 1},
+    "gpt_oss": GPT_OSS,
+    "deepseek_v3": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_norm_topk_prob": False,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+        "moe_router_group_score_topk": 2,
+        "moe_router_topk": 3,
+        "moe_router_topk_scaling_factor": 1.5,
+    },
     "expert_bias": {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
@@ -80,6 +99,7 @@ CASES = {
     "hash": {"moe_router_type": "hash", "moe_aux_loss_coeff": None},
     "experts_by_layer": {
         "moe_num_experts_per_layer": [4, 8],
+        "moe_router_bias": True,
         "moe_router_topk_per_layer": [1, 3],
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
@@ -107,6 +127,7 @@ CASES_OF_SHARED = [
     "alltoall_dedup",
     "alltoall_hierarchical",
     "sequential",
+    "gpt_oss",
     "latent",
     "capacity_padded",
     "expert_bias",

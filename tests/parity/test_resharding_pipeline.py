@@ -67,10 +67,12 @@ def _load(sources: list[str], options: dict[str, Any]) -> None:
     ("layouts", "more"),
     [
         (QUICK, {}),
+        (QUICK, UNTIED | {"mtp_num_layers": 2}),
+        pytest.param(LAYOUTS[:2] + LAYOUTS[4:6], {"mtp_num_layers": 1}, marks=pytest.mark.slow),
         pytest.param(LAYOUTS, {}, marks=pytest.mark.slow),
         pytest.param(LAYOUTS, UNTIED, marks=pytest.mark.slow),
     ],
-    ids=["quick", "tied", "untied"],
+    ids=["quick", "two depths", "a depth, tied", "tied", "untied"],
 )
 def test_every_split_loads_what_every_split_saved(
     tmp_path: Path, layouts: list[Layout], more: dict[str, Any]

@@ -93,6 +93,7 @@ def test_a_mate_left_out_of_the_sum_is_seen(monkeypatch):
 
 def _model(groups: int) -> GPTModel:
     options = {"num_attention_heads": HEADS, "group_query_attention": True}
+    options["softmax_type"] = "learnable"  # its sinks are slices too
     options |= {"num_query_groups": groups, "tensor_model_parallel_size": dist.get_world_size()}
     config = tiny_config(swiglu=True, ffn_hidden_size=24, add_qkv_bias=True, **options)
     collection = ProcessGroupCollection.create(config.layout(dist.get_world_size()))

@@ -22,6 +22,23 @@ TP, SP = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp": (2, DENSE | TP),
     "sp": (2, DENSE | TP | SP | {"untie_embeddings_and_output_weights": True}),
+    "latent_attention": (
+        2,
+        DENSE
+        | TP
+        | SP
+        | {
+            "multi_latent_attention": True,
+            "q_lora_rank": 10,
+            "kv_lora_rank": 8,
+            "qk_head_dim": 4,
+            "qk_pos_emb_head_dim": 2,
+            "v_head_dim": 5,
+            "position_embedding_type": "rope",
+            "recompute_granularity": "selective",
+            "recompute_modules": ["mla_up_proj"],
+        },
+    ),
     "cp": (2, DENSE | {"context_parallel_size": 2, "cp_comm_type": ["p2p"]}),
     "ep_sharded": (2, {"expert_model_parallel_size": 2, "use_distributed_optimizer": True}),
     "ep_recompute": (

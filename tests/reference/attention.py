@@ -101,22 +101,28 @@ def self_attention(
     mask: Tensor | None = None,
     rotate: Callable[[Tensor, int], Tensor] | None = None,
     norm_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    window: int | None = None,
+    **more: float | None,
 ) -> Tensor:
     """Causal self-attention of one sequence.
 
     Args:
         x: [s, h].
-        weights: ``linear_qkv.weight``, ``linear_proj.weight`` and perhaps their biases.
+        weights: ``linear_qkv.weight``, ``linear_proj.weight`` and perhaps their biases, and
+            ``core_attention.softmax_offset``, the sinks.
         heads: Query heads.
         groups: Key-value heads.
         mask: bool [s, s], True where a query may not look.
         rotate: Rotates one head [d] of one position.
         norm_qk: Of all queries [s, heads, d] and all keys [s, groups, d], before rotation.
+        window: Positions that a query sees before its own; all when None.
+        more: ``scale`` and ``softcap`` of ``attend``, and ``sink`` of all heads, which a learnt one
+            replaces.
 
     Returns:
         [s, h].
     """
-    s = len(x)
+    s, sinks = len(x), weights.get("core_attention.softmax_offset")
     per_group = heads // groups
     mixed = _linear(x, weights, "linear_qkv").view(s, groups, per_group + 2, -1)
     queries = mixed[:, :, :per_group].flatten(1, 2)  # [s, heads, d]
@@ -126,7 +132,9 @@ def self_attention(
     results = []
     for t in range(s):
         row = []
-        hidden = torch.zeros(t + 1, dtype=torch.bool) if mask is None else mask[t, : t + 1]
+        hidden = torch.zeros(t + 1, dtype=torch.bool) if mask is None else mask[t, : t + 1].clone()
+        if window is not None:
+            hidden[: max(0, t - window)] = True
         for head in range(heads):
             group = head // per_group
             query = queries[t, head]
@@ -135,7 +143,9 @@ def self_attention(
             if rotate is not None:
                 query = rotate(query, t)
                 keys = [rotate(key, j) for j, key in enumerate(keys)]
-            row.append(attend(query, torch.stack(keys), values, hidden))
+            if sinks is not None:
+                more["sink"] = sinks[head]
+            row.append(attend(query, torch.stack(keys), values, hidden, **more))
         results.append(torch.cat(row))
     return _linear(torch.stack(results), weights, "linear_proj")
 

@@ -62,6 +62,10 @@ def _sample(
             mask=mask,
             rotate=rotate,
             norm_qk=qk_norms(_below(layer, "self_attention."), config),
+            window=config.attention_window_of(n),
+            scale=config.softmax_scale,
+            softcap=config.attn_logit_softcapping,
+            sink=x.new_zeros(()) if config.softmax_type == "off-by-one" else None,
         )
         if config.sandwich_norm:
             attended = norm(attended, _below(layer, "post_self_attn_layernorm."), config)

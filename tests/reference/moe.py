@@ -40,6 +40,8 @@ class ReferenceRule(NamedTuple):
     scaling_factor: float = 1.0
     num_groups: int = 1
     group_topk: int = 1
+    group_score_topk: int | None = None
+    norm_topk_prob: bool = True
 
 
 def raw_scores(logits: Tensor, rule: ReferenceRule) -> Tensor:
@@ -70,7 +72,9 @@ def reference_routing(
         order = sorted(_experts_of_best_groups(worth, rule), key=lambda e: (-worth[e], e))
         experts = torch.tensor(order[: rule.topk])
         weight = scores[token, experts]
-        is_own = rule.pre_softmax or (rule.topk == 1 and rule.score_function != "softmax")
+        is_own = rule.pre_softmax or (
+            rule.score_function != "softmax" and (rule.topk == 1 or not rule.norm_topk_prob)
+        )
         weights.append((weight if is_own else weight / weight.sum()) * rule.scaling_factor)
         chosen.append(experts)
     if not chosen:
@@ -80,7 +84,8 @@ def reference_routing(
 
 
 def _experts_of_best_groups(worth: list[float], rule: ReferenceRule) -> list[int]:
-    size, each = len(worth) // rule.num_groups, rule.topk // rule.group_topk
+    size = len(worth) // rule.num_groups
+    each = rule.group_score_topk or rule.topk // rule.group_topk
     groups = [list(range(g * size, (g + 1) * size)) for g in range(rule.num_groups)]
     sums = [sum(sorted((worth[e] for e in group), reverse=True)[:each]) for group in groups]
     best = sorted(range(rule.num_groups), key=lambda g: (-sums[g], g))[: rule.group_topk]

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             family=args.family,
             dtype=args.dtype,
             vocab_size=args.vocab_size,
+            reference=args.reference,
             max_shard_bytes=args.max_shard_size,
         )
     _report(done, args.to)
@@ -64,7 +65,8 @@ def _report(done: "Exchanged", target: str) -> None:
     if target == "hf":
         lines["verified"] = "read back, every tensor bit-equal"
     if done.ignored:
-        lines["left out"] = ", ".join(done.ignored)
+        more = f" and {len(done.ignored) - 5} more" if len(done.ignored) > 5 else ""
+        lines["left out"] = ", ".join(done.ignored[:5]) + more
     lines["options"] = flags_of(done.options)
     for name, text in lines.items():
         print(f"{name:9} {text}")
@@ -106,6 +108,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--vocab-size", type=number, metavar="N",
         help="To hf: rows of the vocabulary to write; as imported, else the ids of the "
         "tokenizer, when not set.")  # fmt: skip
+    add("--reference", type=Path, metavar="FOLDER",
+        help="To hf: take tokenizer and generation settings from this folder of theirs; from "
+        "the checkpoint when not set.")  # fmt: skip
     add("--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE",
         help="To hf: largest file of tensors, such as 5GB or 500MiB.")  # fmt: skip
     args = parser.parse_tool_args(argv)
@@ -117,7 +122,7 @@ def _refuse(args: argparse.Namespace) -> None:
     problems = []
     if args.source == args.to:
         problems.append(f"--from {args.source} --to {args.to}: nothing to convert")
-    to_hf = ("ckpt_step", "family", "vocab_size")
+    to_hf = ("ckpt_step", "family", "vocab_size", "reference")
     to_ours = ("make_vocab_size_divisible_by", "ignore_config_fields")
     for name in to_hf if args.to == "megatron" else to_ours:
         if getattr(args, name):

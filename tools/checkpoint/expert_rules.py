@@ -5,11 +5,16 @@ equal logits, so the K k best of them are all copies of the k best before.
 
 - softmax, before or after top-k: each copy has 1/K of the weight; the sum is what it was.
 - sigmoid, sqrtsoftplus with k > 1: scores over their sum over the chosen, so again 1/K each.
+- the same without division (--no-moe-router-norm-topk-prob): --moe-router-topk-scaling-factor
+  becomes 1/K of it.
 - sigmoid, sqrtsoftplus with k = 1: the weight is the score itself, but with K k > 1 it would be
   divided by the sum: no copies beside each other, only ``keep_topk``.
 - expert choice by sigmoid: no division; --moe-router-topk-scaling-factor becomes 1/K of it.
 - ``keep_topk``, with k = 1 alone: of equal copies the first is chosen. Its softmax over all is 1/K
   of what it was, so the scaling factor becomes K times it; a score of its own stays.
+
+A group of experts is judged by K times as many of its experts, where a number is given: copies of
+the best ones, so that its worth is K times what it was.
 
 Expert bias, prices, groups of neighbours, capacities and the balance loss go with it unchanged.
 """
@@ -30,10 +35,15 @@ def experts_of(model: TransformerConfig) -> dict[int, int]:
     """Return MoE layer -> number of experts.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or multi-token prediction has some too.
     """
     if model.num_moe_experts is None:
         raise ConfigError("the checkpoint is of a dense model: it has no experts")
+    if model.mtp_depths and model.moe_layer_pattern[-1]:
+        raise ConfigError(
+            f"--mtp-num-layers {model.mtp_num_layers}: multi-token prediction has experts like the "
+            "last layer's, and these cannot be changed here yet"
+        )
     return dict(zip(model.moe_layers, model.moe_experts_by_layer, strict=True))
 
 
@@ -102,18 +112,28 @@ def clone_problems(
             )
     elif ones and not model.chooses_by_expert:
         own = "sinkhorn" if model.moe_router_choice == "sinkhorn" else score
-        if own != "softmax":
+        if own == "sinkhorn" or (own != "softmax" and model.moe_router_norm_topk_prob):
             yield (
                 f"layer {ones[0]} has --moe-router-topk 1, where the weight of an expert is its own"
                 f" score ({own}); with more experts a token it would be divided by their sum: "
                 "use --keep-topk"
             )
     every = set(layers) == set(model.moe_layers)
-    if scaling_of_clones(model, 2, keep_topk=keep_topk) is not None and not every:
-        yield (
-            "the copies need another --moe-router-topk-scaling-factor, which is one for all layers:"
-            " leave out --layers"
-        )
+    changed = {
+        "--moe-router-topk-scaling-factor": scaling_of_clones(model, 2, keep_topk=keep_topk),
+        "--moe-router-group-score-topk": judges_of_clones(model, 2),
+    }
+    for flag, value in changed.items():
+        if value is not None and not every:
+            yield (
+                f"the copies need another {flag}, which is one for all layers: leave out --layers"
+            )
+
+
+def judges_of_clones(model: TransformerConfig, copies: int) -> int | None:
+    """Return --moe-router-group-score-topk with which groups are worth as before; None: as is."""
+    judges = model.moe_router_group_score_topk
+    return None if judges is None else judges * copies
 
 
 def scaling_of_clones(model: TransformerConfig, copies: int, *, keep_topk: bool) -> float | None:
@@ -123,6 +143,9 @@ def scaling_of_clones(model: TransformerConfig, copies: int, *, keep_topk: bool)
         return None  # weights of its own
     if model.chooses_by_expert:
         return None if model.moe_router_score_function == "softmax" else factor / copies
+    is_own = model.moe_router_score_function != "softmax" and not model.moe_router_norm_topk_prob
+    if is_own and not keep_topk:
+        return factor / copies
     is_over_all = model.moe_router_score_function == "softmax" and model.moe_router_pre_softmax
     return factor * copies if keep_topk and is_over_all else None
 
@@ -132,6 +155,7 @@ def edited_config(
     plans: Mapping[int, LayerPlan],
     topk: Mapping[int, int],
     scaling_factor: float | None = None,
+    judges: int | None = None,
 ) -> RunConfig:
     """Return the configuration of the model after surgery.
 
@@ -140,6 +164,7 @@ def edited_config(
         plans: MoE layer -> its new experts; other layers stay.
         topk: MoE layer -> experts a token; other layers stay.
         scaling_factor: --moe-router-topk-scaling-factor; as it was when None.
+        judges: --moe-router-group-score-topk; as it was when None.
 
     Raises:
         ConfigError: No such model can be; all reasons are named.
@@ -156,6 +181,8 @@ def edited_config(
     model.moe_router_topk_per_layer = _pattern(old.num_layers, layers, topks)
     if scaling_factor is not None:
         model.moe_router_topk_scaling_factor = scaling_factor
+    if judges is not None:
+        model.moe_router_group_score_topk = judges
     alone = copy.deepcopy(new)
     for_one_process(alone)
     alone.model.check()

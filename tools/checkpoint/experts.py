@@ -38,6 +38,8 @@ class Surgery(NamedTuple):
     """MoE layer -> experts a token, where it changes."""
     scaling_factor: float | None = None
     """--moe-router-topk-scaling-factor, where it changes."""
+    judges: int | None = None
+    """--moe-router-group-score-topk, where it changes."""
     notes: tuple[str, ...] = ()
     """What the user should know."""
 
@@ -65,7 +67,9 @@ def _run(verb: str, args: argparse.Namespace, words: str) -> None:
     expert_rules.refuse_hash(config.model)
     surgery = _WORK[verb](args, config, experts, source)
     ConfigError.raise_if_any(expert_rules.group_problems(config.model, surgery.plans))
-    new = expert_rules.edited_config(config, surgery.plans, surgery.topk, surgery.scaling_factor)
+    new = expert_rules.edited_config(
+        config, surgery.plans, surgery.topk, surgery.scaling_factor, surgery.judges
+    )
     has_optim = source.common["optimizer"] is not None
     common = rewrite.with_history(source.common, f"experts {words}") | {
         "architecture": architecture(new.model),
@@ -154,7 +158,8 @@ def _clone(
     elif not keep_topk:
         notes.append("copies get equal gradients and stay alike; --noise makes them differ")
     scaling = expert_rules.scaling_of_clones(config.model, copies, keep_topk=keep_topk)
-    return Surgery(plans, topk | other, scaling, tuple(notes))
+    judges = expert_rules.judges_of_clones(config.model, copies)
+    return Surgery(plans, topk | other, scaling, judges, tuple(notes))
 
 
 def _merge(

@@ -84,7 +84,8 @@ class LayoutResult(NamedTuple):
     tokens_per_expert: Tensor
     """[moe layers, experts], over all steps."""
     metrics: dict[str, float]
-    """Figures of the MoE layers, ``<layer>/<name>``, over all steps."""
+    """Figures of the MoE layers, ``<layer>/<name>``, over all steps; and the losses of multi-token
+    prediction, ``step <step>/mtp_<depth>_loss``."""
 
 
 @dataclass
@@ -298,13 +299,14 @@ def record_steps(
     """Make ``steps`` steps from the start; every rank must call this."""
     state = TrainState(dropout_seed=run.config.training.seed)
     tracer = Tracer(run) if is_traced else None
-    kept = RankRecord(initial=_weights(run))
+    kept, ahead = RankRecord(initial=_weights(run)), []
     for _ in range(steps):
         outcome = train_step(run, state, microbatches(run, state.consumed_samples, batch_of))
         state.iteration += 1
         state.consumed_samples += run.global_batch_size
         kept.losses.append(outcome.lm_loss)
         kept.norms.append(outcome.grad_norm)
+        ahead.append(outcome.mtp_losses)
         kept.gradients.append(_gradients(run))
         kept.weights.append(_weights(run))
         if tracer is not None:
@@ -312,6 +314,11 @@ def record_steps(
     if run.moe_metrics is not None:
         report = run.moe_metrics.report(run.world.pg_collection)
         kept.counts, kept.metrics = report.tokens_per_expert, _figures(report)
+    kept.metrics |= {
+        f"step {step}/mtp_{depth}_loss": loss
+        for step, losses in enumerate(ahead)
+        for depth, loss in enumerate(losses, start=1)
+    }
     kept.pieces = list(tracer.pieces.values()) if tracer is not None else []
     return kept
 

@@ -2,7 +2,8 @@
 
 Kept: every choice (kinds of router, balancing, activation, positions, tying), dropout, the ratio of
 widths and of heads to query groups, groups of experts, which layers are dense. Cut: layers to 4,
-heads to 4 of 4 elements, experts to 8, sequences to 16, the vocabulary to 64.
+heads to 4 of 4 elements, experts to 8, sequences to 16, the vocabulary to 64; lengths that rotary
+positions are stretched from, with them.
 """
 
 import math
@@ -31,7 +32,9 @@ def scaled_down(values: Mapping[str, Any], layer_pattern: list[bool]) -> dict[st
     kept = kept_layers(layer_pattern)
     _widths(found, values)
     _heads(found, values)
+    _positions(found, values)
     _scores(found, values, kept)
+    _latents(found, values)
     if "num_moe_experts" in values or "moe_num_experts_per_layer" in values:
         _experts(found, values)
         _per_layer(found, values, kept)
@@ -87,6 +90,24 @@ def _heads(found: dict[str, Any], values: Mapping[str, Any]) -> None:
         found["num_query_groups"] = max(d for d in (1, 2, 4) if d <= groups)
 
 
+def _positions(found: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Rotate at least one pair, and stretch so that the frequencies of so few pairs differ."""
+    if (share := values.get("rotary_percent")) is not None:
+        found["rotary_percent"] = max(2 * round(share * HEAD_DIM / 2), 2) / HEAD_DIM
+    kinds = {values.get(name) for name in ("position_embedding_type", "rope_type")}
+    kinds |= {values.get("rope_scaling_type"), "llama3" if values.get("use_rope_scaling") else None}
+    name = "rope_scaling_original_max_position_embeddings"
+    if kinds & {"yarn", "llama3", "longrope"}:
+        is_long = "longrope" in kinds and values.get("seq_length", LENGTH) > values.get(
+            name, LENGTH
+        )
+        found[name] = LENGTH // 2 if is_long else LENGTH
+    pairs = round(HEAD_DIM * found.get("rotary_percent", 1.0)) // 2
+    for name in ("longrope_short_factor", "longrope_long_factor"):
+        if values.get(name) is not None:
+            found[name] = values[name][-pairs:]
+
+
 def _scores(found: dict[str, Any], values: Mapping[str, Any], kept: list[int]) -> None:
     window, freq = values.get("window_size"), values.get("window_attn_skip_freq")
     if window is not None:
@@ -104,6 +125,21 @@ def _scores(found: dict[str, Any], values: Mapping[str, Any], kept: list[int]) -
     if values.get("softmax_scale") is not None and "num_attention_heads" in values:
         size = values.get("kv_channels") or values["hidden_size"] // values["num_attention_heads"]
         found["softmax_scale"] = values["softmax_scale"] * math.sqrt(size / HEAD_DIM)
+
+
+def _latents(found: dict[str, Any], values: Mapping[str, Any]) -> None:
+    if not values.get("multi_latent_attention"):
+        return
+    share = values.get("v_head_dim", 128) / values.get("qk_head_dim", 128)
+    found["qk_head_dim"], found["qk_pos_emb_head_dim"] = HEAD_DIM + 2, HEAD_DIM
+    found["v_head_dim"] = max(2, round(found["qk_head_dim"] * share))
+    found["kv_lora_rank"] = UNIT
+    if values.get("q_lora_rank") is not None:
+        found["q_lora_rank"] = UNIT + UNIT // 2
+    if values.get("softmax_scale") is not None:
+        size = values.get("qk_head_dim", 128) + values.get("qk_pos_emb_head_dim", 64)
+        small = found["qk_head_dim"] + found["qk_pos_emb_head_dim"]
+        found["softmax_scale"] = values["softmax_scale"] * math.sqrt(size / small)
 
 
 def _experts(found: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron.core.errors import ConfigError, MegatronError
 from megatron.core.inference.kv_cache import KVCache
+from megatron.core.inference.latent_cache import LatentCache
 from megatron.core.inference.sampling import SamplingOptions, choose_tokens
 from megatron.core.log import log_once
 from megatron.core.transformer.forward_context import ForwardContext
@@ -119,6 +120,18 @@ def _split_problems(config: TransformerConfig) -> Iterator[str]:
             )
 
 
+def make_cache(
+    config: TransformerConfig, max_batch: int, max_len: int, device: torch.device | str = "cpu"
+) -> KVCache:
+    """Return the empty cache that the attention of ``config`` reads and writes."""
+    shape, dtype = (config.num_layers, max_batch, max_len), params_dtype(config)
+    if config.multi_latent_attention and config.cache_mla_latents:
+        widths = config.kv_lora_rank, config.qk_pos_emb_head_dim
+        return LatentCache(*shape, *widths, dtype, device)
+    heads = config.query_groups, config.head_dim
+    return KVCache(*shape, *heads, dtype, device, value_dim=config.value_head_dim)
+
+
 class _Batch:
     """The rows of one call and what is known of them so far."""
 
@@ -137,15 +150,8 @@ class _Batch:
         rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
         self.tokens = torch.tensor(rows, device=device)  # [b, s], those the model reads next
         self.is_padded = longest > min(map(len, prompts))
-        self.cache = KVCache(
-            config.num_layers,
-            len(prompts),
-            longest + options.max_new_tokens,
-            config.query_groups,
-            config.head_dim,
-            params_dtype(config),
-            device,
-        )
+        positions = longest + options.max_new_tokens
+        self.cache = make_cache(config, len(prompts), positions, device)
         self.generators = [_stream(options.seed, row) for row in range(len(prompts))]
 
     def run(self, on_token: OnToken | None) -> list[list[int]]:
@@ -178,7 +184,7 @@ class _Batch:
         )
         last = logits[:, -1].to("cpu")  # [b, v]
         last = last.double() if last.dtype == torch.float64 else last.float()
-        if not torch.isfinite(last).all():
+        if not torch.isfinite(last[:, : self.options.vocab_size]).all():
             raise MegatronError("the model gives logits that are not numbers")
         last[:, self.options.vocab_size :] = float("-inf")
         draws = [torch.rand((), generator=g, dtype=torch.float64) for g in self.generators]

@@ -10,6 +10,9 @@ from torch import Tensor
 class KVCache:
     """Room for ``max_len`` positions of ``max_batch`` sequences in every layer."""
 
+    holds_latents = False
+    """Whether latent attention puts its latents here, not keys and values of heads."""
+
     def __init__(
         self,
         num_layers: int,

@@ -7,6 +7,8 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from megatron.core.transformer.attention_products import core_products, projection_products
+
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -19,7 +21,9 @@ class LayerCosts:
     """Each transformer layer, in order."""
     embedding: float = 0.0
     head: float = 0.0
-    """Final norm, output head and loss."""
+    """Final norm, output head and loss, and multi-token prediction, which is beside it."""
+    mtp_num_layers: int = 0
+    """Modules of multi-token prediction that ``head`` costs."""
 
 
 def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size: int) -> LayerCosts:
@@ -29,9 +33,7 @@ def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size:
     its top-k and shared experts; an embedding looks up and adds one row.
     """
     hidden = config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys_and_values = 2 * config.query_groups * config.head_dim
-    projections = hidden * (2 * queries + keys_and_values)
+    projections = projection_products(config)
     matrices = 3 if config.gated_linear_unit else 2
     dense = matrices * hidden * config.ffn_size
     moe = (
@@ -39,15 +41,18 @@ def estimated_costs(config: "TransformerConfig", *, seq_length: int, vocab_size:
         + matrices * hidden * (config.moe_shared_expert_intermediate_size or 0)
         + 2 * hidden * (config.moe_latent_size or 0)
     )
+    layers = [
+        projections
+        + core_products(config, config.mean_keys_of(layer, seq_length))
+        + (moe if is_moe else dense)
+        for layer, is_moe in enumerate(config.moe_layer_pattern)
+    ]
+    ahead = config.mtp_depths * (layers[-1] + 2 * hidden * hidden + hidden * vocab_size)
     return LayerCosts(
-        layers=tuple(
-            projections
-            + 2 * queries * config.mean_keys_of(layer, seq_length)
-            + (moe if is_moe else dense)
-            for layer, is_moe in enumerate(config.moe_layer_pattern)
-        ),
+        layers=tuple(map(float, layers)),
         embedding=float(hidden),
-        head=float(hidden * vocab_size),
+        head=float(hidden * vocab_size + ahead),
+        mtp_num_layers=config.mtp_depths,
     )
 
 

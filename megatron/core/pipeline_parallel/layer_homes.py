@@ -39,6 +39,7 @@ def split_of(config: "TransformerConfig") -> tuple[StageLayers, ...]:
             account_for_embedding_in_pipeline_split=config.account_for_embedding_in_pipeline_split,
             account_for_loss_in_pipeline_split=config.account_for_loss_in_pipeline_split,
             pipeline_model_parallel_layout=config.pipeline_model_parallel_layout,
+            mtp_num_layers=config.mtp_depths,
         )
     )
 

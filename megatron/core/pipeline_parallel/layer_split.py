@@ -90,7 +90,8 @@ def balanced_split(costs: LayerCosts, num_stages: int) -> tuple[StageLayers, ...
     last = len(costs.layers)
     # Part 0 is the embedding, so that the parts [a, b) have the layers [a - 1, b - 1).
     ends = [min(max(cut - 1, 0), last) for cut in cuts]
-    return _stages([ends[s + 1] - ends[s] for s in range(num_stages)])
+    mtp = [0] * (num_stages - 1) + [costs.mtp_num_layers]
+    return _stages([ends[s + 1] - ends[s] for s in range(num_stages)], mtp)
 
 
 def layout_of(stages: tuple[StageLayers, ...]) -> str:

@@ -21,13 +21,19 @@ _ALONE = RegionEntry()
 
 
 class LogitTransform(NamedTuple):
-    """What becomes of logits before their softmax: a factor, then a cap; neither by default."""
+    """What becomes of logits before their softmax: a factor, a cap, and an end of the vocabulary.
+
+    None of them by default.
+    """
 
     multiplier: float = 1.0
     """Above 0."""
     softcap: float | None = None
     """c: logits x become c * tanh(x / c). None for no cap. Source: Bello et al. 2016
     (arXiv:1611.09940), section 4; Gemma 2 (arXiv:2408.00118), section 2."""
+    columns: int | None = None
+    """How many logits of this rank are tokens'; the others, of rows that pad the vocabulary, become
+    -inf. None: all are."""
 
     def of(self, logits: Tensor) -> Tensor:
         """Return ``logits`` [...], transformed in fp32 (fp64), in their own dtype."""
@@ -36,6 +42,9 @@ class LogitTransform(NamedTuple):
         wide = logits.to(_wide(logits)) * self.multiplier
         if self.softcap is not None:
             wide = self.softcap * torch.tanh(wide / self.softcap)
+        if self.columns is not None:
+            padding = torch.arange(wide.shape[-1], device=wide.device) >= self.columns
+            wide = wide.masked_fill(padding, -torch.inf)
         return wide.to(logits.dtype)
 
     def apply_(self, logits: Tensor) -> Tensor | None:
@@ -46,11 +55,13 @@ class LogitTransform(NamedTuple):
         """
         if self.multiplier != 1.0:
             logits.mul_(self.multiplier)
-        if self.softcap is None:
-            return None
-        shares = logits.div_(self.softcap).tanh_()  # of the cap, in [-1, 1]
-        slope = 1.0 - shares * shares
-        shares.mul_(self.softcap)
+        slope = None
+        if self.softcap is not None:
+            shares = logits.div_(self.softcap).tanh_()  # of the cap, in [-1, 1]
+            slope = 1.0 - shares * shares
+            shares.mul_(self.softcap)
+        if self.columns is not None:
+            logits[..., self.columns :] = -torch.inf
         return slope
 
 

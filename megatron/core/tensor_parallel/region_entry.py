@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import all_gather_single, start_all_gather
@@ -50,6 +51,28 @@ class RegionEntry(NamedTuple):
     def start_sum(self, grad: Tensor) -> "GradientSum":
         """Start to sum the gradients of ``whole(x)`` over the ranks; ``grad`` is given away."""
         return GradientSum(self, grad)
+
+
+def enter_region(entry: RegionEntry, x: Tensor) -> Tensor:
+    """Return ``entry.whole(x)`` for other uses than a product; the ranks' gradients are summed."""
+    if entry.ranks == 1:
+        return x
+    out: Tensor = _Enter.apply(x, entry)
+    return out
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, entry: RegionEntry) -> Tensor:
+        ctx.entry = entry
+        whole = entry.whole(x)
+        return whole.view_as(x) if whole is x else whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        given_away = grad.clone(memory_format=torch.contiguous_format)
+        return ctx.entry.start_sum(given_away).land(), None
 
 
 class GatheredAgain(LateOperand):

@@ -1,8 +1,11 @@
 """Scaled dot-product attention with causality: which kernel, and what it may look at."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
+from megatron.core.log import log_once
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention_sink import learnt_sink
 from megatron.core.transformer.attention_weights import Weighting
@@ -16,6 +19,12 @@ from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.fused_attention import fused_causal_attention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+log = logging.getLogger(__name__)
+_CAPPED = (
+    "--attn-logit-softcapping: attention runs in blocks, since torch's fused kernel caps no "
+    "scores, and each layer keeps its weights for backward, half of [heads, s, s]; "
+    "--recompute-granularity selective (core_attn) keeps none"
+)
 _SHORT = 1024
 """Most keys of a query for which a CPU keeps attention weights for backward."""
 
@@ -56,6 +65,8 @@ class DotProductAttention(nn.Module):
             window=config.attention_window_of(layer_number),
             softcap=config.attn_logit_softcapping,
         )
+        if config.attn_logit_softcapping is not None:
+            log_once(log, _CAPPED, logging.INFO)
         self.softmax_type = config.softmax_type
         self.softmax_offset = (
             learnt_sink(config, tp) if config.softmax_type == "learnable" else None

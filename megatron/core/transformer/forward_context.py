@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.core.transformer.moe.router_replay import RouterReplay
     from megatron.core.transformer.moe.router_trace import RouterTracer
+    from megatron.core.transformer.tokens_ahead import AheadOfStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class ForwardContext:
     lanes: "Lanes | None" = None
     """Where this forward and its backward let another microbatch compute, while rows travel to
     experts and back; None waits for the rows."""
+    ahead: "AheadOfStep | None" = None
+    """What multi-token prediction reads, and what its losses weigh; None does without."""
     token_ids: Tensor | None = None
     """[b, s], ids of the tokens that this forward reads; the model fills them in."""
 

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.distributed import ProcessGroup
 
 from megatron.core.param_role import Init, ParamRole, role_of, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -69,7 +71,9 @@ class AllHeadsNorm(nn.Module):
         super().__init__()
         self.eps, self.group = config.layernorm_epsilon, pg_collection.tp
         ranks, width = self.group.size(), num_heads * config.head_dim
-        role = ParamRole(init=Init(kind="ones"), decays=config.apply_wd_to_qk_layernorm)
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        init = Init(kind="zeros" if self.zero_centered else "ones")
+        role = ParamRole(init=init, decays=config.apply_wd_to_qk_layernorm)
         self.part = slice(None)
         """Of the weight, of this rank's heads."""
         if num_heads % ranks == 0:
@@ -84,15 +88,51 @@ class AllHeadsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [s, b, ..., d], this rank's heads, over all that is of one token."""
-        rows = x.flatten(2).to(compute_dtype(x.dtype))  # [s, b, heads * d]
-        ranks = self.group.size()
-        squares = rows.square().sum(-1).unsqueeze(0)  # [1, s, b]
-        # a head that several ranks share counts as often as any other; the gradient goes back
-        # along the same way, so each rank's part of it is counted once
-        squares = all_gather_rows(self.group, squares, [1] * ranks).sum(0)
-        scale = (squares / (rows.shape[-1] * ranks) + self.eps).rsqrt().unsqueeze(-1)
-        out = rows * scale * self.weight[self.part].to(rows.dtype)
-        return out.to(x.dtype).view(x.shape)
+        weight = self.weight[self.part]
+        if self.zero_centered:
+            weight = weight.to(compute_dtype(weight.dtype)) + 1.0
+        out: Tensor = _RMSNormOverRanks.apply(x.flatten(2), weight, self.eps, self.group)
+        return out.view(x.shape)
+
+
+class _RMSNormOverRanks(torch.autograd.Function):
+    """RMSNorm of rows [s, b, width] that continue on the other ranks of a group.
+
+    Only the input and a number for each row are kept. Where several ranks hold the same channels
+    these count several times on both sides of the mean, which is the same; the gradients of their
+    copies are summed where the copies were made.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float, group: ProcessGroup
+    ) -> Tensor:
+        rows = x.to(compute_dtype(x.dtype))
+        mean_square = _mean_over_ranks(group, rows, rows)
+        scale = (mean_square + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.group = group  # type: ignore[attr-defined]
+        return (rows * scale).mul_(weight.to(rows.dtype)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        rows, dy = x.to(scale.dtype), grad.to(scale.dtype)
+        normal = rows * scale
+        d_weight = (dy * normal).flatten(0, 1).sum(0)
+        d_normal = dy * weight.to(scale.dtype)
+        group = ctx.group  # type: ignore[attr-defined]
+        dx = (d_normal - normal * _mean_over_ranks(group, d_normal, normal)).mul_(scale)
+        return dx.to(x.dtype), d_weight.to(weight.dtype), None, None
+
+
+def _mean_over_ranks(group: ProcessGroup, a: Tensor, b: Tensor) -> Tensor:
+    """Return the mean of a * b over the channels of all ranks, summed in their order: [s, b, 1]."""
+    own = torch.linalg.vecdot(a, b).unsqueeze(0)
+    ranks = group.size()
+    total = all_gather_rows(group, own, [1] * ranks).sum(0)
+    return (total / (a.shape[-1] * ranks)).unsqueeze(-1)
 
 
 def _used_on_own_heads(

@@ -22,6 +22,8 @@ class TransformerBlockSubmodules:
     """One for each layer of the model, by global index."""
     layer_norm: ModuleSpec | type
     """After the last layer."""
+    mtp_layer: ModuleSpec | None = None
+    """One depth of multi-token prediction; None for a model without."""
 
 
 class TransformerBlock(nn.Module):

@@ -11,13 +11,13 @@ from megatron.core.config_field import choice_problems, derived, flag
 from megatron.core.errors import ConfigError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.config.activation import ActivationConfig
-from megatron.core.transformer.config.attention import AttentionConfig
 from megatron.core.transformer.config.core_attention import CoreAttentionConfig
 from megatron.core.transformer.config.init import InitConfig
+from megatron.core.transformer.config.mla import MLAConfig
+from megatron.core.transformer.config.mtp import MTPConfig
 from megatron.core.transformer.config.pipeline import PipelineConfig
 from megatron.core.transformer.config.precision import PrecisionConfig
 from megatron.core.transformer.config.recompute import RecomputeConfig
-from megatron.core.transformer.config.rotary import RotaryConfig
 from megatron.core.transformer.config.scaling import ScalingConfig
 from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 
@@ -26,10 +26,10 @@ from megatron.core.transformer.moe.per_layer_config import MoEPerLayerConfig
 class TransformerConfig(
     MoEPerLayerConfig,
     ActivationConfig,
-    AttentionConfig,
-    RotaryConfig,
+    MLAConfig,
     CoreAttentionConfig,
     ScalingConfig,
+    MTPConfig,
     InitConfig,
     PrecisionConfig,
     RecomputeConfig,
@@ -75,6 +75,8 @@ class TransformerConfig(
         yield from self.parallel_problems()
         yield from self.activation_problems()
         yield from self.attention_problems(self.hidden_size)
+        if self.num_attention_heads:
+            yield from self.rotary_problems(self.rotary_dim)
         yield from self.core_attention_problems(self.num_layers)
         yield from self.scaling_problems()
         yield from self.precision_problems()
@@ -185,13 +187,15 @@ class TransformerConfig(
         """Return the config that one MoE layer is built from: its experts and top-k are numbers.
 
         Args:
-            layer_number: Global index of a MoE layer.
+            layer_number: Global index of a MoE layer; those of multi-token prediction, which
+                count on, are as the last layer.
 
         Returns:
             This config itself where all layers are alike.
         """
         if not self.has_layer_patterns:
             return self
+        layer_number = min(layer_number, self.num_layers - 1)  # of multi-token prediction
         assert self.moe_layer_pattern[layer_number], f"{layer_number=} is a dense layer"
         experts, topk = self.moe_num_experts_per_layer, self.moe_router_topk_per_layer
         return replace(
@@ -202,10 +206,39 @@ class TransformerConfig(
             moe_router_topk_per_layer=None,
         )
 
+    def of_last_layer(self) -> "TransformerConfig":
+        """Return a config of which every layer is as the last one of this."""
+        last = self.num_layers - 1
+        config = self.for_layer(last) if self.moe_layer_pattern[last] else self
+        has_window = self.attention_window_of(last) is not None
+        return replace(
+            config,
+            cp_comm_type=[self.cp_comm_type_of(last)],
+            window_size=self.window_size if has_window else None,
+            window_attn_skip_freq=None,
+        )
+
     @property
     def head_dim(self) -> int:
-        """Size of one attention head."""
+        """Size of one query and key head."""
+        if self.multi_latent_attention:
+            return self.qk_head_dim + self.qk_pos_emb_head_dim
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_head_dim(self) -> int:
+        """Size of one value head."""
+        return self.v_head_dim if self.multi_latent_attention else self.head_dim
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a query or key that the tables of rotary positions are made for."""
+        return self.qk_pos_emb_head_dim if self.multi_latent_attention else self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of ``rotary_channels`` are rotated; even."""
+        return int(self.rotary_channels * self.rotary_percent) // 2 * 2
 
     @property
     def attention_windows(self) -> list[int | None] | None:
@@ -249,8 +282,10 @@ class TransformerConfig(
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Global indices of the MoE layers."""
-        return tuple(layer for layer, moe in enumerate(self.moe_layer_pattern) if moe)
+        """Global indices of the MoE layers, those of multi-token prediction among them."""
+        pattern = self.moe_layer_pattern
+        of_mtp = pattern[-1:] * self.mtp_depths
+        return tuple(layer for layer, moe in enumerate((*pattern, *of_mtp)) if moe)
 
     @property
     def moe_experts_by_layer(self) -> tuple[int, ...]:

@@ -80,6 +80,15 @@ class TransformerLayer(nn.Module):
         context: ForwardContext,
     ) -> Tensor:
         """Transform ``hidden_states`` [s, b, h]; see ``SelfAttention.forward`` for the rest."""
+        return self._through_branches(hidden_states, attention_mask, rotary, context)
+
+    def _through_branches(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary: RotaryTables | None,
+        context: ForwardContext,
+    ) -> Tensor:
         attended = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask, rotary, context
         )
@@ -125,14 +134,13 @@ class ParallelTransformerLayer(TransformerLayer):
     Source: Wang and Komatsuzaki 2021 (GPT-J); a norm each: Black et al. 2022 (arXiv:2204.06745).
     """
 
-    def forward(
+    def _through_branches(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         rotary: RotaryTables | None,
         context: ForwardContext,
     ) -> Tensor:
-        """See ``TransformerLayer.forward``."""
         normed = self.input_layernorm(hidden_states)
         for_mlp = normed
         if self.pre_mlp_layernorm is not None:

@@ -15,6 +15,11 @@ class CheckpointConfig(UpcyclingConfig):
     """Folder to write checkpoints to, or URL of an object store such as s3://bucket/run (needs the
     extra ``object-store``); none are written when not set."""
 
+    save_hf: str | None = None
+    """Folder to write the trained model to when training is over, as Hugging Face has it:
+    config.json, safetensors, tokenizer. Made of the last checkpoint of --save; the folder must not
+    be there yet, or be empty."""
+
     save_interval: int | None = field(
         default=None, metadata=flag("--save-interval", "--persistent-save-interval")
     )

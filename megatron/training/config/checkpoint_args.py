@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.folders import Place
 from megatron.core.dist_checkpointing.object_folders import place
 from megatron.core.errors import CheckpointError
 from megatron.core.transformer.config.pipeline import PIPELINE_OPTIONS
+from megatron.core.transformer.config.rotary import READ_BY
 from megatron.training.config.checkpoint import CheckpointConfig
 from megatron.training.config.flags import Given
 from megatron.training.config.options import Option
@@ -23,20 +24,30 @@ FLAG = "--use-checkpoint-args"
 _ALONE = """
     num_layers hidden_size ffn_hidden_size add_bias_linear add_mlp_bias hidden_dropout
     untie_embeddings_and_output_weights num_attention_heads kv_channels attention_dropout
+    multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
     softmax_scale softmax_type attn_logit_softcapping
-    add_qkv_bias position_embedding_type max_position_embeddings rotary_base rotary_percent
+    add_qkv_bias max_position_embeddings rotary_base rotary_percent
     rotary_interleaved add_proj_bias qk_layernorm qk_layernorm_scope apply_wd_to_qk_layernorm
     normalization layernorm_epsilon seq_length moe_layer_freq moe_ffn_hidden_size
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size moe_router_type
     moe_router_pre_softmax moe_router_score_function moe_router_topk_scaling_factor
     moe_router_enable_expert_bias moe_router_bias_update_rate moe_input_jitter_eps
-    moe_router_dtype moe_z_loss_coeff moe_router_quantile_balancing_ema
+    moe_router_dtype moe_router_bias moe_router_norm_topk_prob moe_z_loss_coeff
+    moe_router_quantile_balancing_ema
     layernorm_zero_centered_gamma embedding_multiplier residual_multiplier logits_multiplier
     final_logit_softcapping sandwich_norm
 """
 
 MODEL: tuple[tuple[str, ...], ...] = (
     *((name,) for name in _ALONE.split()),
+    (
+        "position_embedding_type",
+        "rope_type",
+        "use_rope_scaling",
+        "rotary_seq_len_interpolation_factor",
+        "rope_scaling_type",
+        *READ_BY,
+    ),
     (
         "swiglu",
         "geglu",
@@ -49,10 +60,11 @@ MODEL: tuple[tuple[str, ...], ...] = (
     ("group_query_attention", "num_query_groups"),
     ("window_size", "window_attn_skip_freq"),
     ("fp16", "bf16", "fp64"),
+    ("mtp_num_layers", "mtp_loss_scaling_factor"),
     ("parallel_residual", "parallel_residual_shared_norm"),
     ("num_moe_experts", "moe_num_experts_per_layer"),
     ("moe_router_topk", "moe_router_topk_per_layer"),
-    ("moe_router_num_groups", "moe_router_group_topk"),
+    ("moe_router_num_groups", "moe_router_group_topk", "moe_router_group_score_topk"),
     ("moe_router_load_balancing_type", "moe_aux_loss_coeff"),
     (
         "moe_expert_capacity_factor",
@@ -60,6 +72,7 @@ MODEL: tuple[tuple[str, ...], ...] = (
         "moe_pad_expert_input_to_capacity",
     ),
     ("padded_vocab_size", "make_vocab_size_divisible_by"),
+    ("unpadded_vocab_size",),
 )
 """What makes the model compute what it computed, in training too."""
 
@@ -77,7 +90,7 @@ _OF_THIS_RUN = """
     moe_enable_routing_replay moe_token_dispatcher_type moe_dispatcher_node_size moe_experts_type
     moe_grouped_mm_backend moe_fused_activation moe_expert_chunk_tokens moe_shared_expert_overlap
     overlap_moe_expert_parallel_comm delay_wgrad_compute recompute_granularity recompute_method
-    recompute_num_layers recompute_modules
+    recompute_num_layers recompute_modules cache_mla_latents
 """
 OF_THIS_RUN = frozenset(_OF_THIS_RUN.split())
 """Options of the model's section that are never taken: they are about machines and trials."""

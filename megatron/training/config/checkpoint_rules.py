@@ -1,10 +1,13 @@
 """Rules of what is kept of checkpoints, and of what is taken from one; each yields sentences."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.core.errors import CheckpointError
+from megatron.core.dist_checkpointing.object_folders import place
+from megatron.core.errors import CheckpointError, ConfigError
 from megatron.training.config.checks import Check, Rule
+from megatron.training.huggingface_family import fitting_family, options_of_checkpoint
 from megatron.training.starting_point import starting_point
 
 MEMORY = Path("/dev/shm")
@@ -110,13 +113,47 @@ def pretrained_is_there(check: Check) -> Iterator[str]:
         yield f"{check.show('pretrained_checkpoint')} has no checkpoint"
 
 
+def huggingface(check: Check) -> Iterator[str]:
+    """What --save-hf writes must be possible, and said before training and not after it."""
+    options = check.config.checkpoint
+    if options.save_hf is None:
+        return
+    shown = check.show("save_hf")
+    if options.save is None:
+        yield f"{shown} needs --save: it is made of the last checkpoint"
+    for flag, text in (("--save", options.save), ("--save-hf", options.save_hf)):
+        if text is not None and not isinstance(place(text), Path):
+            yield f"{shown} is not offered with {flag} {text} in an object store; use a folder"
+    if check.config.training.skip_train:
+        yield f"{shown} has no effect with --skip-train; tools/checkpoint/convert.py exports"
+    if importlib.util.find_spec("safetensors") is None:
+        yield f"{shown} needs the package safetensors: pip install 'megatron-moe[huggingface]'"
+    rows = check.config.tokenizer.padded_vocab_size
+    try:
+        fitting_family(check.config, options_of_checkpoint(check.config, rows))
+    except ConfigError as error:
+        yield f"{shown}: no family of Hugging Face's is this model: {'; '.join(error.problems)}"
+
+
+def huggingface_target(check: Check) -> Iterator[str]:
+    """--save-hf writes where nothing is."""
+    target = check.config.checkpoint.save_hf
+    if target is None or not isinstance(place(target), Path):
+        return
+    path = Path(target)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        yield f"{check.show('save_hf')} is there already and not empty; delete it or give another"
+
+
 CHECKPOINT_RULES: tuple[Rule, ...] = (
     retention,
     between,
     taken_options,
     pretrained,
     pretrained_is_there,
+    huggingface,
+    huggingface_target,
 )
 
-CHECKPOINT_RULES_OF_FOLDERS: tuple[Rule, ...] = (pretrained_is_there,)
+CHECKPOINT_RULES_OF_FOLDERS: tuple[Rule, ...] = (pretrained_is_there, huggingface_target)
 """Those that read disks. What they say is the same for every layout."""

@@ -119,6 +119,21 @@ def _router_type(run: Derivation) -> None:
         )
 
 
+def _latent_attention(run: Derivation) -> None:
+    if not run.config.model.multi_latent_attention:
+        return
+    for name, value, why in (
+        ("position_embedding_type", "rope", "--multi-latent-attention keeps positions so"),
+        ("rotary_interleaved", True, "the pairs of --multi-latent-attention"),
+        ("qk_layernorm", True, "the latents of --multi-latent-attention are always normalised"),
+    ):
+        if run.config.sources.get(name, "default") == "default":
+            run.use(name, value, why)
+    if run.config.model.rope_scaling == "none" and run.config.given("rope_scaling_factor"):
+        why = "what --multi-latent-attention means by --rotary-scaling-factor alone"
+        run.use("rope_type", "yarn", why)
+
+
 def _heads(run: Derivation) -> None:
     if run.is_set("num_attention_heads"):
         return
@@ -225,6 +240,19 @@ def _tokenizer(run: Derivation) -> None:
         run.problems.append(
             f"--padded-vocab-size {padded} must be at least the {source.vocab_size} ids of "
             f"--tokenizer-type {run.get('tokenizer_type')}"
+        )
+        return
+    _unpadded(run, source.vocab_size, padded)
+
+
+def _unpadded(run: Derivation, ids: int, padded: int) -> None:
+    tokens = run.get("unpadded_vocab_size")
+    if tokens is None:
+        run.use("unpadded_vocab_size", ids)
+    elif not ids <= tokens <= padded:
+        run.problems.append(
+            f"--unpadded-vocab-size {tokens} must lie between the {ids} ids of --tokenizer-type "
+            f"{run.get('tokenizer_type')} and the {padded} rows of the embedding"
         )
 
 
@@ -350,6 +378,7 @@ def _balancing(run: Derivation) -> None:
 
 _STEPS: tuple[Callable[[Derivation], None], ...] = (
     _experts,
+    _latent_attention,
     _heads,
     _sequence,
     _sequence_parallelism,

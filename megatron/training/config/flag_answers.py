@@ -57,6 +57,7 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--lazy-mpu-init": NoEffect("process groups are made once, at the start"),
     "--local-rank": NoEffect("torchrun's LOCAL_RANK says which device a rank takes"),
     "--local_rank": NoEffect("torchrun's LOCAL_RANK says which device a rank takes"),
+    "--mla-down-proj-fusion": NoEffect("the two ways down to latents are products of their own"),
     "--manual-gc": NoEffect("Python collects its own garbage"),
     "--manual-gc-interval": NoEffect("Python collects its own garbage"),
     "--moe-grouped-gemm": NoEffect("it is already so: --moe-experts-type grouped"),
@@ -158,7 +159,6 @@ SUBSTITUTES: dict[str, str] = {
     "--replication": "nodes keep no copies of each other's checkpoints; leave it out",
     "--replication-factor": "nodes keep no copies of each other's checkpoints; leave it out",
     "--replication-jump": "nodes keep no copies of each other's checkpoints; leave it out",
-    "--rope-type": "use --position-embedding-type rope",
     "--spec": "the layers follow from the options of --help",
     "--step-batch-size-schedule": "the batch size is constant; use --global-batch-size",
     "--test-mode": "use --skip-train",
@@ -171,9 +171,13 @@ SUBSTITUTES: dict[str, str] = {
 CHOICES: dict[tuple[str, str], str] = {
     ("cp_comm_type", "a2a+p2p"): "one way a layer: give p2p, or a2a where heads are enough",
     ("moe_token_dispatcher_type", "flex"): _FLEX,
+    ("rope_scaling_type", "dynamic"): (
+        "dynamic NTK turns a token's earlier keys otherwise with each new token; ntk with the "
+        "factor of one length is a fixed base"
+    ),
     ("recompute_modules", "layernorm"): "give mlp, moe or core_attn, or recompute whole layers",
 }
-"""(option, choice of Megatron-LM that it has not) -> what to say beside those it has."""
+"""(option, choice that users of others know and it has not) -> what to say beside those it has."""
 
 _GPU_LIB = "it tunes a package that is not used here; leave it out"
 _STAGE_GROUPS = "stages talk over the library of --distributed-backend; leave it out"
@@ -209,14 +213,9 @@ PREFIXES: tuple[tuple[str, str], ...] = (
         "a trace holds experts and weights of each token: --moe-routing-trace-path",
     ),
     ("--moe-", "this part of the MoE layer is not offered yet; see --help for what is"),
-    ("--mtp-", "multi-token prediction is not offered yet; leave it out"),
-    ("--yarn-", "use --rotary-base to stretch rotary positions"),
-    ("--rope-scaling", "use --rotary-base to stretch rotary positions"),
-    ("--use-rope-scaling", "use --rotary-base to stretch rotary positions"),
-    ("--rotary-", "use --rotary-base and --rotary-percent"),
+    ("--mtp-", "give --mtp-num-layers and --mtp-loss-scaling-factor alone"),
     ("--mrope", "use --position-embedding-type rope"),
     ("--relative-attention", "use --position-embedding-type rope"),
-    ("--multi-latent", "use --group-query-attention to shrink keys and values"),
     ("--mamba", _OTHER_MODEL),
     ("--is-hybrid", _OTHER_MODEL),
     ("--hybrid-", _OTHER_MODEL),
@@ -264,7 +263,7 @@ GROUPS: dict[str, str] = {
     "biencoder": _OTHER_MODEL,
     "vision": _OTHER_MODEL,
     "moe": "this part of the MoE layer is not offered yet; see --help for what is",
-    "mla": "use --group-query-attention to shrink keys and values",
+    "mla": "see --help for the options of --multi-latent-attention; leave it out",
     "experimental_attention_variant": "only softmax attention is offered",
     "heterogeneous architecture": "all layers share one shape, but for --moe-layer-freq",
     "logging": _JSONL,

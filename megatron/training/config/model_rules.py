@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron.core.transformer.config.activation import SWIGLU
 from megatron.training.config.checks import Check, Rule, divisors, nearest
+from megatron.training.config.position_rules import positions
 
 
 def parallel_sizes(check: Check) -> Iterator[str]:
@@ -123,6 +124,10 @@ def heads(check: Check) -> Iterator[str]:
     """Heads share the width evenly, and query groups share the heads evenly."""
     model = check.config.model
     count, hidden = model.num_attention_heads, model.hidden_size
+    yield from model.core_attention_problems(model.num_layers)
+    if model.multi_latent_attention:
+        yield from model.attention_problems(hidden)
+        return
     if model.kv_channels is None and hidden % count:
         yield (
             f"{check.show('hidden_size')} must be a multiple of "
@@ -137,44 +142,6 @@ def heads(check: Check) -> Iterator[str]:
             f"groups that fit: {nearest(model.num_query_groups, divisors(count))}"
         )
     yield from model.qk_norm_problems()
-    yield from model.core_attention_problems(model.num_layers)
-
-
-def positions(check: Check) -> Iterator[str]:
-    """Positions must reach as far as samples; rotary options need rotary positions."""
-    model, length = check.config.model, check.config.data.seq_length
-    if length > model.max_position_embeddings:
-        yield (
-            f"{check.show('seq_length')} must not be larger than "
-            f"{check.show('max_position_embeddings')}"
-        )
-    if model.position_embedding_type != "rope":
-        yield from check.useless(
-            "rotary_base rotary_percent rotary_interleaved",
-            "without --position-embedding-type rope",
-        )
-    else:
-        rotated = int(model.head_dim * model.rotary_percent)
-        if rotated < 2 or rotated % 2:
-            share = (
-                "" if model.rotary_percent == 1 else f" x --rotary-percent {model.rotary_percent:g}"
-            )
-            yield (
-                f"rotary positions turn pairs: head size {model.head_dim}{share} = {rotated} must "
-                "be even; change --num-attention-heads, --kv-channels or --rotary-percent"
-            )
-    learned = model.position_embedding_type == "learned_absolute"
-    if not learned:
-        yield from check.useless(
-            "reset_position_ids",
-            f"with {check.show('position_embedding_type')}: only a learned table is asked by "
-            "position",
-        )
-    elif "--no-position-embedding" in check.without_effect:
-        yield (
-            "--no-position-embedding contradicts --position-embedding-type learned_absolute, the "
-            "default; add --position-embedding-type rope or none"
-        )
 
 
 def activations(check: Check) -> Iterator[str]:

@@ -8,7 +8,9 @@ from megatron.training.config.checkpoint_rules import (
 )
 from megatron.training.config.checks import Check
 from megatron.training.config.data_rules import DATA_RULES
+from megatron.training.config.mla_rules import MLA_RULES
 from megatron.training.config.model_rules import MODEL_RULES
+from megatron.training.config.mtp_rules import MTP_RULES
 from megatron.training.config.overlap_rules import OVERLAP_RULES
 from megatron.training.config.pipeline_rules import PIPELINE_RULES
 from megatron.training.config.run_rules import RULES_OF_FOLDERS, RUN_RULES
@@ -20,7 +22,9 @@ from megatron.training.config.upcycling_rules import (
 
 RULES = (
     *MODEL_RULES,
+    *MLA_RULES,
     *SCALING_RULES,
+    *MTP_RULES,
     *PIPELINE_RULES,
     *OVERLAP_RULES,
     *DATA_RULES,

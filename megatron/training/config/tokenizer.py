@@ -49,5 +49,9 @@ class TokenizerConfig:
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this times --tensor-model-parallel-size."""
 
+    unpadded_vocab_size: int | None = None
+    """Rows of the embedding that are tokens, the first ones: the others pad it, and have no share
+    in the softmax. The ids of the tokenizer when not set."""
+
     padded_vocab_size: int = derived()
     """Rows of the embedding; when not set, the ids padded by --make-vocab-size-divisible-by."""

@@ -27,6 +27,10 @@ class Batch:
     padding_mask: Tensor | None = None
     """[b, s] bool, True where a token is padding; None when no sample has any. Samples of the
     data sets here have none; a data set of your own gives ``padding_mask`` [s] with a sample."""
+    ahead_ids: Tensor | None = None
+    """[b, s, D, 3]: see ``Ahead.ids``; None without multi-token prediction."""
+    ahead_mask: Tensor | None = None
+    """[b, s, D]: see ``Ahead.mask``."""
 
     @classmethod
     def of_samples(cls, samples: list[dict[str, Tensor]], sample_ids: tuple[int, ...]) -> "Batch":
@@ -40,6 +44,11 @@ class Batch:
             for name in names
         }
         return cls(**stacked, sample_ids=sample_ids)  # type: ignore[arg-type]
+
+    @property
+    def num_depths(self) -> int:
+        """Depths of multi-token prediction that it is made for."""
+        return 0 if self.ahead_ids is None else self.ahead_ids.shape[2]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on ``device``; from pinned memory the copy does not wait."""

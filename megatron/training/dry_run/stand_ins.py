@@ -53,7 +53,7 @@ def stand_ins(device: str) -> Iterator[None]:
         put(nn.Module, "to", lambda module, *_: module)  # there already; fakes cannot be swapped
         put(logging.getLogger(setup_model.__name__), "disabled", True)
         if device == "cuda":
-            put(dot_product_attention, "_blocked_is_faster", lambda _: False)
+            put(dot_product_attention, "_blocked_is_faster", lambda *_: False)
             put(_Scratch, "_BLOCK_NUMEL", sys.maxsize)  # blocks are for the caches of a CPU
         yield
 

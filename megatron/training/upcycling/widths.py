@@ -62,6 +62,11 @@ def fitting_problems(
     if model.num_moe_experts is None:
         yield "upcycling needs --num-experts"
         return
+    if model.mtp_depths and model.moe_layer_pattern[-1]:
+        yield (
+            f"--mtp-num-layers {model.mtp_num_layers}: the layers of multi-token prediction are as "
+            "the last one, and are not upcycled yet; give --moe-layer-freq a last entry of 0"
+        )
     then, now = architecture(dense), architecture(model)
     for flag in [f for f in now if f.startswith(("--moe-", *_NEW))]:
         del now[flag]

@@ -118,3 +118,29 @@ def _warned(folder: Path) -> None:
 
 def test_a_collapsed_router_is_warned_of_at_the_next_line(tmp_path):
     run_ranks(_warned, 2, tmp_path)
+
+
+def test_losses_of_multi_token_prediction_are_told_as_megatron_tells_them(tmp_path):
+    run_ranks(_with_depths, 2, tmp_path)
+    lines = _lines(tmp_path)
+    assert len(lines) == 3
+    for depth in (1, 2):
+        told = [line[f"mtp_{depth}_loss"] for line in lines]
+        assert all(3 < loss < 7 for loss in told), "near ln(128), of a mean over labels"
+        assert len({round(loss, 9) for loss in told}) == 3
+    (line,) = (tmp_path / "told.txt").read_text().splitlines()
+    first, second = (sum(line[f"mtp_{d}_loss"] for line in lines) / 3 for d in (1, 2))
+    assert f" | mtp_1 loss: {first:.6E} | mtp_2 loss: {second:.6E} | " in line
+    assert line.index("lm loss") < line.index("mtp_1 loss")
+
+
+def _with_depths(folder: Path) -> None:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron.training.reporting")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    _train(tiny_run(f"{FLAGS} --mtp-num-layers 2"), folder, 3)
+    if dist.get_rank() == 0:
+        (folder / "told.txt").write_text("\n".join(t for t in told if "iteration" in t))

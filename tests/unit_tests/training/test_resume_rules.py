@@ -18,8 +18,11 @@ from megatron.training.resume_rules import (
     schedule_problems,
 )
 
+_LATENT = {"multi_latent_attention": True, "position_embedding_type": "rope"}
+
 # options of the model that may differ between a checkpoint and the run that loads it
 MAY_DIFFER = {
+    "cache_mla_latents",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "pipeline_schedule",
@@ -65,6 +68,7 @@ MAY_DIFFER = {
     "recompute_method",
     "recompute_num_layers",
     "recompute_modules",
+    "mtp_loss_scaling_factor",
     "max_position_embeddings",  # its table is compared by shape
 }
 RESOLVED = {
@@ -80,6 +84,13 @@ RESOLVED = {
     "moe_router_load_balancing_type": "moe_router_choice",
     "moe_num_experts_per_layer": "moe_experts_by_layer",
     "moe_router_topk_per_layer": "moe_topk_by_layer",
+    "position_embedding_type": "position_kind",
+    "rope_type": "rope_scaling",
+    "use_rope_scaling": "rope_scaling",
+    "rope_scaling_type": "rope_scaling",
+    "rope_scaling_factor": "rope_factor",
+    "rotary_seq_len_interpolation_factor": "rope_factor",
+    "rope_scaling_original_max_position_embeddings": "rope_original_length",
     "bf16": "params_dtype_name",
     "fp16": "params_dtype_name",
     "fp64": "params_dtype_name",
@@ -137,8 +148,21 @@ def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:
             {"position_embedding_type": "rope", "rotary_interleaved": True},
             "--rotary-interleaved is False",
         ),
+        (
+            {"position_embedding_type": "rope"},
+            {"position_embedding_type": "rope", "use_rope_scaling": True},
+            "--rope-scaling-type is none in the checkpoint and llama3",
+        ),
+        (
+            {"position_embedding_type": "yarn", "rope_scaling_factor": 4.0},
+            {"position_embedding_type": "yarn", "rope_scaling_factor": 8.0},
+            "--rope-scaling-factor is 4.0 in the checkpoint and 8.0",
+        ),
         ({}, {"window_size": [3, 0]}, "is None in the checkpoint and [3, 3]"),
         ({}, {"softmax_type": "off-by-one"}, "--softmax-type is vanilla"),
+        ({}, _LATENT, "--multi-latent-attention is False in the checkpoint and True"),
+        (_LATENT, _LATENT | {"q_lora_rank": 8}, "--q-lora-rank is None in the checkpoint and 8"),
+        (_LATENT, _LATENT | {"v_head_dim": 8}, "--v-head-dim is 128 in the checkpoint and 8"),
         ({}, {"softmax_scale": 0.5}, "--softmax-scale is None"),
         ({"attn_logit_softcapping": 30.0}, {}, "--attn-logit-softcapping is 30.0"),
         ({"num_moe_experts": 4}, {"num_moe_experts": 4, "moe_router_type": "hash"}, "is topk in"),

@@ -39,6 +39,16 @@ def test_grouped_queries_save_projections_only() -> None:
     assert _flops() - grouped == 6 * 2 * 8 * 8
 
 
+def test_latent_attention_counts_the_ways_down_and_up() -> None:
+    widths = {"kv_lora_rank": 3, "qk_head_dim": 5, "qk_pos_emb_head_dim": 2, "v_head_dim": 7}
+    latent = {"multi_latent_attention": True, "position_embedding_type": "rope", **widths}
+    # queries 8*2*7; down 8*(3+2), up 3*2*(5+7), out 2*7*8; scores 2*7*2, values 2*7*2
+    one = 112 + 40 + 72 + 112 + 28 + 28 + 256
+    assert _flops(**latent) == 6 * (2 * one + 256)
+    # down 8*4, up 4*2*7 in place of 8*2*7
+    assert _flops(**latent) - _flops(**latent, q_lora_rank=4) == 6 * 2 * (112 - 32 - 56)
+
+
 def test_a_window_counts_the_keys_in_it() -> None:
     # of 4 positions, w = 2: 2 - 4 / 8 = 1.5 keys a query where a whole layer counts 2
     assert _flops() - _flops(window_size=[1, 0]) == 6 * 2 * 2 * 8 * (2 - 1.5)
@@ -46,3 +56,12 @@ def test_a_window_counts_the_keys_in_it() -> None:
     assert _flops() - half == 6 * 2 * 8 * (2 - 1.5)
     for reach in ([3, 0], [100, 0], [-1, 0]):
         assert _flops(window_size=reach) == _flops()
+
+
+def test_a_depth_of_multi_token_prediction_costs_a_layer_a_head_and_a_projection() -> None:
+    # projections 4*8*8, causal core 8*4, two matrices of 8*16; logits 32*8; two widths to one
+    depth = 256 + 32 + 256 + 256 + 2 * 8 * 8
+    assert _flops(mtp_num_layers=2) - _flops() == 6 * 2 * depth
+    experts = {"num_moe_experts": 8, "moe_router_topk": 3, "moe_layer_freq": [0, 1]}
+    of_last = 6 * (depth + 2 * 2 * 8 * 16)
+    assert _flops(**experts, mtp_num_layers=1) - _flops(**experts) == of_last

@@ -21,19 +21,32 @@ class OutputLayer(nn.Module):
     weight: nn.Parameter | None
 
     def __init__(
-        self, config: TransformerConfig, vocab_size: int, *, pg_collection: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        *,
+        unpadded_vocab_size: int | None = None,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         """Make the weight, if it is not tied to the embedding's.
 
         Args:
             config: Width, tying, initialisation.
             vocab_size: Padding included.
+            unpadded_vocab_size: Rows that are tokens; those after them pad, and have no share in
+                the softmax. None: all are tokens.
             pg_collection: Its ``tp`` splits the vocabulary.
         """
         super().__init__()
         self.tp_group = pg_collection.tp
         self.entry = RegionEntry(pg_collection.tp, config.sequence_parallel)
-        self.transform = LogitTransform(config.logits_multiplier, config.final_logit_softcapping)
+        own = vocab_size // pg_collection.tp.size()
+        columns = None
+        if unpadded_vocab_size is not None and unpadded_vocab_size < vocab_size:
+            columns = min(max(unpadded_vocab_size - pg_collection.tp.rank() * own, 0), own)
+        self.transform = LogitTransform(
+            config.logits_multiplier, config.final_logit_softcapping, columns
+        )
         self.weight = None
         if config.untie_embeddings_and_output_weights:
             split = split_over("tp", pg_collection, dim=0, parts=(vocab_size,))

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
 from megatron.core.errors import ConfigError
 from megatron.core.models.common.embeddings.language_model_embedding import (
+    EmbeddingBesideHead,
     EmbeddingCopy,
     LanguageModelEmbedding,
 )
@@ -17,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.sequence_slices import own_ranges
 from megatron.core.stage_layers import StageLayers, whole_model
 from megatron.core.transformer.forward_context import ForwardContext
+from megatron.core.transformer.multi_token_prediction import MultiTokenPrediction
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -37,6 +40,7 @@ class GPTModel(nn.Module):
 
     embedding: LanguageModelEmbedding | EmbeddingCopy | None
     rotary_pos_emb: RotaryEmbedding | None
+    mtp: MultiTokenPrediction | None
     output_layer: OutputLayer | None
 
     def __init__(
@@ -46,6 +50,7 @@ class GPTModel(nn.Module):
         vocab_size: int,
         max_sequence_length: int,
         *,
+        unpadded_vocab_size: int | None = None,
         stages: Sequence[StageLayers] | None = None,
         pg_collection: ProcessGroupCollection,
     ) -> None:
@@ -56,6 +61,8 @@ class GPTModel(nn.Module):
             transformer_layer_spec: Of ``get_gpt_decoder_block_spec``, or the user's own.
             vocab_size: Rows of the embedding, padding included.
             max_sequence_length: Longest sequence that learned positions can hold.
+            unpadded_vocab_size: Rows that are tokens; the others have no share in the softmax, and
+                logits of -inf. None: all are tokens.
             stages: The pipeline stages of this rank, in the order of the model; the whole model
                 when None.
             pg_collection: Groups of this rank.
@@ -69,35 +76,50 @@ class GPTModel(nn.Module):
         self.vocab_size = vocab_size
         self.max_sequence_length = max_sequence_length
         self.cp_group = pg_collection.cp
-        self.stages = tuple(stages or [whole_model(config.num_layers)])
+        self.stages = tuple(stages or [whole_model(config.num_layers, config.mtp_depths)])
         self.embedding = self._make_embedding(pg_collection)
         self.rotary_pos_emb = None
-        if config.position_embedding_type == "rope":
+        if config.has_rotary_positions:
             self.rotary_pos_emb = RotaryEmbedding(
-                config.head_dim,
-                rotary_percent=config.rotary_percent,
-                rotary_base=config.rotary_base,
-                interleaved=config.rotary_interleaved,
+                config, channels=config.rotary_channels, rotary_dim=config.rotary_dim
             )
         self.decoder = TransformerBlock(
             config, transformer_layer_spec, stages=self.stages, pg_collection=pg_collection
         )
+        self.mtp = None
+        if any(stage.mtp_layers for stage in self.stages):
+            assert transformer_layer_spec.mtp_layer is not None, "a spec without mtp_layer"
+            ends = [stage.head for stage in self.stages if stage.mtp_layers]
+            assert all(ends), "multi-token prediction is in the stage of the output head"
+            self.mtp = MultiTokenPrediction(
+                config, transformer_layer_spec.mtp_layer, pg_collection=pg_collection
+            )
         self.output_layer = None
         if any(stage.head for stage in self.stages):
-            self.output_layer = OutputLayer(config, vocab_size, pg_collection=pg_collection)
+            self.output_layer = OutputLayer(
+                config,
+                vocab_size,
+                unpadded_vocab_size=unpadded_vocab_size,
+                pg_collection=pg_collection,
+            )
 
     def _make_embedding(
         self, pg_collection: ProcessGroupCollection
     ) -> LanguageModelEmbedding | EmbeddingCopy | None:
-        """Make the embedding, or the copy that a tied output layer needs, or neither."""
+        """Make the embedding, or the copy that the last stage needs, or neither.
+
+        A tied output layer reads the token table, multi-token prediction looks up in all of it.
+        """
         config, vocab_size = self.config, self.vocab_size
         begins = [stage.embedding for stage in self.stages]
         ends = [stage.head for stage in self.stages]
         tied_ends: TiedEnds = "no"
-        if not config.untie_embeddings_and_output_weights:
+        if config.mtp_depths or not config.untie_embeddings_and_output_weights:
             tied_ends = "here" if any(begins) and any(ends) else "apart"
-        if any(begins):
-            return LanguageModelEmbedding(
+        is_looked_up_apart = bool(any(ends) and config.mtp_depths)
+        if any(begins) or is_looked_up_apart:
+            kind = LanguageModelEmbedding if any(begins) else EmbeddingBesideHead
+            return kind(
                 config,
                 vocab_size,
                 self.max_sequence_length,
@@ -161,7 +183,9 @@ class GPTModel(nn.Module):
             positions = own_ranges(length * ranks, self.cp_group.rank(), ranks)
             if offset:
                 positions = (range(offset, offset + length),)
-            rotary = self.rotary_pos_emb(positions, hidden_states)
+            cache = context.kv_cache
+            whole = length * ranks if cache is None else cache.max_len
+            rotary = self.rotary_pos_emb(positions, hidden_states, length=whole)
         hidden_states = self.decoder(hidden_states, attention_mask, rotary, context)
         if context.kv_cache is not None:
             context.kv_cache.advance(length)
@@ -169,15 +193,20 @@ class GPTModel(nn.Module):
             return hidden_states
         assert self.output_layer is not None, "a stage with a head has an output layer"
         tied = self._tied_weight()
-        if labels is not None:
-            return self.output_layer.loss(hidden_states, tied, labels)
-        logits: Tensor = self.output_layer(hidden_states, tied)
-        return logits.transpose(0, 1)
+        if labels is None:
+            logits: Tensor = self.output_layer(hidden_states, tied)
+            return logits.transpose(0, 1)
+        head = partial(_loss_of_head, self.output_layer, tied)
+        loss = head(hidden_states, labels)
+        if self.mtp is not None and context.ahead is not None:
+            read = (hidden_states, attention_mask, rotary, context)
+            loss = self.mtp(loss, *read, embedding=self.embedding, head=head)
+        return loss
 
     def _tied_weight(self) -> Tensor | None:
         if self.config.untie_embeddings_and_output_weights:
             return None  # not to be asked for where it is not read: it may be a shard
-        if isinstance(self.embedding, EmbeddingCopy):
+        if isinstance(self.embedding, EmbeddingCopy | EmbeddingBesideHead):
             return self.embedding()
         return None if self.embedding is None else self.embedding.word_embeddings.weight
 
@@ -188,3 +217,9 @@ class GPTModel(nn.Module):
                 f"a sequence of {positions} tokens does not fit --max-position-embeddings "
                 f"{self.max_sequence_length}; shorten it or use --position-embedding-type rope"
             )
+
+
+def _loss_of_head(
+    head: OutputLayer, tied: Tensor | None, hidden_states: Tensor, labels: Tensor
+) -> Tensor:
+    return head.loss(hidden_states, tied, labels)

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron.core.errors import CheckpointError
 from megatron.core.models.huggingface.exchange import Read
-from megatron.core.models.huggingface.folder import HfFolder
+from megatron.core.models.huggingface.quantized import PlainNumbers
 from megatron.core.models.huggingface.weight_plan import WeightPlan
 
 Shape = tuple[int, ...]
@@ -102,7 +103,7 @@ def refuse(what: str, problems: Sequence[str]) -> None:
     raise CheckpointError("\n".join([f"{what}:", *lines]))
 
 
-def named_reader(source: HfFolder, accounted: Accounting) -> Read:
+def named_reader(source: PlainNumbers, accounted: Accounting) -> Read:
     """Return a function that reads tensors of a folder by their names in the plan."""
 
     def read(hf_key: str, rows: tuple[int, int] | None) -> Tensor:
@@ -111,10 +112,10 @@ def named_reader(source: HfFolder, accounted: Accounting) -> Read:
     return read
 
 
-def refuse_other_copies(source: HfFolder, accounted: Accounting) -> None:
+def refuse_other_copies(path: Path, source: PlainNumbers, accounted: Accounting) -> None:
     """Refuse a tensor that should repeat another one, as a tied output layer, and does not."""
     refuse(
-        f"{source.path}: config.json ties tensors that differ",
+        f"{path}: config.json ties tensors that differ",
         [
             f"{name} is not {original}"
             for name, original in accounted.copies.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron.core.dist_checkpointing.index import TensorFacts
@@ -20,6 +21,8 @@ from megatron.core.models.huggingface.config_file import read_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_QUANTIZED = {"F8_E4M3": torch.float8_e4m3fn}
+"""Formats that are read and never written."""
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -111,6 +114,8 @@ class HfFolder:
 def _facts(handle: Any, key: str, file: Path) -> TensorFacts:
     part = handle.get_slice(key)
     code = part.get_dtype()
+    if code in _QUANTIZED:
+        return TensorFacts(tuple(part.get_shape()), _QUANTIZED[code])
     try:
         return TensorFacts(tuple(part.get_shape()), dtype_of(code))
     except ValueError as error:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from megatron.core.transformer.config.rotary import written_out
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 NEUTRAL: dict[str, Any] = {
@@ -76,9 +77,10 @@ def default_of(name: str) -> Any:
 
 
 def with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``options`` and the defaults of all others of the model."""
+    """Return ``options`` and the defaults of all others of the model; scaling is written out."""
     defaults = {name: default_of(name) for name in (*NEUTRAL, *_FIELDS)}
-    return defaults | {"padded_vocab_size": None} | dict(options)
+    found = defaults | {"padded_vocab_size": None} | dict(options)
+    return found | written_out(found)
 
 
 def is_option(name: str) -> bool:

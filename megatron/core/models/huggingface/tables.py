@@ -83,5 +83,7 @@ class Family:
     """Fields of config.json that do not change the function, beyond those of all families."""
     ignored_keys: tuple[str, ...] = ()
     """Patterns of tensors on disk that are no weights."""
+    has_prediction_layers: bool = False
+    """Layers on disk behind the last of the model are for multi-token prediction."""
     notes: tuple[str, ...] = field(default=())
     """What is refused or particular, for the documentation."""

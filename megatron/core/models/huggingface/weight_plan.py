@@ -26,6 +26,8 @@ class WeightPlan:
     pieces: tuple[Piece, ...]
     fp32_keys: frozenset[str]
     """Our keys that are fp32 in any number format."""
+    num_layers: int
+    """Of the model, without those for multi-token prediction."""
     copies: Mapping[str, str]
     """Name on disk -> name of the tensor that it repeats, in files that have it twice."""
 
@@ -47,6 +49,9 @@ class WeightPlan:
 
     def is_ignored(self, hf_key: str) -> bool:
         """Tell whether a tensor on disk is known to be no weight."""
+        layer = re.match(r"(?:model\.)?layers\.(\d+)\.", hf_key)
+        if self.family.has_prediction_layers and layer and int(layer[1]) >= self.num_layers:
+            return True
         return any(re.fullmatch(pattern, hf_key) for pattern in self.family.ignored_keys)
 
     def padding_of(self, key: str) -> int:
@@ -93,6 +98,7 @@ def weight_plan(
         shapes=shapes,
         pieces=tuple(pieces),
         fp32_keys=frozenset(fp32_keys),
+        num_layers=facts.config.num_layers,
         copies=dict.fromkeys(_TIED, embedding) if is_tied else {},
     )
 

@@ -2,6 +2,7 @@
 
 from megatron.core.tensor_parallel.layers.column import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers.linear import Linear
+from megatron.core.tensor_parallel.layers.replicated import ReplicatedLinear
 from megatron.core.tensor_parallel.layers.row import RowParallelLinear
 from megatron.core.tensor_parallel.layers.vocab_embedding import (
     Embedding,
@@ -12,6 +13,7 @@ __all__ = [
     "ColumnParallelLinear",
     "Embedding",
     "Linear",
+    "ReplicatedLinear",
     "RowParallelLinear",
     "VocabParallelEmbedding",
 ]

@@ -46,12 +46,6 @@ class AttentionConfig(NormConfig):
     apply_wd_to_qk_layernorm: bool = False
     """Weight decay acts on the weights of --qk-layernorm too."""
 
-    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
-    """How tokens know their place: a learned table, rotated queries and keys, or not at all."""
-
-    max_position_embeddings: int = derived()
-    """Longest position that the learned table holds; --seq-length when not set."""
-
     def attention_problems(self, hidden_size: int) -> Iterator[str]:
         """Yield one sentence for each contradiction, in the user's flags."""
         heads, groups = self.num_attention_heads, self.num_query_groups

@@ -21,12 +21,11 @@ def parse_window(text: str) -> list[int]:
     """
     try:
         found = ast.literal_eval(text.strip())
-        sides = [int(side) for side in found if isinstance(side, int) and side is not True]
-    except (SyntaxError, ValueError, TypeError) as error:
+    except (SyntaxError, ValueError) as error:
         raise ValueError(f"{text!r} must be two whole numbers, such as 127,0") from error
-    if len(sides) != 2 or len(found) != 2:
+    if not isinstance(found, tuple | list) or [type(side) for side in found] != [int, int]:
         raise ValueError(f"{text!r} must be two whole numbers, such as 127,0")
-    return sides
+    return list(found)
 
 
 @dataclass(kw_only=True)
@@ -79,7 +78,8 @@ class CoreAttentionConfig:
         if isinstance(freq, int):
             sees_all = (layer_number + 1) % freq == 0
         else:
-            sees_all = freq is not None and not freq[layer_number]
+            # layers of multi-token prediction count on, and are as the last
+            sees_all = freq is not None and not freq[min(layer_number, len(freq) - 1)]
         return None if sees_all else self.attention_window
 
     def mean_keys_of(self, layer_number: int, seq_length: int) -> float:

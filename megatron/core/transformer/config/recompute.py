@@ -24,11 +24,13 @@ class RecomputeConfig:
     (block). Counted in each pipeline stage."""
 
     recompute_modules: (
-        list[Literal["core_attn", "moe_act", "mlp", "moe", "shared_experts"]] | None
+        list[Literal["core_attn", "mla_up_proj", "moe_act", "mlp", "moe", "shared_experts"]] | None
     ) = None
     """Under --recompute-granularity selective, what is recomputed: the core of attention, the
-    dense MLP, the whole MoE layer with its router, or its shared experts. The activation inside
-    experts (moe_act) always is, under --moe-experts-type grouped. core_attn when not set."""
+    queries, keys and values that --multi-latent-attention makes from latents, and the core with
+    them (mla_up_proj), the dense MLP, the whole MoE layer with its router, or its shared experts.
+    The activation inside experts (moe_act) always is, under --moe-experts-type grouped. core_attn
+    when not set."""
 
     def recompute_problems(self) -> Iterator[str]:
         """Yield one sentence for each contradiction, in the user's flags."""

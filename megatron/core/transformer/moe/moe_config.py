@@ -53,7 +53,8 @@ class MoEConfig(RouterChoiceConfig):
 
     moe_router_score_function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
     """What makes scores of the router's logits: a softmax, or of each logit alone its sigmoid or
-    the root of its softplus; the last two are divided by their sum over the chosen experts."""
+    the root of its softplus; the last two are divided by their sum over the chosen experts, unless
+    --no-moe-router-norm-topk-prob."""
 
     moe_router_topk_scaling_factor: float | None = None
     """Number that the weights of the chosen experts are multiplied by; 1 when not set."""
@@ -64,7 +65,7 @@ class MoEConfig(RouterChoiceConfig):
 
     moe_router_group_topk: int | None = None
     """Number of groups that each token may use; a group is as good as the sum of its best
-    (--moe-router-topk / --moe-router-group-topk) experts."""
+    --moe-router-group-score-topk experts."""
 
     moe_router_enable_expert_bias: bool = False
     """Keep experts evenly used by a bias for each, added to the scores that choose experts but not
@@ -234,7 +235,13 @@ class MoEConfig(RouterChoiceConfig):
 
     def _group_problems(self, num_experts: int) -> Iterator[str]:
         groups, group_topk = self.moe_router_num_groups, self.moe_router_group_topk
+        judges = self.moe_router_group_score_topk
         if groups is None and group_topk is None:
+            if judges is not None:
+                yield (
+                    f"--moe-router-group-score-topk {judges} needs groups of experts: add "
+                    "--moe-router-num-groups and --moe-router-group-topk, or leave it out"
+                )
             return
         if groups is None or group_topk is None:
             yield "--moe-router-num-groups and --moe-router-group-topk need each other; give both"
@@ -244,12 +251,19 @@ class MoEConfig(RouterChoiceConfig):
             yield f"--moe-router-num-groups {groups} must divide --num-experts {num_experts}"
         elif group_topk > groups:
             yield f"{shown} must not be larger than --moe-router-num-groups {groups}"
-        elif self.moe_router_topk % group_topk:
+        elif judges is not None and judges > num_experts // groups:
+            yield (
+                f"--moe-router-group-score-topk {judges} must not be larger than a group of "
+                f"{num_experts // groups} experts (--num-experts {num_experts} / "
+                f"--moe-router-num-groups {groups})"
+            )
+        elif judges is None and self.moe_router_topk % group_topk:
             yield (
                 f"--moe-router-topk {self.moe_router_topk} must be a multiple of {shown}: a group "
-                "is judged by its best topk / group-topk experts"
+                "is judged by its best topk / group-topk experts; or give "
+                "--moe-router-group-score-topk"
             )
-        elif self.moe_router_topk // group_topk > num_experts // groups:
+        elif self.moe_router_topk > group_topk * (num_experts // groups):
             yield (
                 f"--moe-router-topk {self.moe_router_topk} does not fit in {shown} groups of "
                 f"{num_experts // groups} experts (--num-experts {num_experts} / "

@@ -5,12 +5,12 @@ percent of tokens would go to other experts.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from megatron.core.param_role import ParamRole, set_role
+from megatron.core.param_role import Init, ParamRole, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import all_reduce_sum
 from megatron.core.tensor_parallel.random import sequence_share
@@ -29,15 +29,9 @@ from megatron.core.transformer.moe.load_balancing import (
     router_z_loss,
     sequence_balance_loss,
     switch_load_balancing_loss,
-    updated_expert_bias,
 )
 from megatron.core.transformer.moe.microbatch_share import MicrobatchShare
-from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-from megatron.core.transformer.moe.quantile_balancing import (
-    expert_quantiles,
-    quantile_choice,
-    updated_beta,
-)
+from megatron.core.transformer.moe.quantile_balancing import expert_quantiles, quantile_choice
 from megatron.core.transformer.moe.router_replay import (
     RouterReplay,
     RouterReplayAction,
@@ -77,6 +71,8 @@ class TopKRouter(nn.Module):
 
     weight: nn.Parameter
     """[num_experts, h]."""
+    bias: nn.Parameter | None
+    """[num_experts], part of the logits and trained like the weight."""
     expert_bias: Tensor | None
     """[num_experts], fp32 whatever the model's dtype; chooses experts, never weights them."""
     qb_beta: Tensor | None
@@ -112,6 +108,8 @@ class TopKRouter(nn.Module):
         self.scaling_factor = config.moe_router_topk_scaling_factor
         self.num_groups = config.moe_router_num_groups
         self.group_topk = config.moe_router_group_topk
+        self.group_score_topk = config.moe_router_group_score_topk
+        self.norm_topk_prob = config.moe_router_norm_topk_prob
         self.coeffs = dict(config.aux_loss_coeffs)
         if config.moe_z_loss_coeff:
             self.coeffs["z_loss"] = config.moe_z_loss_coeff
@@ -133,6 +131,10 @@ class TopKRouter(nn.Module):
         weight = torch.empty(config.num_moe_experts, config.hidden_size, dtype=params_dtype(config))
         role = ParamRole(init=input_init(config), sums_over_tp=self.positions is not None)
         self.weight = set_role(nn.Parameter(weight), role)
+        self.bias = None
+        if config.moe_router_bias:
+            zeros = nn.Parameter(torch.zeros(config.num_moe_experts, dtype=weight.dtype))
+            self.bias = set_role(zeros, replace(role, init=Init(kind="zeros"), decays=False))
 
     def forward(self, hidden_states: Tensor, context: ForwardContext) -> Routing:
         """Route ``hidden_states`` [s, b, h], or the [num_tokens, h] of one sample.
@@ -196,6 +198,7 @@ class TopKRouter(nn.Module):
             self.topk,
             score_function=score_function,
             pre_softmax=pre_softmax,
+            norm_topk_prob=self.norm_topk_prob,
             scaling_factor=self.scaling_factor,
         )
         return Routing(probs, routing_map)
@@ -240,6 +243,7 @@ class TopKRouter(nn.Module):
             pre_softmax=self.pre_softmax,
             num_groups=self.num_groups,
             group_topk=self.group_topk,
+            group_score_topk=self.group_score_topk,
             expert_bias=self.expert_bias,
         )
 
@@ -252,7 +256,8 @@ class TopKRouter(nn.Module):
     def gating(self, hidden_states: Tensor) -> Tensor:
         """Return the logits [num_tokens, num_experts] of ``hidden_states`` [num_tokens, h]."""
         dtype = torch.promote_types(hidden_states.dtype, self.dtype)
-        return wide_linear(hidden_states, self.weight, dtype)
+        logits = wide_linear(hidden_states, self.weight, dtype)
+        return logits if self.bias is None else logits + self.bias.to(dtype)
 
     def _input(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Return what is multiplied by the gate, [num_tokens, h]."""
@@ -346,47 +351,6 @@ class TopKRouter(nn.Module):
         scale = context.aux_loss_scale * context.loss_scale
         attached: Tensor = MoEAuxLossAutoScaler.apply(probs, loss, scale)
         return attached
-
-
-@torch.no_grad()
-def update_expert_biases(model: nn.Module, metrics: MoEMetricsTracker, group: ProcessGroup) -> None:
-    """Move every expert bias by what the step counted; once after each step that was made.
-
-    Args:
-        model: Its routers recorded into ``metrics``.
-        metrics: With the slots of the step, before ``end_step``.
-        group: The ranks whose tokens make the step; all of them call this.
-    """
-    routers = [
-        m for m in model.modules() if isinstance(m, TopKRouter) and m.expert_bias is not None
-    ]
-    if not routers:
-        return
-    counts = metrics.step_counts(group)
-    for router in routers:
-        bias = router.expert_bias
-        assert bias is not None, "chosen because it has one"
-        bias.copy_(updated_expert_bias(bias, counts[router.layer_number], router.bias_update_rate))
-
-
-@torch.no_grad()
-def update_quantile_betas(
-    model: nn.Module, metrics: MoEMetricsTracker, group: ProcessGroup
-) -> None:
-    """Move the prices of quantile balancing to what the step asked; see ``update_expert_biases``.
-
-    A step without tokens leaves them.
-    """
-    routers = [m for m in model.modules() if isinstance(m, TopKRouter) and m.qb_beta is not None]
-    if not routers:
-        return
-    quantiles = metrics.step_quantiles(group)
-    for router in routers:
-        beta = router.qb_beta
-        assert beta is not None, "chosen because it has one"
-        asked, num_tokens = quantiles[router.layer_number]
-        new = updated_beta(beta, asked, router.qb_ema)
-        beta.copy_(torch.where(num_tokens > 0, new, beta))
 
 
 def _without_padding(routing_map: Tensor, padding: Tensor | None) -> Tensor:

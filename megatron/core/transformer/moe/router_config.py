@@ -1,8 +1,10 @@
 """Options of ways to choose experts other than by their score. MoEConfig inherits them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
+
+from megatron.core.config_field import flag
 
 if TYPE_CHECKING:
     from megatron.core.transformer.moe.moe_config import MoEConfig
@@ -14,6 +16,21 @@ BALANCED_CHOICES = ("sinkhorn", "quantile_balancing")
 @dataclass(kw_only=True)
 class RouterChoiceConfig:
     """Mixture-of-experts layer: choice of experts."""
+
+    moe_router_bias: bool = False
+    """Give the router's product a trained bias, one number for each expert: part of the logits, of
+    choice and of weights alike, unlike --moe-router-enable-expert-bias."""
+
+    moe_router_norm_topk_prob: bool = field(
+        default=True, metadata=flag("--no-moe-router-norm-topk-prob")
+    )
+    """Divide the sigmoid or sqrtsoftplus scores of the chosen experts by their sum, so that they
+    weigh 1 together."""
+
+    moe_router_group_score_topk: int | None = None
+    """How many of its best experts judge a group of experts (--moe-router-num-groups), by the sum
+    of their scores: 2 in DeepSeek-V3, 1 in DeepSeek-V2. --moe-router-topk /
+    --moe-router-group-topk when not set."""
 
     moe_router_quantile_balancing_ema: float = 0.0
     """How much of an expert's price stays at each step under quantile_balancing; the rest is what
@@ -47,6 +64,7 @@ class RouterChoiceConfig:
                 "--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid or "
                 "sqrtsoftplus: a bias is added to the score of each expert alone"
             )
+        yield from _weight_problems(config)
         if self.moe_router_force_biased == 0:
             yield (
                 "--moe-router-force-biased 0 skews nothing; give a standard deviation, or use "
@@ -58,6 +76,19 @@ class RouterChoiceConfig:
             )
         if self.moe_router_choice in BALANCED_CHOICES:
             yield from _balanced_choice_problems(config)
+
+
+def _weight_problems(config: "MoEConfig") -> Iterator[str]:
+    if config.moe_router_norm_topk_prob:
+        return
+    shown = "--no-moe-router-norm-topk-prob"
+    if config.chooses_by_expert:
+        yield f"{shown} has no effect with --moe-router-type expert_choice: it never divides"
+    elif config.moe_router_score_function == "softmax":
+        yield (
+            f"{shown} needs --moe-router-score-function sigmoid or sqrtsoftplus; with softmax give "
+            "--moe-router-pre-softmax, whose weights are those of a softmax over all experts"
+        )
 
 
 def _balanced_choice_problems(config: "MoEConfig") -> Iterator[str]:

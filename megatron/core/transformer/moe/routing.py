@@ -22,15 +22,17 @@ class Routing(NamedTuple):
     """[num_tokens, num_experts], bool; each row holds topk True, unless experts choose tokens."""
 
 
-def topk_routing(
+def topk_routing(  # noqa: PLR0913 (the options of a router)
     logits: Tensor,
     topk: int,
     *,
     score_function: ScoreFunction = "softmax",
     pre_softmax: bool = False,
+    norm_topk_prob: bool = True,
     scaling_factor: float | None = None,
     num_groups: int | None = None,
     group_topk: int | None = None,
+    group_score_topk: int | None = None,
     expert_bias: Tensor | None = None,
 ) -> Routing:
     """Send each token to its ``topk`` best experts.
@@ -43,9 +45,13 @@ def topk_routing(
             score itself with topk 1.
         pre_softmax: Take the softmax over all experts, not over the selected ones; the probs of
             a token then sum to at most 1.
+        norm_topk_prob: Divide scores by their sum over the chosen experts; False weighs by the
+            score itself, where that is of the expert alone (not softmax).
         scaling_factor: What probs are multiplied by at the end; None for 1.
         num_groups: Equal groups of neighbouring experts; None for no groups.
-        group_topk: Groups that a token may use; divides ``topk``.
+        group_topk: Groups that a token may use.
+        group_score_topk: How many of its best experts are a group's worth, their sum;
+            ``topk / group_topk`` when None.
         expert_bias: [num_experts], added to scores to choose experts, never to their weights; not
             with softmax.
 
@@ -63,6 +69,7 @@ def topk_routing(
         pre_softmax=pre_softmax,
         num_groups=num_groups,
         group_topk=group_topk,
+        group_score_topk=group_score_topk,
         expert_bias=expert_bias,
     )
     probs = combine_weights(
@@ -71,6 +78,7 @@ def topk_routing(
         topk,
         score_function=score_function,
         pre_softmax=pre_softmax,
+        norm_topk_prob=norm_topk_prob,
         scaling_factor=scaling_factor,
     )
     return Routing(probs, routing_map)
@@ -84,6 +92,7 @@ def best_experts(
     pre_softmax: bool = False,
     num_groups: int | None = None,
     group_topk: int | None = None,
+    group_score_topk: int | None = None,
     expert_bias: Tensor | None = None,
 ) -> Tensor:
     """Return a bool map [num_tokens, num_experts], True at the ``topk`` experts of each token.
@@ -100,7 +109,7 @@ def best_experts(
     if num_groups is not None:
         assert group_topk is not None, f"{num_groups=} without group_topk"
         ranking = softmax_over_experts(ranking) if pre_softmax else ranking
-        ranking = group_limited(ranking, topk, num_groups, group_topk)
+        ranking = group_limited(ranking, topk, num_groups, group_topk, group_score_topk)
     return map_of_largest(ranking, topk)
 
 
@@ -111,6 +120,7 @@ def combine_weights(
     *,
     score_function: ScoreFunction = "softmax",
     pre_softmax: bool = False,
+    norm_topk_prob: bool = True,
     scaling_factor: float | None = None,
 ) -> Tensor:
     """Return the weight of each chosen expert, [num_tokens, num_experts], 0 elsewhere.
@@ -121,10 +131,11 @@ def combine_weights(
         topk: Experts per token.
         score_function: See ``topk_routing``.
         pre_softmax: See ``topk_routing``.
+        norm_topk_prob: See ``topk_routing``.
         scaling_factor: See ``topk_routing``.
     """
     scores = log_scores(logits, score_function)
-    own = topk == 1 and score_function != "softmax"  # weighted by the score itself
+    own = score_function != "softmax" and (topk == 1 or not norm_topk_prob)
     probs = chosen_probs(scores, routing_map, pre_softmax=pre_softmax, own_score=own)
     return probs if scaling_factor is None else probs * scaling_factor
 
@@ -175,18 +186,27 @@ def log_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:
     return 0.5 * torch.where(logits > _SMALL, exact, small - 0.5 * small.exp())
 
 
-def group_limited(ranking: Tensor, topk: int, num_groups: int, group_topk: int) -> Tensor:
+def group_limited(
+    ranking: Tensor,
+    topk: int,
+    num_groups: int,
+    group_topk: int,
+    group_score_topk: int | None = None,
+) -> Tensor:
     """Return ``ranking`` with -inf for all experts outside the best groups of each token.
 
     Args:
         ranking: [num_tokens, num_experts]; the higher, the sooner chosen.
-        topk: Experts per token, a multiple of ``group_topk``.
-        num_groups: Of equal size; a group's worth is the sum of its topk / group_topk largest.
+        topk: Experts per token.
+        num_groups: Of equal size; a group's worth is the sum of its ``group_score_topk`` largest.
         group_topk: Groups that stay.
+        group_score_topk: ``topk / group_topk`` when None, which must be a whole number then.
     """
-    assert topk % group_topk == 0, f"{topk=} is no multiple of {group_topk=}"
+    if group_score_topk is None:
+        assert topk % group_topk == 0, f"{topk=} is no multiple of {group_topk=}"
+        group_score_topk = topk // group_topk
     groups = ranking.unflatten(1, (num_groups, -1))  # [num_tokens, num_groups, group size]
-    worth = groups.topk(topk // group_topk, dim=2).values.sum(dim=2)
+    worth = groups.topk(group_score_topk, dim=2).values.sum(dim=2)
     stays = map_of_largest(worth, group_topk)
     return groups.masked_fill(~stays.unsqueeze(2), float("-inf")).flatten(1)
 

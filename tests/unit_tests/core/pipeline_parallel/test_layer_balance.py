@@ -65,6 +65,7 @@ def test_more_stages_than_parts_are_refused():
         },
         {"num_moe_experts": 8, "moe_latent_size": 16},
         {"window_size": [9, 0], "window_attn_skip_freq": [1, 1, 0]},
+        {"num_moe_experts": 8, "moe_layer_freq": [0, 0, 1], "mtp_num_layers": 2},
     ],
 )
 def test_estimated_costs_are_the_operations_that_throughput_counts(options):

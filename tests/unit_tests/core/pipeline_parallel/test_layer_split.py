@@ -160,6 +160,15 @@ def test_a_costly_head_and_cheap_dense_layers_move_layers_to_the_front():
     assert counts(balanced_split(LayerCosts(layers=(1.0,) * 12), 4)) == [3, 3, 3, 3]
 
 
+def test_balanced_splits_have_multi_token_prediction_beside_the_head():
+    costs = LayerCosts(layers=(1.0,) * 4, head=6.0, mtp_num_layers=2)
+    stages = balanced_split(costs, 3)
+    assert is_the_model(stages, 4, mtp=2)
+    assert layout_of(stages) == "Ett|tt|mmL"
+    again = split(4, 3, pipeline_model_parallel_layout=layout_of(stages), mtp_num_layers=2)
+    assert again == stages
+
+
 def error_of(num_layers, pp, **options):
     with pytest.raises(ConfigError) as error:
         split(num_layers, pp, **options)

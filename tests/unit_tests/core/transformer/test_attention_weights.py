@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.random import SampleRng, keep_scale
 from megatron.core.transformer import blocked_attention, fused_attention
 from megatron.core.transformer.attention_weights import Weighting
 from megatron.core.transformer.blocked_attention import WeightDropout, blocked_causal_attention
+from megatron.core.transformer.context_parallel import ring
 from megatron.core.transformer.context_parallel.attention import context_parallel_attention
 from megatron.core.transformer.dot_product_attention import causal_attention
 from megatron.core.transformer.fused_attention import fused_causal_attention
@@ -197,15 +198,13 @@ def _check_ranks(comm_type: str, masked: bool, dropping: bool) -> None:
             return take_own(x.detach(), rank, ranks, dim=2)
 
         mine = [own(x).requires_grad_() for x in inputs]
-        out = context_parallel_attention(
-            *mine,
-            None if mask is None else own(mask),
-            weighting,
-            group=group,
-            comm_type=comm_type,
-            core=causal_attention,
-        )
+        seen = None if mask is None else own(mask)
+        way = {"group": group, "comm_type": comm_type, "core": causal_attention}
+        out = context_parallel_attention(*mine, seen, weighting, **way)
         assert relative_error(out, own(whole)) <= 1e-12
+        with torch.no_grad():  # the kernel of one rank is another one
+            evaluated = context_parallel_attention(*mine, seen, weighting, **way)
+        assert relative_error(evaluated, own(whole)) <= 1e-12
         *got, d_sinks = torch.autograd.grad(out, [*mine, sinks], own(upstream))
         for one, other in zip(got, wanted, strict=False):
             assert relative_error(one, own(other)) <= 1e-12
@@ -218,3 +217,24 @@ def _check_ranks(comm_type: str, masked: bool, dropping: bool) -> None:
 def test_ranks_of_a_sequence_equal_one_process(comm_type: str, ranks: int) -> None:
     run_ranks(_check_ranks, ranks, comm_type, True, True)
     run_ranks(_check_ranks, ranks, comm_type, False, False)
+
+
+@pytest.mark.parametrize("window", [None, 0, 2, 7, 30])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_round_the_ring_each_key_in_sight_is_met_once_and_few_others(
+    ranks: int, window: int | None
+) -> None:
+    weighting, met = Weighting(window=window), torch.zeros(LENGTH, LENGTH, dtype=torch.int64)
+    for rank in range(ranks):
+        square = ring._Square(dist.ProcessGroup(rank, ranks), LENGTH, None, weighting)
+        for source in range(ranks):
+            for at in square.meetings(source):
+                rows = slice(at.row, at.row + at.rows.stop - at.rows.start)
+                met[rows, at.column : at.column + at.columns.stop - at.columns.start] += 1
+    places = torch.arange(LENGTH)
+    before = places[:, None] - places
+    in_sight = (before >= 0) & (before <= (LENGTH if window is None else window))
+    assert (met[in_sight] == 1).all()
+    assert met.max() == 1
+    reach = LENGTH if window is None else window + BLOCK
+    assert (met.sum(dim=1) <= reach).all()

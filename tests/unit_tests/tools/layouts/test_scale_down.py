@@ -53,6 +53,28 @@ def test_heads_keep_their_groups():
     assert (model.num_attention_heads, model.num_query_groups) == (4, 1)
 
 
+PHI = """
+    --num-layers 32 --hidden-size 3072 --num-attention-heads 24 --kv-channels 128 --seq-length 8192
+    --max-position-embeddings 131072 --rope-scaling-type longrope --position-embedding-type rope
+    --rope-scaling-original-max-position-embeddings 4096 --rotary-percent 0.75 --rotary-interleaved
+    --qk-layernorm --qk-layernorm-scope all_heads --normalization RMSNorm --disable-bias-linear
+    --add-proj-bias --longrope-short-factor %s --longrope-long-factor %s
+"""
+
+
+def test_stretched_positions_stay_stretched_and_norms_of_heads_stay():
+    factors = " ".join(map(str, range(1, 49)))
+    model = _small(PHI % (factors, factors))[0].model
+    assert (model.rope_scaling, model.rotary_dim, model.head_dim) == ("longrope", 4, 4)
+    assert model.longrope_long_factor == [47.0, 48.0]
+    assert model.rope_is_long(16)
+    assert model.qk_layernorm_scope == "all_heads"
+    assert model.rotary_interleaved
+    assert model.add_proj_bias
+    llama = _small(DENSE + " --position-embedding-type rope --use-rope-scaling")[0].model
+    assert (llama.rope_scaling, llama.rope_original_length) == ("llama3", 16)
+
+
 def test_windows_end_within_short_sequences_and_layers_of_both_kinds_stay():
     gpt_oss = f"{MIXTRAL} --window-size 127,0 --window-attn-skip-freq 2 --softmax-type learnable"
     model = _small(gpt_oss)[0].model
@@ -68,6 +90,17 @@ def test_scores_stay_as_large_as_they_were_for_the_cap():
     model = _small(f"{MIXTRAL} --softmax-scale 0.0078125 --attn-logit-softcapping 30")[0].model
     assert model.softmax_scale == pytest.approx(0.0078125 * (128 / 4) ** 0.5)
     assert model.attn_logit_softcapping == 1.0
+
+
+def test_latent_attention_stays_and_its_widths_shrink():
+    latents = "--multi-latent-attention --q-lora-rank 1536 --kv-lora-rank 512 --v-head-dim 192"
+    model = _small(f"{DEEPSEEK} {latents}")[0].model
+    assert model.multi_latent_attention
+    assert (model.q_lora_rank, model.kv_lora_rank) == (12, 8)
+    assert (model.qk_head_dim, model.qk_pos_emb_head_dim, model.v_head_dim) == (6, 4, 9)
+    stretched = "--multi-latent-attention --rotary-scaling-factor 40 --mscale-all-dim 1.0"
+    model = _small(f"{DEEPSEEK} {stretched}")[0].model
+    assert (model.q_lora_rank, model.rope_scaling, model.rope_factor) == (None, "yarn", 40.0)
 
 
 def test_a_dense_model_stays_dense():

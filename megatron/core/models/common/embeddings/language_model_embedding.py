@@ -12,6 +12,8 @@ from megatron.core.transformer.init_rules import input_init
 from megatron.core.transformer.precision import params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+_PLAIN = ForwardContext()
+
 
 class LanguageModelEmbedding(nn.Module):
     """Multiple of a token's vector and, with learned positions, its position's; then dropout."""
@@ -34,7 +36,7 @@ class LanguageModelEmbedding(nn.Module):
             vocab_size: Rows of the token table, padding included.
             max_sequence_length: Rows of the position table.
             pg_collection: Its ``tp`` splits the token table, its ``cp`` shares the sequence.
-            tied_ends: Of the token table; see ``ParamRole``.
+            tied_ends: Of both tables; see ``ParamRole``.
         """
         super().__init__()
         self.hidden_dropout, self.multiplier = config.hidden_dropout, config.embedding_multiplier
@@ -45,11 +47,28 @@ class LanguageModelEmbedding(nn.Module):
         self.position_embeddings = None
         if config.position_embedding_type == "learned_absolute":
             self.position_embeddings = Embedding(
-                max_sequence_length, config.hidden_size, init=init, dtype=dtype
+                max_sequence_length,
+                config.hidden_size,
+                init=init,
+                dtype=dtype,
+                tied_ends=tied_ends if config.mtp_depths else "no",
             )
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, context: ForwardContext) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        context: ForwardContext,
+        *,
+        site: str = "embedding",
+    ) -> Tensor:
         """Look up ``input_ids`` and ``position_ids``, both [b, s].
+
+        Args:
+            input_ids: Tokens.
+            position_ids: Read by learned positions.
+            context: Of the forward.
+            site: Names the dropout mask, where a forward looks up more than once.
 
         Returns:
             [s, b, h], or [s / tp, b, h] with sequence parallelism.
@@ -64,13 +83,34 @@ class LanguageModelEmbedding(nn.Module):
                 hidden_states,
                 self.hidden_dropout,
                 layer=-1,
-                site="embedding",
+                site=site,
                 batch_dim=1,
                 share=self.share,
             )
         return share_sequence(
             self.tp_group, hidden_states, sequence_parallel=self.sequence_parallel
         )
+
+
+class EmbeddingBesideHead(LanguageModelEmbedding):
+    """The embedding beside an output layer on another rank than it, for multi-token prediction.
+
+    Under the names that it has there. To read the weight of the token table, call the module with
+    nothing; see ``EmbeddingCopy``.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        context: ForwardContext = _PLAIN,
+        *,
+        site: str = "embedding",
+    ) -> Tensor:
+        """Look up as ``LanguageModelEmbedding.forward``; without ids return the weight."""
+        if input_ids is None or position_ids is None:
+            return self.word_embeddings.weight
+        return super().forward(input_ids, position_ids, context, site=site)
 
 
 class EmbeddingCopy(nn.Module):

@@ -45,6 +45,31 @@ SHAPES = {
         "add_bias_linear": False,
         "add_proj_bias": True,
     },
+    "yarn, part of a head": {
+        "position_embedding_type": "yarn",
+        "rotary_percent": 0.75,
+        "rope_scaling_factor": 4.0,
+        "rope_scaling_original_max_position_embeddings": 12,
+        "yarn_beta_fast": 1.5,
+        "yarn_beta_slow": 0.01,
+        "mscale": 0.7,
+        "mscale_all_dim": 2.0,
+    },
+    "longrope beyond its original length, interleaved": {
+        "position_embedding_type": "rope",
+        "rope_scaling_type": "longrope",
+        "rope_scaling_original_max_position_embeddings": 5,
+        "max_position_embeddings": 24,
+        "longrope_short_factor": [1.0, 1.0, 1.0, 1.0],
+        "longrope_long_factor": [1.5, 2.5, 4.0, 9.0],
+        "rotary_interleaved": True,
+    },
+    "llama3": {
+        "position_embedding_type": "rope",
+        "use_rope_scaling": True,
+        "rope_scaling_original_max_position_embeddings": 16,
+        "rotary_base": 20.0,
+    },
     "LayerNorm of heads, no positions": {
         "position_embedding_type": "none",
         "qk_layernorm": True,
@@ -64,10 +89,33 @@ SHAPES = {
         **OPTIONS["gpt_oss"],
     },
     "GELU by tanh": {"openai_gelu": True},
+    "norm of all heads, weights around 1": {
+        "qk_layernorm": True,
+        "qk_layernorm_scope": "all_heads",
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": True,
+    },
+    "norm of heads, weights around 1": {
+        "qk_layernorm": True,
+        "layernorm_zero_centered_gamma": True,
+    },
     "no positions, RMSNorm, gelu": {"position_embedding_type": "none", "normalization": "RMSNorm"},
     "learned, swiglu, biases, untied": {
         "swiglu": True,
         "untie_embeddings_and_output_weights": True,
+    },
+    "windows in the first layer, learnt sinks": {
+        "window_size": [2, 0],
+        "window_attn_skip_freq": 2,
+        "softmax_type": "learnable",
+        "position_embedding_type": "rope",
+        "group_query_attention": True,
+        "num_query_groups": 2,
+    },
+    "capped scores of another scale, off by one": {
+        "attn_logit_softcapping": 2.0,
+        "softmax_scale": 0.7,
+        "softmax_type": "off-by-one",
     },
 }
 

@@ -62,6 +62,8 @@ def make_rule(config: TransformerConfig) -> ReferenceRule:
         scaling_factor=config.moe_router_topk_scaling_factor or 1.0,
         num_groups=config.moe_router_num_groups or 1,
         group_topk=config.moe_router_group_topk or 1,
+        group_score_topk=config.moe_router_group_score_topk,
+        norm_topk_prob=config.moe_router_norm_topk_prob,
     )
 
 
@@ -79,6 +81,7 @@ def make_reference(config: TransformerConfig) -> ReferenceMoE:
         activation=ReferenceActivation(*config.activation_kind),
         bias=config.has_mlp_bias,
         latent_bias=config.add_bias_linear,
+        router_bias=config.moe_router_bias,
         rule=make_rule(config),
         capacity_factor=config.moe_expert_capacity_factor,
         drop_policy=config.moe_token_drop_policy,

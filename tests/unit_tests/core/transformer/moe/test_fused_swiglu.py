@@ -214,6 +214,8 @@ def _banks_choose() -> None:
             "off": moe_config(),
             "gelu": moe_config(moe_fused_activation="auto", swiglu=False),
             "fp64": moe_config(moe_fused_activation="auto", fp64=True),
+            "geglu": moe_config(moe_fused_activation="auto", swiglu=False, geglu=True),
+            "clamp": moe_config(moe_fused_activation="auto", activation_func_clamp_value=7.0),
             "auto": moe_config(moe_fused_activation="auto"),
         }.items()
     }

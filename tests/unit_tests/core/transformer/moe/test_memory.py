@@ -11,6 +11,7 @@ from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.memory import SavedBytes, saved_bytes
 from tests.helpers.live_bytes import kept_for_backward, kept_on_nodes
 from tests.helpers.ranks import run_ranks
+from tests.reference.activations import OPTIONS
 from tests.reference.standard_moe import standard_experts
 from tests.unit_tests.core.transformer.moe.layers import (
     H,
@@ -51,14 +52,14 @@ def _measure(ep: int, options: dict[str, Any]) -> tuple[int, SavedBytes]:
 
 
 def _formula(ep: int) -> None:
-    for dtype, router, shared, backend, swiglu in product(
+    for dtype, router, shared, backend, activation in product(
         ({}, {"bf16": True}, {"fp64": True}),
         ROUTERS,
         SHARED,
         ("auto", "torch_native"),
-        (True, False),
+        ("swiglu", "gelu", "gpt_oss"),
     ):
-        options = {**dtype, **router, **shared, "swiglu": swiglu}
+        options = {**dtype, **router, **shared, "swiglu": False, **OPTIONS[activation]}
         measured, formula = _measure(ep, options | {"moe_grouped_mm_backend": backend})
         assert measured == formula.total, (options, backend, measured, formula)
 

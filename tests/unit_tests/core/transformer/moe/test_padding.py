@@ -16,7 +16,8 @@ from megatron.core.transformer.moe.load_balancing import (
     switch_load_balancing_loss,
 )
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-from megatron.core.transformer.moe.router import TopKRouter, update_expert_biases
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_updates import update_expert_biases
 from tests.helpers.models import world_of_one
 from tests.helpers.ranks import run_ranks
 from tests.reference.padding import padded_figures

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.weight_init import init_weights
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-from megatron.core.transformer.moe.router import update_expert_biases
+from megatron.core.transformer.moe.router_updates import update_expert_biases
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import parse_args
 from megatron.training.setup_model import build_moe_metrics

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-from megatron.core.transformer.moe.router import TopKRouter, update_expert_biases
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_updates import update_expert_biases
 from megatron.core.transformer.moe.routing import topk_routing
 from tests.helpers.models import world_of_one
 from tests.unit_tests.core.transformer.moe.layers import NUM_EXPERTS, H, make_tokens, moe_config

@@ -12,7 +12,8 @@ from megatron.core.models.gpt.moe_module_specs import TOKEN_DISPATCHERS
 from megatron.core.tensor_parallel.random import SampleRng
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-from megatron.core.transformer.moe.router import TopKRouter, update_quantile_betas
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_updates import update_quantile_betas
 from megatron.core.transformer.moe.routing import topk_routing
 from tests.helpers.models import world_of_one
 from tests.helpers.ranks import run_ranks

@@ -96,6 +96,16 @@ RULES += [
     for score, pre in (("softmax", False), ("softmax", True), ("sigmoid", False))
     for topk, num_groups, group_topk in ((2, 4, 1), (2, 4, 2), (4, 4, 2), (4, 2, 1), (4, 2, 2))
 ]
+RULES += [
+    ReferenceRule(topk, score, pre, 1.0, 4, 2, judges)
+    for score, pre in (("softmax", False), ("softmax", True), ("sigmoid", False))
+    for topk, judges in ((1, 1), (3, 1), (3, 2), (4, 1))
+]
+RULES += [
+    ReferenceRule(topk, score, scaling_factor=2.5, norm_topk_prob=False)
+    for score in ("sigmoid", "sqrtsoftplus")
+    for topk in (1, 3)
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
