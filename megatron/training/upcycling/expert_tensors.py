@@ -180,7 +180,7 @@ class _Layer:
             made[prefix + "expert_bias"] = _zeros(wide)
         if self.model.moe_router_choice == "quantile_balancing":
             made[prefix + "qb_beta"] = _zeros(wide)
-        if getattr(self.model, "moe_router_bias", False):
+        if self.model.moe_router_bias:
             made[prefix + "bias"] = _zeros(TensorFacts((self.experts,), dtype))
         return made
 

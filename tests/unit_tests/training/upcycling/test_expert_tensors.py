@@ -111,6 +111,8 @@ def test_routers_begin_with_all_that_they_keep() -> None:
     other = made["model.decoder.layers.1.mlp.router.weight"].make()
     assert 0.01 < rows.std() < 0.03
     assert not torch.equal(rows, other)
+    made = upcycled_tensors(Stored(shapes()), config(moe_router_bias=True), Recipe())
+    assert not made["model.decoder.layers.1.mlp.router.bias"].make().any()
     options = {"moe_router_load_balancing_type": "quantile_balancing"}
     made = upcycled_tensors(Stored(shapes()), config(**options), Recipe())
     assert not made["model.decoder.layers.1.mlp.router.qb_beta"].make().any()
