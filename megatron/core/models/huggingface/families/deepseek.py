@@ -212,6 +212,7 @@ V2 = Family(
     constants={
         **RMS_SWIGLU,
         "multi_latent_attention": True,
+        "qk_layernorm": True,
         "rotary_interleaved": True,
         "group_query_attention": False,
         "moe_router_score_function": "softmax",
@@ -248,6 +249,7 @@ V3 = Family(
     constants={
         **RMS_SWIGLU,
         "multi_latent_attention": True,
+        "qk_layernorm": True,
         "group_query_attention": False,
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
