@@ -101,7 +101,7 @@ def _checked(
 ) -> tuple[WeightPlan, accounting.Accounting]:
     with HfFolder.open(folder) as source:
         try:
-            options = model_options(source.config)
+            options = model_options(source.config, with_mtp=bool(config.model.mtp_num_layers))
         except ConfigError as error:
             raise CheckpointError(f"{folder}: {error}") from error
         _refuse_other_model(folder, options, config)
@@ -111,10 +111,7 @@ def _checked(
                 f"{folder} has a vocabulary of {theirs} rows and this run pads its own to "
                 f"{rows}: --padded-vocab-size {theirs} (or more) takes them all"
             )
-        options |= {
-            "padded_vocab_size": rows,
-            "mtp_num_layers": getattr(config.model, "mtp_num_layers", None),
-        }
+        options["padded_vocab_size"] = rows
         plan = weight_plan(family_of(source.config), options, vocab_size=theirs)
         numbers = PlainNumbers(source, params_dtype(config.model))
         found = {key: fact.shape for key, fact in numbers.facts.items()}

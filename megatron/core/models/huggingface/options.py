@@ -29,12 +29,15 @@ VERSION = "4.46.0"
 """``transformers_version`` of a config.json that is written here."""
 
 
-def model_options(hf_config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[str, Any]:
+def model_options(
+    hf_config: Mapping[str, Any], *, ignore: Collection[str] = (), with_mtp: bool = False
+) -> dict[str, Any]:
     """Return the options of a model, by field name, that a config.json means.
 
     Args:
         hf_config: Parsed config.json.
         ignore: Fields that are unknown here and that the user knows to change nothing.
+        with_mtp: Take the modules of multi-token prediction too, which only training runs.
 
     Returns:
         Field of RunConfig -> value; ``padded_vocab_size`` is the number of rows on disk. Options
@@ -53,6 +56,8 @@ def model_options(hf_config: Mapping[str, Any], *, ignore: Collection[str] = ())
             found |= row.read(fields)
         except ConfigError as error:
             problems.append(str(error))
+    if not with_mtp:
+        found.pop("mtp_num_layers", None)
     lacking = unknown_options(found)
     problems += [
         f"config.json needs {name} {found[name]!r}, which this version does not have"

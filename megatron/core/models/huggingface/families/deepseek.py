@@ -271,7 +271,8 @@ V3 = Family(
         same("rope_interleave", "rotary_interleaved", True),
         fixed("scoring_func", "sigmoid"),
         fixed("topk_method", "noaux_tc"),
-        row({"num_nextn_predict_layers": 0}, lambda fields: {},
+        row({"num_nextn_predict_layers": 0},
+            lambda fields: {"mtp_num_layers": fields["num_nextn_predict_layers"] or None},
             lambda options: {"num_nextn_predict_layers": options["mtp_num_layers"] or 0}),
         rope(max_positions=4096),
     ),
@@ -281,7 +282,17 @@ V3 = Family(
               "experts", layers="moe", is_fp32=True),
     ),
     ignored_fields=_IGNORED,
-    has_prediction_layers=True,
+    prediction_weights=(
+        as_is(HF_LAYER + "enorm.weight", "mtp.layers.{depth}.enorm.weight", "hidden"),
+        as_is(HF_LAYER + "hnorm.weight", "mtp.layers.{depth}.hnorm.weight", "hidden"),
+        as_is(HF_LAYER + "eh_proj.weight", "mtp.layers.{depth}.eh_proj.weight", "mtp_proj"),
+        as_is(HF_LAYER + "shared_head.norm.weight", "mtp.layers.{depth}.final_layernorm.weight",
+              "hidden"),
+    ),
+    prediction_repeats={
+        HF_LAYER + "embed_tokens.weight": "model.embed_tokens.weight",
+        HF_LAYER + "shared_head.head.weight": "lm_head.weight",
+    },
     ignored_keys=(INV_FREQ,),
 )  # fmt: skip
 
