@@ -74,6 +74,7 @@ def make_checkpoint(case: Case, folder: Path, *, dtype: torch.dtype = torch.floa
 def build(case: Case, dtype: torch.dtype) -> Any:
     """Build their model, as it is before it learned anything."""
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # its threads would live on in this process
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
     transformers.logging.set_verbosity_error()

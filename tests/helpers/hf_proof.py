@@ -33,6 +33,7 @@ PARTS = ("all", "embeddings", "attention", "MLPs", "norms")
 """Gradients whose norms are compared: their norm together, of each kind of tensor."""
 _TP, _EP = "--tensor-model-parallel-size 2", "--expert-model-parallel-size 2"
 _PP = "--pipeline-model-parallel-size 2"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ONE = Layout()
 _DENSE_LAYOUTS = {
     "tp2": Layout(2, _TP),
@@ -177,6 +178,9 @@ def check_round_trip(case: Imported, folder: Path) -> int:
     """
     export_checkpoint(case.checkpoints[torch.float32], folder)
     number = refuse_other_bits(case.hf, folder)
+    before, after = config_of(case.hf), config_of(folder)
+    for name in _TOKEN_IDS:
+        assert before.get(name) == after.get(name), f"{name} of config.json changed"
     if CASES[case.name].family != "grok":
         _refuse_other_function(load(CASES[case.name], folder, torch.float32), case)
     return number
