@@ -140,6 +140,15 @@ def references(case: Case, folder: Path, scratch: Path) -> dict[torch.dtype, Ref
     return found
 
 
+@torch.no_grad()
+def their_logits(case: Case, folder: Path) -> Tensor:
+    """Return the logits of the checkpoint in ``folder``, as it is, in fp32."""
+    if case.family == "grok":
+        return grok_logits(stored_tensors(folder), config_of(folder), batch().tokens)
+    model = load(case, folder, torch.float32)
+    return model(input_ids=batch().tokens, use_cache=False).logits
+
+
 def _grok_references(case: Case, folder: Path, samples: Batch) -> dict[torch.dtype, Reference]:
     found = {}
     for dtype in (torch.float32, torch.float64):
