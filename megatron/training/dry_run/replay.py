@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.core.models.common.output_layer import OutputLayer
-from megatron.core.transformer import transformer_block
+from megatron.core.transformer import multi_token_prediction, transformer_block
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.recompute import recomputed
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -108,6 +108,12 @@ class Replay:
             key = ("span", kinds, *self._shape(x))
             return self._do(key, context, lambda y: recomputed(function, when, span, y, *rest), x)
 
+        def depth_forward(layer: Any, when: bool, x: Tensor, *rest: Any) -> Tensor:
+            if not when:
+                return layer(x, *rest)
+            key = ("depth", self._kind(layer), *self._shape(x))
+            return self._do(key, rest[-1], lambda y: recomputed(layer, when, y, *rest), x)
+
         loss = OutputLayer.loss
 
         def head_loss(head: OutputLayer, x: Tensor, *rest: Any) -> Tensor:
@@ -117,6 +123,7 @@ class Replay:
             mock.patch.object(OutputLayer, "loss", head_loss),
             mock.patch.object(TransformerLayer, "forward", layer_forward),
             mock.patch.object(transformer_block, "recomputed", span_forward),
+            mock.patch.object(multi_token_prediction, "recomputed", depth_forward),
         ):
             yield
 

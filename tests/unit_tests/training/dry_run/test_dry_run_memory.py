@@ -53,6 +53,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "recompute_num_layers": 1,
     },
 }
+LAYOUTS |= {
+    "depths, pp 2": LAYOUTS["pp 2"] | {"mtp_num_layers": 2},
+    "depths, recompute": LAYOUTS["recompute"] | {"mtp_num_layers": 2},
+}
 QUICK = ("tp 2 with sp, dp 2", "pp 2")
 
 
@@ -121,9 +125,17 @@ def test_planned_memory_is_that_of_a_real_step_in_every_layout(name: str, tmp_pa
     _compare(name, tmp_path)
 
 
-def test_repeated_layers_need_the_memory_of_layers_that_are_run() -> None:
-    options = SIZE | LAYOUTS["ep 4"]
-    run = _planned(options, 0)
-    repeated = _planned(options, 0, Replay(by_kind=True))
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("ep 4", 0),
+        pytest.param("depths, pp 2", 3, marks=pytest.mark.slow),
+        pytest.param("depths, recompute", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_repeated_layers_need_the_memory_of_layers_that_are_run(name: str, rank: int) -> None:
+    options = SIZE | LAYOUTS[name]
+    run = _planned(options, rank)
+    repeated = _planned(options, rank, Replay(by_kind=True))
     assert repeated[:3] == run[:3]
     assert repeated.activations == pytest.approx(run.activations, rel=0.1)
