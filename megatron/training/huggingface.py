@@ -201,12 +201,13 @@ def verify_export(
         shapes = {key: fact.shape for key, fact in again.facts.items()}
         accounted = accounting.account(plan, shapes)
         back = accounting.named_reader(PlainNumbers(again, torch.float32), accounted)
-        wrong = []
-        for key, pieces in plan.pieces_of_key.items():
-            dtype = facts[pieces[0].hf_key].dtype
+
+        def is_same(key: str) -> bool:  # a function of its own: its tensors go with it
+            dtype = facts[plan.pieces_of_key[key][0].hf_key].dtype
             original = read(key).to(dtype)
-            if not is_equal(plan, key, original, our_tensor(plan, key, dtype, back)):
-                wrong.append(f"{key} reads differently")
+            return is_equal(plan, key, original, our_tensor(plan, key, dtype, back))
+
+        wrong = [f"{key} reads differently" for key in plan.pieces_of_key if not is_same(key)]
     accounting.refuse(f"{hf_dir} is not what the checkpoint holds", wrong)
 
 

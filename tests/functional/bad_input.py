@@ -6,6 +6,7 @@ from tests.functional.bad_checkpoint_input import CHECKPOINT_CASES
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_core_attention_input import CORE_ATTENTION_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
+from tests.functional.bad_huggingface_input import HUGGINGFACE_CASES
 from tests.functional.bad_latent_input import LATENT_CASES
 from tests.functional.bad_loss_scale_input import LOSS_SCALE_CASES
 from tests.functional.bad_moe_input import MOE_CASES
@@ -111,6 +112,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     ),
     **CORE_ATTENTION_CASES,
     **LATENT_CASES,
+    **HUGGINGFACE_CASES,
     **SHARDED_CASES,
     **CONTEXT_CASES,
     **PIPELINE_CASES,
