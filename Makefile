@@ -60,7 +60,7 @@ verify-hf: $(STAMPS)/dev ## every family of Hugging Face against transformers, i
 	$(TEST_ENV) $(BIN)/python -m tests.parity.run_hf --markdown docs/hf_proofs.md
 	$(PYTEST) tests/parity/test_hf_cases.py tests/parity/test_hf_key_accounting.py tests/parity/test_hf_planted.py
 
-verify-upcycling: $(STAMPS)/dev ## dense models of three families as experts, each with its receipt; writes docs/upcycling.md: minutes
+verify-upcycling: $(STAMPS)/dev ## dense models of four families as experts, each with its receipt; writes docs/upcycling.md: minutes
 	$(TEST_ENV) $(BIN)/python tools/verify_upcycling.py --markdown docs/upcycling.md
 
 smollm2: $(STAMPS)/dev ## a real model, SmolLM2-135M: import, upcycle, train, export; writes docs/smollm2.md: half an hour, 6 GB

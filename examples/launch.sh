@@ -2,7 +2,8 @@
 #
 #   train_X.sh --data-path my_data ...   train on this node's share of the cluster: NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
 #                                        and GPUS_PER_NODE as for torchrun
-#   train_X.sh --plan ...                look at all ranks without a GPU (--dry-run): parameters, memory, traffic, deadlocks
+#   train_X.sh --plan ...                look at all ranks without a GPU (--dry-run): parameters, memory, traffic, deadlocks; of a
+#                                        step of PLAN_BATCH samples, which has all that ranks ever hold at once, but fewer repeats
 #   train_X.sh --toy ...                 the same features in a small model, 30 steps on 2 CPU ranks, no data
 #
 # Further flags are passed on, and win.
@@ -11,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
 --plan)
     exec python pretrain_gpt.py "${MODEL[@]}" "${RECIPE[@]}" "${CLUSTER[@]}" \
+        ${PLAN_BATCH:+--global-batch-size "$PLAN_BATCH"} \
         --mock-data --vocab-size 256 --dry-run --dry-run-world-size "$GPUS" "${@:2}"
     ;;
 --toy)

@@ -1,4 +1,4 @@
-"""Prove that upcycling keeps the function: three dense families, copies and slices, every top-k.
+"""Prove that upcycling keeps the function: four dense families, copies and slices, every top-k.
 
     python tools/verify_upcycling.py                      all: minutes
     python tools/verify_upcycling.py --family llama       of one family

@@ -2,6 +2,7 @@
 # DeepSeek-V2 (arXiv:2405.04434): 16 stages, experts on 8 GPUs, ZeRO-1, no tensor parallelism, as there.
 # deepseek/v2.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=1024
+PLAN_BATCH=2048
 MODEL=(
     --num-layers 60 --hidden-size 5120 --ffn-hidden-size 12288 --padded-vocab-size 102400
     --norm-epsilon 1e-6

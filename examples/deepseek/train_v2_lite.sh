@@ -2,6 +2,7 @@
 # DeepSeek-V2-Lite (arXiv:2405.04434, appendix B): 16B parameters on one node of 8 GPUs.
 # deepseek/v2_lite.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=8
+PLAN_BATCH=16
 MODEL=(
     --num-layers 27 --hidden-size 2048 --ffn-hidden-size 10944 --padded-vocab-size 102400
     --norm-epsilon 1e-6

@@ -2,6 +2,7 @@
 # DeepSeek-V3 (arXiv:2412.19437) on 2048 GPUs, as there: 16 stages, experts on 64 GPUs, ZeRO-1.
 # deepseek/v3.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=2048
+PLAN_BATCH=4096
 MODEL=(
     --num-layers 61 --hidden-size 7168 --ffn-hidden-size 18432 --padded-vocab-size 129280
     --norm-epsilon 1e-6

@@ -2,6 +2,7 @@
 # GPT-OSS-120B (arXiv:2508.10925) on 64 GPUs: 4 stages, 128 experts on 8 GPUs.
 # gpt_oss/120b.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=64
+PLAN_BATCH=128
 MODEL=(
     --num-layers 36 --hidden-size 2880 --ffn-hidden-size 2880 --padded-vocab-size 201088
     --num-experts 128

@@ -2,6 +2,7 @@
 # GPT-OSS-20B (arXiv:2508.10925) on 16 GPUs: sinks, windows in every other layer, clamped activation.
 # gpt_oss/20b.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=16
+PLAN_BATCH=32
 MODEL=(
     --num-layers 24 --hidden-size 2880 --ffn-hidden-size 2880 --padded-vocab-size 201088 --num-experts 32
     --num-attention-heads 64 --group-query-attention --num-query-groups 8 --kv-channels 64

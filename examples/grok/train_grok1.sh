@@ -2,12 +2,13 @@
 # Grok-1, the shape of its open weights (314B parameters), on 256 GPUs of our choice.
 # grok/grok1.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=256
+PLAN_BATCH=128
 MODEL=(
     --num-layers 64 --hidden-size 6144 --ffn-hidden-size 32768 --padded-vocab-size 131072
     --num-attention-heads 48 --group-query-attention --num-query-groups 8 --kv-channels 128
     --max-position-embeddings 8192 --position-embedding-type rope --rotary-base 10000
-    --geglu --openai-gelu --disable-bias-linear --normalization RMSNorm --sandwich-norm --hidden-dropout 0
-    --attention-dropout 0
+    --geglu --openai-gelu --disable-bias-linear --normalization RMSNorm --sandwich-norm
+    --hidden-dropout 0 --attention-dropout 0
     --attn-logit-softcapping 30 --embedding-multiplier 78.38367176906169
     --logits-multiplier 0.5773502691896257
     --num-experts 8 --moe-router-topk 2 --moe-router-pre-softmax --moe-aux-loss-coeff 1e-2

@@ -2,6 +2,7 @@
 # Llama 3.1 405B (arXiv:2407.21783, table 4), dense, on 8192 GPUs, as there: TP 8, 16 stages.
 # llama/llama3_405b.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=8192
+PLAN_BATCH=1024
 MODEL=(
     --num-layers 126 --hidden-size 16384 --ffn-hidden-size 53248 --padded-vocab-size 128256
     --num-attention-heads 128 --group-query-attention --num-query-groups 8 --kv-channels 128

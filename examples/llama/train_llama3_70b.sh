@@ -2,6 +2,7 @@
 # Llama 3 70B (arXiv:2407.21783), dense, on 64 GPUs: TP 8, 4 stages of 5 chunks.
 # llama/llama3_70b.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=64
+PLAN_BATCH=32
 MODEL=(
     --num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --padded-vocab-size 128256
     --num-attention-heads 64 --group-query-attention --num-query-groups 8 --kv-channels 128

@@ -2,6 +2,7 @@
 # Llama 3 8B (arXiv:2407.21783), dense, on one node of 8 GPUs.
 # llama/llama3_8b.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=8
+PLAN_BATCH=4
 MODEL=(
     --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --padded-vocab-size 128256
     --num-attention-heads 32 --group-query-attention --num-query-groups 8 --kv-channels 128

@@ -2,6 +2,7 @@
 # Mixtral 8x22B (141B parameters) on 128 GPUs: TP 4, EP 2, 8 stages of 7 chunks.
 # mixtral/8x22b.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=128
+PLAN_BATCH=64
 MODEL=(
     --num-layers 56 --hidden-size 6144 --ffn-hidden-size 16384 --padded-vocab-size 32768
     --num-attention-heads 48 --group-query-attention --num-query-groups 8 --kv-channels 128

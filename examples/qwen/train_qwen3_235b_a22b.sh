@@ -2,6 +2,7 @@
 # Qwen3-235B-A22B (arXiv:2505.09388) on 256 GPUs: TP 2, 8 stages, experts on 32 GPUs.
 # qwen/qwen3_235b_a22b.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=256
+PLAN_BATCH=256
 MODEL=(
     --num-layers 94 --hidden-size 4096 --ffn-hidden-size 12288 --padded-vocab-size 151936
     --norm-epsilon 1e-6

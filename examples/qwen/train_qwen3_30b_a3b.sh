@@ -2,6 +2,7 @@
 # Qwen3-30B-A3B (arXiv:2505.09388) on 16 GPUs: 128 experts spread over all of them.
 # qwen/qwen3_30b_a3b.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=16
+PLAN_BATCH=32
 MODEL=(
     --num-layers 48 --hidden-size 2048 --ffn-hidden-size 6144 --padded-vocab-size 151936
     --norm-epsilon 1e-6

@@ -2,6 +2,7 @@
 # Qwen3-8B (arXiv:2505.09388), dense, on one node of 8 GPUs: TP 2 with sequence parallelism.
 # qwen/qwen3_8b.yaml is the same run; how to start either, plan it or try it on a laptop: examples/README.md.
 GPUS=8
+PLAN_BATCH=8
 MODEL=(
     --num-layers 36 --hidden-size 4096 --ffn-hidden-size 12288 --padded-vocab-size 151936
     --norm-epsilon 1e-6

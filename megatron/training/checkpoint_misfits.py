@@ -10,6 +10,7 @@ from megatron.training.resume_rules import (
     architecture,
     architecture_problems,
     schedule_problems,
+    stored_architecture,
     tokenizer_problem,
 )
 
@@ -34,7 +35,7 @@ def refuse_misfits(
         CheckpointError: One error with everything that differs, both values each.
     """
     common = opened.common
-    problems = list(architecture_problems(common["architecture"], architecture(config.model)))
+    problems = list(architecture_problems(stored_architecture(common), architecture(config.model)))
     if problem := tokenizer_problem(common["tokenizer"], tokenizer):
         problems.append(problem)
     problems += _vocabulary_problems(common, config)
@@ -56,6 +57,23 @@ def _vocabulary_problems(common: dict[str, Any], config: RunConfig) -> Iterator[
             f"--unpadded-vocab-size is {then} in the checkpoint and {now} in this run: give it, or "
             "take it by --use-checkpoint-args"
         )
+
+
+def softmax_notices(common: dict[str, Any], config: RunConfig) -> list[str]:
+    """Tell where padding of the vocabulary had a share in the softmax of an older version.
+
+    Args:
+        common: The ``common.json`` of the checkpoint.
+        config: Of this run.
+    """
+    is_older = "unpadded_vocab_size" not in common["config"].get("tokenizer", {})
+    rows, tokens = common.get("padded_vocab_size"), config.tokenizer.unpadded_vocab_size
+    if not is_older or rows is None or tokens is None or tokens >= rows:
+        return []
+    return [
+        f"saved when the softmax was over all {rows} rows of the vocabulary, padding too; now it "
+        f"is over {tokens}, and losses are a little lower (--unpadded-vocab-size {rows} as before)"
+    ]
 
 
 def _optimizer_problems(common: dict[str, Any], config: RunConfig) -> Iterator[str]:

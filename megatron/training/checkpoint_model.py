@@ -98,7 +98,8 @@ def saved_tokenizer(opened: OpenCheckpoint) -> Tokenizer | None:
     if facts is None:
         return None
     with local_copies(opened.path, facts["copies"]) as copies:
-        files = facts["files"] | {role: str(path) for role, path in copies.items()}
+        own = {role: str(path) for role, path in copies.items() if role in facts["files"]}
+        files = facts["files"] | own
         settings = TokenizerSettings(tokenizer_type=facts["type"], **files, **facts["settings"])
         tokenizer = build_tokenizer(settings)
         fingerprint = tokenizer.fingerprint()

@@ -45,7 +45,7 @@ from megatron.core.distributed.torch_fully_sharded_data_parallel import (
 )
 from megatron.core.errors import CheckpointError
 from megatron.core.param_role import role_of
-from megatron.training.checkpoint_misfits import refuse_misfits
+from megatron.training.checkpoint_misfits import refuse_misfits, softmax_notices
 from megatron.training.checkpoint_state import (
     LoadedState,
     Retention,
@@ -393,5 +393,5 @@ def _loaded_state(opened: OpenCheckpoint, config: RunConfig, notices: list[str])
         dropout_seed=dropout_seed,
         path=opened.path,
         data_fingerprint=common.get("data_fingerprint"),
-        notices=tuple(notices + changes),
+        notices=tuple(notices + softmax_notices(common, config) + changes),
     )

@@ -184,6 +184,22 @@ def architecture(config: TransformerConfig) -> dict[str, Any]:
     return facts
 
 
+def stored_architecture(common: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``architecture`` says of the model of a checkpoint, of whichever age.
+
+    What an older version did not know of is what its options give with the new ones at their
+    defaults, by which a new option changes nothing.
+
+    Args:
+        common: The ``common.json`` of the checkpoint.
+    """
+    stored: dict[str, Any] = dict(common["architecture"])
+    if not ARCHITECTURE.keys() <= stored.keys():
+        neutral = architecture(RunConfig.from_flat(flat(common["config"])).model)
+        stored = neutral | stored
+    return stored
+
+
 def schedule(config: RunConfig) -> dict[str, Any]:
     """Return setting -> value of learning rate and weight decay, lengths in samples (R13).
 
@@ -220,9 +236,14 @@ def schedule(config: RunConfig) -> dict[str, Any]:
 
 
 def architecture_problems(stored: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each flag that makes this run's model another one."""
+    """Yield a sentence for each flag that makes this run's model another one.
+
+    Args:
+        stored: See ``stored_architecture``; both say all that ``architecture`` says.
+        current: Of this run.
+    """
     for flag, value in current.items():
-        if flag in stored and stored[flag] != value:
+        if stored[flag] != value:
             yield f"{flag} is {stored[flag]} in the checkpoint and {value} in this run"
 
 

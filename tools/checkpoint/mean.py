@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron.core.dist_checkpointing.offline import StoredCheckpoint
 from megatron.core.errors import CheckpointError, ConfigError
-from megatron.training.resume_rules import architecture_problems
+from megatron.training.resume_rules import architecture_problems, stored_architecture
 from tools.checkpoint.keys import main_key, model_order, parts_of
 from tools.checkpoint.rewrite import Made, copied
 
@@ -54,7 +54,7 @@ def refuse_others(sources: Sequence[StoredCheckpoint]) -> None:
                 " in this run", f" in {other.path}"
             )
             for problem in architecture_problems(
-                dict(first.common["architecture"]), dict(other.common["architecture"])
+                stored_architecture(first.common), stored_architecture(other.common)
             )
         ]
         prints = [(c.common["tokenizer"] or {}).get("fingerprint") for c in (first, other)]

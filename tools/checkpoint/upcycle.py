@@ -64,9 +64,13 @@ def _write(
     path, size = write_upcycled(
         source, args.save, new, recipe, history=f"upcycle {words}", origin=args.load
     )
-    for layer in model.moe_layers:
-        own = model.for_layer(layer)
-        print(f"layer {layer}: {own.num_moe_experts} experts, top-{own.moe_router_topk}")
+    pairs = zip(model.moe_experts_by_layer, model.moe_topk_by_layer, strict=True)
+    kinds: dict[tuple[int, int], list[str]] = {}
+    for layer, kind in zip(model.moe_layers, pairs, strict=True):
+        kinds.setdefault(kind, []).append(str(layer))
+    for (experts, topk), layers in kinds.items():
+        name = f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+        print(f"{name}: {experts} experts, top-{topk}")
     print(f"experts   {channel_text(channels_of(model, recipe.granularity))}")
     of_router = model.moe_router_topk_scaling_factor
     print(f"scale     --moe-router-topk-scaling-factor {1 if of_router is None else of_router:g}")

@@ -38,8 +38,8 @@ def page(figures: Mapping[str, Any], commands: Mapping[str, str]) -> str:
         (
             "train",
             f"{training['steps']} steps of {training['tokens_per_step']} tokens: loss "
-            f"{training['first']:.3f} (mean of the first 10) to {training['last']:.3f} (of the "
-            f"last 10); held-out text {training['held_out_before']:.3f} to "
+            f"{training['first']:.3f} (mean of the first 10) to {training['last']:.3f} (of "
+            f"the last 10, the same text again); other text {training['held_out_before']:.3f} to "
             f"{training['held_out_after']:.3f}",
         ),
         (
@@ -68,5 +68,7 @@ SmolLM2-135M-Instruct (Apache-2.0), shipped as GGUF inside the Python package `l
 imported, compared with transformers, made a mixture of 4 experts, trained, exported as Mixtral.
 `make smollm2` does it and writes this page; `tests/functional/test_smollm2.py` is the same with
 fewer steps, in `make test-all` where the package is installed."""
-_END = """Training is by SGD, to fit into 6 GB. Differences are of logits in fp32; rounding is how
-far the dense model in fp32 is from itself in fp64 (see [upcycling](upcycling.md))."""
+_END = """Training is by SGD, to fit into 6 GB, on a few thousand characters, again and again: it
+shows that gradients are right, not what the mixture can learn. Differences are of logits in fp32;
+rounding is how far the dense model in fp32 is from itself in fp64: see
+[upcycling](upcycling.md)."""

@@ -1,4 +1,4 @@
-"""Small dense models of three families with weights that hide nothing, saved as checkpoints."""
+"""Small dense models of four families with weights that hide nothing, saved as checkpoints."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -29,11 +29,15 @@ FAMILIES = {
     "--untie-embeddings-and-output-weights",
     "qwen2": "--normalization RMSNorm --position-embedding-type rope --swiglu "
     "--disable-bias-linear --add-qkv-bias --group-query-attention --num-query-groups 1",
+    "qwen3": "--normalization RMSNorm --position-embedding-type rope --swiglu "
+    "--disable-bias-linear --qk-layernorm --group-query-attention --num-query-groups 2 "
+    "--kv-channels 32",
 }
 TITLES = {
     "gpt2": "GPT-2 like: LayerNorm, biases everywhere, GELU, learned positions, tied",
     "llama": "Llama like: RMSNorm, no biases, SwiGLU, rotary, grouped queries, untied",
     "qwen2": "Qwen2 like: as Llama with biases of queries, keys and values, tied",
+    "qwen3": "Qwen3 like: as Llama with norms of queries and keys, wide heads, tied",
 }
 
 
@@ -63,8 +67,9 @@ def save_dense(folder: Path, family: str, extra: str = "") -> None:
     init_weights(model, config.training.seed)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for param in model.parameters():
-            spread = 0.3 if param.dim() == 1 else 0.08
+        for name, param in model.named_parameters():
+            # larger biases would make all tokens alike, and routers send them one way
+            spread = 0.05 if name.endswith(".bias") else 0.3 if param.dim() == 1 else 0.08
             param += spread * torch.randn(param.shape, generator=generator).to(param.dtype)
     done = save_checkpoint(
         folder, TrainState(iteration=3), config=config, model=model, optimizer=None

@@ -111,9 +111,11 @@ def _(folder: ObjectPath) -> None:
 def _(folder: ObjectPath, names: Mapping[str, str]) -> Iterator[dict[str, Path]]:
     with tempfile.TemporaryDirectory(prefix="checkpoint_files_") as temporary:
         copies = {}
-        for number, (role, name) in enumerate(names.items()):
+        parents = list(dict.fromkeys(Path(name).parent for name in names.values()))
+        for role, name in names.items():  # what lay beside each other does so again
+            number = parents.index(Path(name).parent)
             copies[role] = Path(temporary) / str(number) / Path(name).name
-            copies[role].parent.mkdir()
+            copies[role].parent.mkdir(exist_ok=True)
             copies[role].write_bytes((folder / name).read_bytes())
         yield copies
 

@@ -28,6 +28,7 @@ class Tokenizer(ABC):
         name: The ``--tokenizer-type`` that builds it.
         files: Flag name (``tokenizer_model``, ``vocab_file``, ``merge_file``) to the file it read.
         settings: Options besides files that change the ids, by flag name; plain JSON values.
+        beside: Flag name to files that are read because they lie beside the file of that flag.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Tokenizer(ABC):
         self.name = name
         self.files = dict(files)
         self.settings = dict(settings or {})
+        self.beside: dict[str, tuple[Path, ...]] = {}
 
     @property
     @abstractmethod

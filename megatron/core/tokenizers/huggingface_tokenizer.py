@@ -28,6 +28,8 @@ class HuggingFaceTokenizer(Tokenizer):
         path = _find_file(model)
         _check_kind(path)
         super().__init__("HuggingFaceTokenizer", files={"tokenizer_model": path})
+        config = path.with_name(CONFIG_FILE)
+        self.beside = {"tokenizer_model": (config,)} if config.is_file() else {}
         package = tokenizers_package(self.name)
         self._model = package.Tokenizer.from_file(str(path))
         self._model.no_padding()

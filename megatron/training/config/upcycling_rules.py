@@ -60,6 +60,8 @@ def upcycling_fits(check: Check) -> Iterator[str]:
     except CheckpointError as error:
         yield f"{FLAG}: {error}"
         return
+    if start.is_huggingface:  # read in the number format of the run
+        dense.bf16, dense.fp16, dense.fp64 = model.bf16, model.fp16, model.fp64
     for problem in fitting_problems(dense, model, options.moe_upcycling_granularity):
         yield f"{FLAG}: {problem}"
 

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.upcycling.preservation import Recipe, folds, router_std
 from megatron.training.upcycling.widths import Channels, channels_of
 
-_MLP = re.compile(rf"^{re.escape(MODEL)}(.*layers\.(\d+)\.mlp)\.(.+)$")
+_MLP = re.compile(rf"^{re.escape(MODEL)}(decoder\.layers\.(\d+)\.mlp)\.(.+)$")
 _FC2_WEIGHT, _FC2_BIAS = "linear_fc2.weight", "linear_fc2.bias"
 # gate, up: of gated MLPs; dimension 0 runs over the ffn channels
 _FC1 = frozenset(
@@ -180,7 +180,7 @@ class _Layer:
             made[prefix + "expert_bias"] = _zeros(wide)
         if self.model.moe_router_choice == "quantile_balancing":
             made[prefix + "qb_beta"] = _zeros(wide)
-        if getattr(self.model, "moe_router_bias", False):
+        if self.model.moe_router_bias:
             made[prefix + "bias"] = _zeros(TensorFacts((self.experts,), dtype))
         return made
 

@@ -9,14 +9,15 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.dist_checkpointing.agreement import attempt, broadcast, rank_in
 from megatron.core.dist_checkpointing.object_folders import place
-from megatron.core.dist_checkpointing.offline import StoredCheckpoint
 from megatron.training.config.run_config import RunConfig
 from megatron.training.config.upcycling_rules import goes_on
 from megatron.training.starting_point import starting_point
+from megatron.training.upcycling.dense_source import dense_source
 from megatron.training.upcycling.preservation import Recipe, folds, tokens_crowd
-from megatron.training.upcycling.writing import ITERATION, write_upcycled
+from megatron.training.upcycling.writing import ITERATION, refuse_used, write_upcycled
 
 log = logging.getLogger(__name__)
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 def after_upcycling(config: RunConfig, group: ProcessGroup | None) -> RunConfig:
@@ -53,13 +54,20 @@ def _upcycled(config: RunConfig) -> bool:
     if goes_on(start, options):
         return False
     recipe = Recipe(granularity=options.moe_upcycling_granularity, seed=config.training.seed)
-    source = StoredCheckpoint.open(start.folder, start.iteration)
     folder = place(options.save)
     assert isinstance(folder, Path), "a rule refuses URLs"
-    line = f"upcycled at the start of a run from {source.path}"
-    path, size = write_upcycled(source, folder, config, recipe, history=line)
+    refuse_used(folder)
+    line = f"upcycled at the start of a run from {start.path}"
+    with dense_source(
+        start.folder,
+        start.iteration,
+        scratch=folder,
+        dtype=_DTYPES[model.params_dtype_name],
+        vocab_size=config.tokenizer.padded_vocab_size,
+    ) as source:
+        path, size = write_upcycled(source, folder, config, recipe, history=line, origin=start.path)
     seconds = time.perf_counter() - begin
-    log.info("upcycled %s to %s (%.1f MiB, %.1f s)", source.path, path, size / 2**20, seconds)
+    log.info("upcycled %s to %s (%.1f MiB, %.1f s)", start.path, path, size / 2**20, seconds)
     if folded := sorted(set(folds(model, recipe.granularity).values()) - {1.0}):
         log.info(
             " > second matrices of experts are multiplied by %s, so that the model computes what "

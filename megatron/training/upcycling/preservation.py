@@ -62,8 +62,7 @@ def equal_weight(model: TransformerConfig) -> float | None:
         score, pre_softmax = ("sigmoid", False) if topk == 1 else ("softmax", True)
     if score == "softmax":
         return 1 / experts if pre_softmax and topk < experts else None
-    divided = topk > 1 and getattr(model, "moe_router_norm_topk_prob", True)
-    if divided:
+    if topk > 1 and model.moe_router_norm_topk_prob:
         return None
     return 0.5 if score == "sigmoid" else math.sqrt(math.log(2))
 

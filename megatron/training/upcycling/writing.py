@@ -13,12 +13,11 @@ from megatron.core.dist_checkpointing.offline import (
 from megatron.core.errors import CheckpointError
 from megatron.training.config.run_config import RunConfig
 from megatron.training.resume_rules import architecture, config_data
+from megatron.training.starting_point import WEIGHTS_ONLY
 from megatron.training.upcycling.expert_tensors import upcycled_tensors
 from megatron.training.upcycling.preservation import Recipe
 
 ITERATION = 0
-WEIGHTS_ONLY = "weights_only"
-"""Entry of common.json: a run that loads it begins anew with these weights."""
 UPCYCLING = "upcycling"
 """Entry of common.json: which dense checkpoint it was made of, and the recipe."""
 

@@ -16,6 +16,7 @@ from megatron.training.resume_rules import (
     config_from_data,
     schedule,
     schedule_problems,
+    stored_architecture,
 )
 
 _LATENT = {"multi_latent_attention": True, "position_embedding_type": "rope"}
@@ -118,6 +119,84 @@ def stored(config: RunConfig) -> dict[str, Any]:
 def problems(then: dict, now: dict) -> list[str]:
     old = json.loads(json.dumps(architecture(run_config(**then).model)))
     return list(architecture_problems(old, architecture(run_config(**now).model)))
+
+
+# what the first checkpoints said of their model; all else came later
+FIRST = {
+    "--num-layers",
+    "--hidden-size",
+    "--ffn-hidden-size",
+    "--num-attention-heads",
+    "--num-query-groups",
+    "--kv-channels",
+    "--add-qkv-bias",
+    "--position-embedding-type",
+    "--rotary-base",
+    "--rotary-percent",
+    "--swiglu",
+    "--add-bias-linear",
+    "--normalization",
+    "--norm-epsilon",
+    "--untie-embeddings-and-output-weights",
+    "--num-experts",
+    "number format (--bf16, --fp16, --fp64)",
+}
+
+
+def problems_with_an_old_checkpoint(then: dict, now: dict) -> list[str]:
+    """As ``problems``, where the checkpoint knows nothing of options that came later."""
+    old = run_config(**then)
+    names = then.keys() | {"num_layers", "hidden_size", "num_attention_heads"}
+    kept = {key: value for key, value in config_data(old)["model"].items() if key in names}
+    facts = {key: value for key, value in architecture(old.model).items() if key in FIRST}
+    common = json.loads(json.dumps({"config": {"model": kept}, "architecture": facts}))
+    found = stored_architecture(common)
+    return list(architecture_problems(found, architecture(run_config(**now).model)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"position_embedding_type": "rope", "normalization": "RMSNorm"},
+        {"add_bias_linear": False, "swiglu": True},
+        {"num_moe_experts": 4, "moe_router_topk": 2},
+    ],
+)
+def test_a_checkpoint_from_before_new_options_goes_on_without_them(options: dict) -> None:
+    assert problems_with_an_old_checkpoint(options, options) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "new", "flag"),
+    [
+        ({}, {"qk_layernorm": True}, "--qk-layernorm is False in the checkpoint and True"),
+        ({}, {"embedding_multiplier": 2.0}, "--embedding-multiplier is 1.0"),
+        ({}, {"window_size": [3, 0]}, "(--window-size, --window-attn-skip-freq) is None"),
+        ({}, {"squared_relu": True}, "--squared-relu is False"),
+        ({}, {"parallel_residual": True}, "--parallel-residual is False"),
+        ({"add_bias_linear": False}, {"add_mlp_bias": True}, "--add-mlp-bias is False"),
+        (
+            {"position_embedding_type": "rope"},
+            {"rotary_interleaved": True},
+            "--rotary-interleaved is False",
+        ),
+        (
+            {"position_embedding_type": "rope"},
+            {"use_rope_scaling": True},
+            "--rope-scaling-type is none in the checkpoint and llama3",
+        ),
+        (
+            {"num_moe_experts": 4, "moe_router_score_function": "sigmoid"},
+            {"moe_router_norm_topk_prob": False},
+            "(--no-moe-router-norm-topk-prob) is True",
+        ),
+    ],
+)
+def test_a_new_option_makes_another_model_of_an_old_checkpoint(
+    options: dict, new: dict, flag: str
+) -> None:
+    assert flag in " ".join(problems_with_an_old_checkpoint(options, options | new))
 
 
 def test_every_option_of_the_model_is_compared_or_known_to_be_free() -> None:

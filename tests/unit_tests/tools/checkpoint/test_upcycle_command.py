@@ -46,7 +46,7 @@ def made(call, tmp_path):
 def test_experts_are_the_bits_of_the_mlp(dense, made) -> None:
     old = StoredCheckpoint.open(dense / "llama")
     new, text = made(dense / "llama", "--moe-layer-freq", "([0]+[1])")
-    assert "layer 1: 4 experts, top-2" in text
+    assert "layer 1: 4 experts, top-2\n" in text
     assert "to train on: --load" in text
     assert new.common["iteration"] == 0
     assert new.common["optimizer"] is None

@@ -58,7 +58,8 @@ def test_every_option_of_the_model_is_taken_or_known_to_be_of_this_run() -> None
     layout = {name for group in LAYOUT for name in group}
     for name in model:
         assert [name in taken, name in layout, name in OF_THIS_RUN].count(True) == 1, name
-    of_other_sections = {"seq_length", "padded_vocab_size", "make_vocab_size_divisible_by"}
+    vocabulary = {"padded_vocab_size", "unpadded_vocab_size", "make_vocab_size_divisible_by"}
+    of_other_sections = {"seq_length", *vocabulary}
     assert taken - model - {"fp16"} == of_other_sections
     assert layout | OF_THIS_RUN <= model
 

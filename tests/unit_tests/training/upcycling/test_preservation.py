@@ -23,6 +23,7 @@ SCORES = {
     "pre": {"moe_router_pre_softmax": True},
     "sigmoid": {"moe_router_score_function": "sigmoid"},
     "sqrtsoftplus": {"moe_router_score_function": "sqrtsoftplus"},
+    "own": {"moe_router_score_function": "sigmoid", "moe_router_norm_topk_prob": False},
 }
 
 
@@ -46,6 +47,7 @@ def test_weights_of_each_slice_sum_to_one_over_the_factor(score, copies, granula
         topk,
         score_function=config.moe_router_score_function,
         pre_softmax=config.moe_router_pre_softmax,
+        norm_topk_prob=config.moe_router_norm_topk_prob,
         scaling_factor=needed_factor(config, granularity),
     )
     of_slices = probs.view(200, -1, granularity).sum(dim=1)  # [tokens, granularity]
