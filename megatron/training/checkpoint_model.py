@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron.core.dist_checkpointing.folders import Place, local_copies
+from megatron.core.dist_checkpointing.folders import Place, latest_iteration, local_copies
 from megatron.core.dist_checkpointing.mapping import MODEL, model_tensors
 from megatron.core.dist_checkpointing.serialization import read_tensors
 from megatron.core.dist_checkpointing.store import OpenCheckpoint, open_checkpoint
@@ -58,7 +58,9 @@ def load_trained_model(
         CheckpointError: Nothing there, damaged, or not of a GPTModel.
         DataError: A file of the tokenizer is gone or has changed.
     """
-    if isinstance(folder, Path) and is_hf_folder(folder):
+    own = iteration is not None or folder_and_iteration(folder)[1] is not None
+    if not own and latest_iteration(folder) is None and _is_theirs(folder):
+        assert isinstance(folder, Path), "checked"
         return _from_huggingface(folder, device)
     if iteration is None:
         folder, iteration = folder_and_iteration(folder)
@@ -123,6 +125,10 @@ def empty_model(opened: OpenCheckpoint, config: RunConfig) -> GPTModel:
     if vocab_size is None:
         raise CheckpointError(f"{opened.path} holds no GPTModel (it has no word embedding)")
     return _model(config, vocab_size)
+
+
+def _is_theirs(folder: Place) -> bool:
+    return isinstance(folder, Path) and is_hf_folder(folder)
 
 
 def _from_huggingface(folder: Path, device: torch.device | str) -> TrainedModel:

@@ -73,6 +73,7 @@ def import_checkpoint(
     dtype: str | None = None,
     make_vocab_size_divisible_by: int = 1,
     ignore_fields: Collection[str] = (),
+    with_mtp: bool = False,
 ) -> Exchanged:
     """Make a checkpoint of ours out of a folder of Hugging Face's.
 
@@ -82,6 +83,7 @@ def import_checkpoint(
         dtype: Key of ``DTYPES``; that of the files when None.
         make_vocab_size_divisible_by: The embedding gets rows of zeros up to a multiple of this.
         ignore_fields: See ``model_options``.
+        with_mtp: See ``model_options``; without, tensors of such modules are left out and named.
 
     Raises:
         ConfigError: config.json cannot be built.
@@ -92,7 +94,7 @@ def import_checkpoint(
     if (there := folders.find_checkpoint(out_dir, ITERATION)) is not None:
         raise CheckpointError(f"{there} is there already; delete it or give another folder")
     with HfFolder.open(hf_dir) as source:
-        options = model_options(source.config, ignore=ignore_fields)
+        options = model_options(source.config, ignore=ignore_fields, with_mtp=with_mtp)
         rows = options["padded_vocab_size"]
         unit = make_vocab_size_divisible_by
         options["padded_vocab_size"] = -(-rows // unit) * unit
@@ -177,7 +179,7 @@ def export_checkpoint(
     size = writer.write_folder(
         hf_dir,
         facts,
-        lambda key: hf_tensor(plan, key, facts[key].dtype, read),
+        lambda key: hf_tensor(plan, plan.repeats.get(key, key), facts[key].dtype, read),
         documents={CONFIG: beside.fields | hf_config, **beside.documents},
         copies=beside.copies,
         max_shard_bytes=max_shard_bytes,
@@ -207,7 +209,9 @@ def verify_export(
     with HfFolder.open(hf_dir) as again:
         shapes = {key: fact.shape for key, fact in again.facts.items()}
         accounted = accounting.account(plan, shapes)
-        back = accounting.named_reader(PlainNumbers(again, torch.float32), accounted)
+        numbers = PlainNumbers(again, torch.float32)
+        accounting.refuse_other_copies(hf_dir, numbers, accounted)
+        back = accounting.named_reader(numbers, accounted)
 
         def is_same(key: str) -> bool:  # a function of its own: its tensors go with it
             dtype = facts[plan.pieces_of_key[key][0].hf_key].dtype
@@ -277,7 +281,8 @@ def _hf_facts(plan: WeightPlan, dtype: torch.dtype) -> dict[str, TensorFacts]:
         keys = {piece.key for piece in plan.pieces_of_hf_key[hf_key]}
         return torch.float32 if keys & plan.fp32_keys and dtype != torch.float64 else dtype
 
-    return {key: TensorFacts(shape, kind(key)) for key, shape in plan.hf_shapes.items()}
+    facts = {key: TensorFacts(shape, kind(key)) for key, shape in plan.hf_shapes.items()}
+    return facts | {key: facts[original] for key, original in plan.repeats.items()}
 
 
 def _precise(source: StoredCheckpoint, key: str, dtype: torch.dtype) -> str:

@@ -50,7 +50,7 @@ def same_function(config: RunConfig, options: Mapping[str, Any], family: Family)
     Raises:
         ConfigError: The family cannot say it at all.
     """
-    again = config_of(model_options(hf_config_of(options, family)))
+    again = config_of(model_options(hf_config_of(options, family), with_mtp=True))
     ours, theirs = architecture(config.model), architecture(again.model)
     return [
         f"{flag} is {value}, and a {family.name} has {theirs[flag]}"

@@ -18,18 +18,22 @@ from megatron.core.models.huggingface.tables import Family
 from megatron.core.models.huggingface.writer import GENERATION
 from megatron.core.tokenizers.base import Tokenizer
 from megatron.core.tokenizers.build_tokenizer import TokenizerSettings, build_tokenizer
+from megatron.core.tokenizers.huggingface_tokenizer import CONFIG_FILE
 from megatron.training.huggingface_start import tokenizer_of_folder
-from megatron.training.tokenizer_facts import tokenizer_copies, tokenizer_facts
+from megatron.training.tokenizer_facts import (
+    tokenizer_companions,
+    tokenizer_copies,
+    tokenizer_facts,
+)
 
 log = logging.getLogger(__name__)
 
 ORIGIN = "huggingface"
 """Entry of common.json and folder in a checkpoint: what an import keeps."""
-TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
-    TOKENIZER_CONFIG,
+    CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -79,11 +83,8 @@ def kept_of_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Path]
     copies = tokenizer_copies(tokenizer)
     kept = {path for _, path in copies.values()}
     files = {name: path for name, path in files.items() if path not in kept}
-    for name, (_, path) in copies.items():
-        files[name] = path
-        beside = path.with_name(TOKENIZER_CONFIG)  # says which token ends a document
-        if beside.is_file():
-            files[str(Path(name).with_name(TOKENIZER_CONFIG))] = beside
+    files |= {name: path for name, (_, path) in copies.items()}
+    files |= tokenizer_companions(tokenizer)
     return tokenizer_facts(tokenizer), files
 
 
@@ -121,8 +122,8 @@ def side_files(source: StoredCheckpoint, family: Family, reference: Path | None)
     fields = _harmless(family, origin.get("config") or {})
     documents: dict[str, Any] = {}
     facts = source.common["tokenizer"]
-    if facts is not None and copies and TOKENIZER_CONFIG not in copies:
-        documents[TOKENIZER_CONFIG] = _tokenizer_config(facts, kept)
+    if facts is not None and copies and CONFIG_FILE not in copies:
+        documents[CONFIG_FILE] = _tokenizer_config(facts, kept)
     if GENERATION not in copies:
         ids = {name: fields[name] for name in sorted(fields) if name.endswith("token_id")}
         documents[GENERATION] = {"_from_model_config": True, **ids}

@@ -93,7 +93,14 @@ def load_folder(
     _refuse_gaps(plan, tensors, group)
     dtype = params_dtype(config.model)
     attempt(lambda: _read(folder, plan, names, tensors, dtype), group)
-    return _notices(folder, config)
+    return [*_left_out(folder, names.ignored), *_notices(folder, config)]
+
+
+def _left_out(folder: Path, ignored: tuple[str, ...]) -> list[str]:
+    if not ignored:
+        return []
+    more = f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""
+    return [f"{folder}: not of this model, and left out: {', '.join(ignored[:3])}{more}"]
 
 
 def _checked(
@@ -101,7 +108,7 @@ def _checked(
 ) -> tuple[WeightPlan, accounting.Accounting]:
     with HfFolder.open(folder) as source:
         try:
-            options = model_options(source.config)
+            options = model_options(source.config, with_mtp=bool(config.model.mtp_num_layers))
         except ConfigError as error:
             raise CheckpointError(f"{folder}: {error}") from error
         _refuse_other_model(folder, options, config)
@@ -111,10 +118,7 @@ def _checked(
                 f"{folder} has a vocabulary of {theirs} rows and this run pads its own to "
                 f"{rows}: --padded-vocab-size {theirs} (or more) takes them all"
             )
-        options |= {
-            "padded_vocab_size": rows,
-            "mtp_num_layers": getattr(config.model, "mtp_num_layers", None),
-        }
+        options["padded_vocab_size"] = rows
         plan = weight_plan(family_of(source.config), options, vocab_size=theirs)
         numbers = PlainNumbers(source, params_dtype(config.model))
         found = {key: fact.shape for key, fact in numbers.facts.items()}

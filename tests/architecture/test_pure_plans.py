@@ -28,6 +28,15 @@ TORCH_FREE = [
     "megatron/core/dist_checkpointing/object_folders.py",
     "megatron/core/extensions/object_store.py",
     "megatron/core/extensions/range_requests.py",
+    *(
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "megatron/core/models/huggingface").rglob("*.py")
+        if p.stem not in ("accounting", "exchange", "folder", "quantized", "writer")
+    ),
+    "megatron/core/dist_checkpointing/foreign.py",
+    "megatron/training/huggingface_family.py",
+    "megatron/training/huggingface_flags.py",
+    "megatron/training/huggingface_start.py",
     "megatron/training/arguments.py",
     "megatron/training/log_line.py",
     "megatron/training/schedule_settings.py",

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dtype=args.dtype,
             make_vocab_size_divisible_by=args.make_vocab_size_divisible_by or 1,
             ignore_fields=args.ignore_config_fields,
+            with_mtp=args.with_mtp,
         )
     else:
         done = export_checkpoint(
@@ -101,6 +102,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "128 x --tensor-model-parallel-size; none when not set.")  # fmt: skip
     add("--ignore-config-fields", nargs="+", default=[], metavar="NAME",
         help="To megatron: unknown fields of config.json that change nothing.")  # fmt: skip
+    add("--with-mtp", action="store_true",
+        help="To megatron: take the modules of multi-token prediction too.")  # fmt: skip
     add("--ckpt-step", type=number, metavar="N",
         help="From megatron: iteration to read; the latest when not set.")  # fmt: skip
     add("--family", choices=tuple(FAMILIES), help="To hf: how to name the weights; as it was "
@@ -123,7 +126,7 @@ def _refuse(args: argparse.Namespace) -> None:
     if args.source == args.to:
         problems.append(f"--from {args.source} --to {args.to}: nothing to convert")
     to_hf = ("ckpt_step", "family", "vocab_size", "reference")
-    to_ours = ("make_vocab_size_divisible_by", "ignore_config_fields")
+    to_ours = ("make_vocab_size_divisible_by", "ignore_config_fields", "with_mtp")
     for name in to_hf if args.to == "megatron" else to_ours:
         if getattr(args, name):
             problems.append(f"--{name.replace('_', '-')} has no effect with --to {args.to}")

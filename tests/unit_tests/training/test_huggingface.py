@@ -238,3 +238,23 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
         words = [sys.executable, "-c", _MEASURED, way, *(str(tmp_path / path) for path in paths)]
         found = subprocess.run(words, check=True, capture_output=True, text=True, env=measured)
         assert int(found.stdout) < 2 * largest + (24 << 20), way
+
+
+def test_modules_of_multi_token_prediction_come_in_and_go_out(tmp_path: Path) -> None:
+    config = CASES["deepseek-v3"].config | {"num_nextn_predict_layers": 2}
+    plan = weight_plan(family_of(config), model_options(config, with_mtp=True))
+    tensors = random_tensors(plan)
+    for name, original in plan.repeats.items():
+        tensors[name] = tensors[original].clone()
+    assert tensors["model.layers.4.eh_proj.weight"].shape == (32, 64)
+    assert "model.layers.5.shared_head.head.weight" in tensors
+    source = write_folder(tmp_path / "theirs", config, tensors)
+    import_checkpoint(source, tmp_path / "ours", with_mtp=True)
+    export_checkpoint(tmp_path / "ours", tmp_path / "again")
+    assert_same_bits(source, tmp_path / "again")
+    without = import_checkpoint(source, tmp_path / "without")
+    assert len(without.ignored) == sum("layers.4." in key or "layers.5." in key for key in tensors)
+    tensors["model.layers.5.embed_tokens.weight"][0, 0] += 1
+    source = write_folder(tmp_path / "other", config, tensors)
+    with pytest.raises(CheckpointError, match=r"layers\.5\.embed_tokens\.weight is not model\."):
+        import_checkpoint(source, tmp_path / "x", with_mtp=True)

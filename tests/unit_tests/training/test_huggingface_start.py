@@ -1,15 +1,18 @@
 """A run that begins with a folder of Hugging Face's: options, weights, and what is refused."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron.core.errors import CheckpointError, ConfigError
 from megatron.training.arguments import parse_args
 from megatron.training.checkpoint_model import load_trained_model
-from megatron.training.checkpoint_state import LoadedState
-from megatron.training.checkpointing import load_checkpoint
+from megatron.training.checkpoint_state import LoadedState, TrainState
+from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.config.checkpoint import CheckpointConfig
 from megatron.training.huggingface import import_checkpoint
 from megatron.training.initialize import Launch
@@ -21,6 +24,15 @@ from tests.helpers.stored_checkpoints import store_facts
 from tests.helpers.tiny_tokenizers import huggingface_file
 
 pytest.importorskip("safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Leave no process group behind, which a model on one process makes."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
 
 _RUN = f"--mock-data --tokenizer-type NullTokenizer --vocab-size {VOCAB - 1} --seq-length 24"
 
@@ -129,3 +141,28 @@ def test_a_tensor_that_no_rank_holds_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"missing: decoder\.layers\.7\.strange"):
         load_folder(folder, tensors, config=config, rows=VOCAB, group=None)
     assert plan_of("llama2").shapes.keys() >= {"decoder.layers.3.mlp.linear_fc2.weight"}
+
+
+def test_the_end_of_a_document_goes_along(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "theirs", "llama2")
+    huggingface_file(folder)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
+    import_checkpoint(folder, tmp_path / "ours")
+    begun = load_trained_model(folder)
+    assert begun.tokenizer is not None
+    state = TrainState(iteration=1)
+    saved = save_checkpoint(
+        tmp_path / "run",
+        state,
+        config=begun.config,
+        model=begun.model,
+        optimizer=None,
+        tokenizer=begun.tokenizer,
+    )
+    assert saved.error == ""
+    shutil.rmtree(folder)
+    for checkpoint in ("ours", "run"):
+        again = load_trained_model(tmp_path / checkpoint)
+        assert again.tokenizer is not None
+        assert again.tokenizer.eod == begun.tokenizer.eod
+    assert again.tokenizer.detokenize([begun.tokenizer.eod]) == ""

@@ -125,6 +125,11 @@ class ModelFacts:
         """Key and value heads."""
         return self.config.query_groups
 
+    def num_experts_of(self, layer: int) -> int:
+        """Return the experts of a layer; those behind the last are as the last."""
+        last = self.config.num_layers - 1
+        return self.config.for_layer(min(layer, last)).num_moe_experts or 0
+
     @property
     def has_linear_bias(self) -> bool:
         """Whether every linear layer has a bias."""

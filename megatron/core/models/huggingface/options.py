@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron.core.errors import ConfigError
+from megatron.core.models.huggingface.config_kinds import kind_problems
 from megatron.core.models.huggingface.config_rows import IGNORED
 from megatron.core.models.huggingface.family import Family, family_named, family_of
 from megatron.core.models.huggingface.model_facts import (
@@ -29,12 +30,15 @@ VERSION = "4.46.0"
 """``transformers_version`` of a config.json that is written here."""
 
 
-def model_options(hf_config: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[str, Any]:
+def model_options(
+    hf_config: Mapping[str, Any], *, ignore: Collection[str] = (), with_mtp: bool = False
+) -> dict[str, Any]:
     """Return the options of a model, by field name, that a config.json means.
 
     Args:
         hf_config: Parsed config.json.
         ignore: Fields that are unknown here and that the user knows to change nothing.
+        with_mtp: Take the modules of multi-token prediction too, which only training runs.
 
     Returns:
         Field of RunConfig -> value; ``padded_vocab_size`` is the number of rows on disk. Options
@@ -46,13 +50,18 @@ def model_options(hf_config: Mapping[str, Any], *, ignore: Collection[str] = ())
     family = family_of(hf_config)
     hf_config = _renamed(family, hf_config)
     problems = list(_strangers(family, hf_config, ignore))
+    defaults = family_defaults(family)
+    if wrong := list(kind_problems(hf_config, defaults)):  # rows calculate with them
+        ConfigError.raise_if_any([*problems, *wrong])
     found = dict(family.constants)
-    fields = family_defaults(family) | dict(hf_config)
+    fields = defaults | dict(hf_config)
     for row in family.rows:
         try:
             found |= row.read(fields)
         except ConfigError as error:
             problems.append(str(error))
+    if not with_mtp:
+        found.pop("mtp_num_layers", None)
     lacking = unknown_options(found)
     problems += [
         f"config.json needs {name} {found[name]!r}, which this version does not have"

@@ -83,7 +83,10 @@ class Family:
     """Fields of config.json that do not change the function, beyond those of all families."""
     ignored_keys: tuple[str, ...] = ()
     """Patterns of tensors on disk that are no weights."""
-    has_prediction_layers: bool = False
-    """Layers on disk behind the last of the model are for multi-token prediction."""
+    prediction_weights: tuple[Weight, ...] = ()
+    """What layers behind the last of the model have beside those of a layer, where they are for
+    multi-token prediction: ``{layer}`` is their number on disk, ``{depth}`` theirs from 0."""
+    prediction_repeats: Mapping[str, str] = field(default_factory=dict)
+    """What such a layer has twice on disk -> the tensor that it repeats."""
     notes: tuple[str, ...] = field(default=())
     """What is refused or particular, for the documentation."""

@@ -96,7 +96,7 @@ def stacked_halves(shape: Shape) -> Transform:
     """Cut [experts, 2 ffn, hidden], gate above up, into experts; ``shape`` is that of one half."""
 
     def build(weight: Weight, facts: ModelFacts, place: Place) -> Placement:
-        half, experts = shape(facts), _num_experts(facts, place)
+        half, experts = shape(facts), facts.num_experts_of(place.layer)
         pieces = tuple(
             (
                 View((experts, 2, *half), (expert, number)),
@@ -116,7 +116,7 @@ def stacked_columns(shape: Shape) -> Transform:
     """Cut [experts, hidden, 2 ffn], gate and up column by column, and turn it; also of biases."""
 
     def build(weight: Weight, facts: ModelFacts, place: Place) -> Placement:
-        half, experts = shape(facts), _num_experts(facts, place)
+        half, experts = shape(facts), facts.num_experts_of(place.layer)
         front = half[1:]
         order = (1, 0) if front else ()
         pieces = tuple(
@@ -138,7 +138,7 @@ def stacked(shape: Shape, *, is_transposed: bool = False) -> Transform:
     """Cut [experts, ...] into experts; ``shape`` is ours, which may be turned on disk."""
 
     def build(weight: Weight, facts: ModelFacts, place: Place) -> Placement:
-        dims, experts = shape(facts), _num_experts(facts, place)
+        dims, experts = shape(facts), facts.num_experts_of(place.layer)
         on_disk = tuple(reversed(dims)) if is_transposed else dims
         order = (1, 0) if is_transposed else ()
         pieces = tuple(
@@ -153,12 +153,6 @@ def stacked(shape: Shape, *, is_transposed: bool = False) -> Transform:
         return Placement((experts, *on_disk), pieces)
 
     return build
-
-
-def _num_experts(facts: ModelFacts, place: Place) -> int:
-    count = facts.config.for_layer(place.layer).num_moe_experts
-    assert count is not None, f"layer {place.layer} has no experts"
-    return count
 
 
 SHAPES: Mapping[str, Shape] = {

@@ -32,6 +32,7 @@ _COMMON = (
     vocabulary(151936),
     same("rms_norm_eps", "layernorm_epsilon", 1e-6),
     fixed("hidden_act", "silu", "swish"),
+    fixed("use_mrope", False),
     rope(max_positions=32768),
     tied(False),
     dropouts("attention_dropout", None, default=0.0),

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.core.models.huggingface.family import family_named
+from megatron.core.models.huggingface.family import family_named, family_of
+from megatron.core.models.huggingface.options import model_options
 from megatron.core.models.huggingface.views import View
 from megatron.core.models.huggingface.weight_plan import WeightPlan, weight_plan
+from tests.helpers.hf_published import PUBLISHED
 from tests.helpers.hf_tiny import BUILT, plan_of
 
 
@@ -117,6 +119,14 @@ def test_rows_of_a_view_are_the_view_of_rows(shape: tuple[int, ...], data: st.Da
     assert found is not None
     start, stop, inner = found
     assert np.array_equal(inner.of(array[start:stop]), view.of(array))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_parameters(name: str) -> None:
+    config, billions = PUBLISHED[name]
+    plan = weight_plan(family_of(config), model_options(config))
+    count = sum(math.prod(shape) for shape in plan.hf_shapes.values())
+    assert round(count / 1e9, 3) == billions
 
 
 def test_weights_that_are_fp32_in_any_format_are_known() -> None:
