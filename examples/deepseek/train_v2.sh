@@ -29,7 +29,7 @@ CLUSTER=(
     --micro-batch-size 1 --global-batch-size 9216
     --expert-model-parallel-size 8 --pipeline-model-parallel-size 16
     --decoder-first-pipeline-num-layers 3 --decoder-last-pipeline-num-layers 1
-    --recompute-granularity selective --recompute-modules moe_act
+    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
     --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --device cuda
 )
 # instead of CLUSTER with --toy: the same features, small, on 2 CPU ranks

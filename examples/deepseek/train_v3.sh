@@ -31,7 +31,7 @@ CLUSTER=(
     --micro-batch-size 1 --global-batch-size 15360
     --expert-model-parallel-size 64 --pipeline-model-parallel-size 16
     --decoder-first-pipeline-num-layers 4 --decoder-last-pipeline-num-layers 1
-    --recompute-granularity selective --recompute-modules moe_act
+    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
     --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --device cuda
 )
 # instead of CLUSTER with --toy: the same features, small, on 2 CPU ranks

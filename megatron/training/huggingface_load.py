@@ -93,7 +93,14 @@ def load_folder(
     _refuse_gaps(plan, tensors, group)
     dtype = params_dtype(config.model)
     attempt(lambda: _read(folder, plan, names, tensors, dtype), group)
-    return _notices(folder, config)
+    return [*_left_out(folder, names.ignored), *_notices(folder, config)]
+
+
+def _left_out(folder: Path, ignored: tuple[str, ...]) -> list[str]:
+    if not ignored:
+        return []
+    more = f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""
+    return [f"{folder}: not of this model, and left out: {', '.join(ignored[:3])}{more}"]
 
 
 def _checked(

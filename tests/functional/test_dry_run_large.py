@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron.training.arguments import parse_args
 from megatron.training.dry_run.census import Census, take_census
 from megatron.training.dry_run.rank_groups import GroupTable
+from megatron.training.dry_run.stand_ins import even_logits
 from pretrain_gpt import model_provider
 from tests.helpers.processes import child_seconds
 
@@ -55,6 +57,17 @@ def of_rank(stage: int, ep: int) -> int:
     count += dense * ((ATTENTION + 3 * HIDDEN * FFN) // TP + NORMS)
     ends = VOCAB * HIDDEN // TP if stage in (0, PP - 1) else 0
     return count + ends + (HIDDEN if stage == PP - 1 else 0)
+
+
+def test_ranks_of_experts_get_equal_rows_where_experts_cannot() -> None:
+    """DeepSeek-V2: 4096 tokens with 6 of 160 experts each, 20 of them a rank."""
+    chosen = even_logits(4096, 160, 6, torch.float32, expert_ranks=8) > 0
+    assert (chosen.sum(1) == 6).all()
+    assert chosen.unflatten(1, (8, 20)).sum((0, 2)).tolist() == [3072] * 8
+    per_expert = chosen.sum(0)
+    assert int(per_expert.max() - per_expert.min()) <= 8
+    even = even_logits(4096, 64, 8, torch.float32, expert_ranks=8) > 0
+    assert even.sum(0).tolist() == [512] * 64
 
 
 def _census(world_size: int, ep: int) -> Census:

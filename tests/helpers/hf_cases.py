@@ -351,3 +351,10 @@ _OTHER_CASES = {
 }
 CASES = {**_DENSE_CASES, **_SOFTMAX_CASES, **_LATENT_CASES, **_OTHER_CASES}
 """Name -> case, dense families first."""
+
+RICHEST = (
+    *("gpt2", "llama3", "mistral", "qwen2-windows", "qwen3-biases", "smollm3"),
+    *("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "granite-moe"),
+    *("deepseek-v2", "deepseek-v3", "gpt-oss", "grok-1"),
+)
+"""One case of each family: what quick tests look at."""

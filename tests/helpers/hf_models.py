@@ -74,6 +74,7 @@ def make_checkpoint(case: Case, folder: Path, *, dtype: torch.dtype = torch.floa
 def build(case: Case, dtype: torch.dtype) -> Any:
     """Build their model, as it is before it learned anything."""
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # its threads would live on in this process
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -137,6 +138,15 @@ def references(case: Case, folder: Path, scratch: Path) -> dict[torch.dtype, Ref
         done = _forward_backward(wide, samples)
     found[torch.float64] = _reference(wide, scratch / "fp64", done)
     return found
+
+
+@torch.no_grad()
+def their_logits(case: Case, folder: Path) -> Tensor:
+    """Return the logits of the checkpoint in ``folder``, as it is, in fp32."""
+    if case.family == "grok":
+        return grok_logits(stored_tensors(folder), config_of(folder), batch().tokens)
+    model = load(case, folder, torch.float32)
+    return model(input_ids=batch().tokens, use_cache=False).logits
 
 
 def _grok_references(case: Case, folder: Path, samples: Batch) -> dict[torch.dtype, Reference]:

@@ -18,10 +18,10 @@ from megatron.core.models.huggingface.weight_plan import WeightPlan
 from megatron.core.param_role import GATED_PARTS
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.training.arguments import parse_args
-from megatron.training.checkpointing import load_checkpoint
+from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
-from megatron.training.run import Run
+from megatron.training.run import Run, TrainState
 from megatron.training.train_step import next_batches
 from tests.helpers.hf_cases import SAMPLES, SEQ, VOCAB
 from tests.helpers.hf_models import Reference, batch
@@ -73,6 +73,16 @@ def compute(configs: Sequence[RunConfig], ranks: int, plan: WeightPlan) -> list[
         return [_gathered(Path(scratch), number, ranks, plan) for number in range(len(configs))]
 
 
+def train_and_save(config: RunConfig, ranks: int, folder: Path) -> Tensor:
+    """Load, make a step, save into ``folder``; return the logits of the model that is saved."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run_ranks(_step_and_save, ranks, config, folder, Path(scratch))
+        found: dict[int, Tensor] = {}
+        for rank in range(ranks):
+            found |= torch.load(Path(scratch) / f"{rank}.pt", weights_only=True)
+    return _in_order(found)
+
+
 def in_their_names(tensors: Mapping[str, Tensor], plan: WeightPlan) -> dict[str, Tensor]:
     """Return tensors like ours (weights, gradients) as the checkpoint names and shapes them."""
     dtype = next(iter(tensors.values())).dtype
@@ -105,17 +115,38 @@ def _gathered(scratch: Path, number: int, ranks: int, plan: WeightPlan) -> Ours:
     for _, of_rank in found:
         logits |= of_rank
     (step,) = merged(records).steps
-    whole = torch.cat([logits[sample] for sample in range(SAMPLES)])[..., :VOCAB]
     gradients = in_their_names(step.gradients, plan)
-    return Ours(Reference(whole, step.lm_loss, gradients), step.grad_norm)
+    return Ours(Reference(_in_order(logits), step.lm_loss, gradients), step.grad_norm)
+
+
+def _in_order(logits: Mapping[int, Tensor]) -> Tensor:
+    """Return [samples, s, v], without the columns that pad the vocabulary."""
+    return torch.cat([logits[sample] for sample in range(SAMPLES)])[..., :VOCAB]
+
+
+def _loaded(config: RunConfig) -> Run:
+    run = make_run(config)
+    load_checkpoint(config.checkpoint.load, config=config, model=run.model, optimizer=run.optimizer)
+    return run
+
+
+def _step_and_save(config: RunConfig, folder: Path, scratch: Path) -> None:
+    run = _loaded(config)
+    record_steps(run, 1, _samples)
+    torch.save(_logits(run), scratch / f"{dist.get_rank()}.pt")
+    saved = save_checkpoint(
+        folder,
+        TrainState(iteration=1, consumed_samples=SAMPLES),
+        config=config,
+        model=run.model,
+        optimizer=run.optimizer,
+    )
+    assert not saved.error, saved.error
 
 
 def _load_and_step(configs: Sequence[RunConfig], scratch: Path) -> None:
     for number, config in enumerate(configs):
-        run = make_run(config)
-        load_checkpoint(
-            config.checkpoint.load, config=config, model=run.model, optimizer=run.optimizer
-        )
+        run = _loaded(config)
         logits = _logits(run)
         record = record_steps(run, 1, _samples)
         torch.save((record, logits), scratch / f"{number}.{dist.get_rank()}.pt")

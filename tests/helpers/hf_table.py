@@ -88,7 +88,7 @@ def _norms(outcomes: Sequence[Outcome]) -> str:
     for one in outcomes:
         found = one.apart.get("one", {})
         cells = [
-            f"{found[dtype].norms[part]:.0e}" if dtype in found else "FAILS"
+            _number(found[dtype].norms[part]) if dtype in found else "FAILS"
             for part in PARTS
             for dtype in (FP32, FP64)
         ]
@@ -114,4 +114,8 @@ def _layouts(outcomes: Sequence[Outcome]) -> str:
 
 
 def _shown(found: dict[torch.dtype, Apart], dtype: torch.dtype, figure: str) -> str:
-    return f"{getattr(found[dtype], figure):.0e}" if dtype in found else "FAILS"
+    return _number(getattr(found[dtype], figure)) if dtype in found else "FAILS"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0e}" if value else "0"

@@ -80,6 +80,7 @@ UNREAD = collections.defaultdict(
 SCALED = [name for name, case in CASES.items() if "rope_parameters" in case.config]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "field"), [(name, field) for name, fields in OTHER.items() for field in fields]
 )
@@ -119,6 +120,7 @@ def test_the_rotary_positions_of_older_files_mean_the_same(name):
     assert model_options(older) == model_options(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCALED)
 def test_each_number_of_the_rotary_positions_changes_the_logits(name):
     rope = CASES[name].config["rope_parameters"]
@@ -130,6 +132,7 @@ def test_each_number_of_the_rotary_positions_changes_the_logits(name):
         assert difference(changed, own_logits(name)) > SEEN, other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if "deepseek-v3" in name])
 def test_the_bias_of_balancing_changes_the_logits(name):
     for key, bias in weights(name).items():

@@ -5,6 +5,7 @@ Shapes are the plan's: that they are transformers' is shown where checkpoints of
 """
 
 import functools
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,12 +22,12 @@ from megatron.core.models.huggingface.family import family_of
 from megatron.core.models.huggingface.options import model_options
 from megatron.core.models.huggingface.weight_plan import WeightPlan, weight_plan
 from megatron.training.huggingface import export_checkpoint, import_checkpoint
-from tests.helpers.hf_cases import CASES
+from tests.helpers.hf_cases import CASES, RICHEST
 
 Shapes = dict[str, tuple[int, ...]]
 EXTRA = "model.layers.0.self_attn.gate_proj.weight"
-FAMILIES = {case.family: name for name, case in CASES.items()}
-"""Family -> its last case: the pure comparisons look at all cases, disks at these."""
+FAMILIES = {CASES[name].family: name for name in RICHEST}
+"""Family -> case: the pure comparisons look at all cases, disks at these."""
 UNTIED = [name for name, case in CASES.items() if case.config.get("tie_word_embeddings") is False]
 TIED = [name for name in CASES if name not in UNTIED]
 
@@ -70,27 +71,25 @@ def plan_of(name: str) -> WeightPlan:
     return weight_plan(family_of(config), model_options(config))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", CASES)
-def test_each_tensor_of_theirs_is_accounted_for(name, damage):
+def test_each_tensor_of_theirs_is_accounted_for(name):
     plan = plan_of(name)
     shapes = dict(plan.hf_shapes)
     account(plan, shapes)
-    for key in shapes:
-        damaged = DAMAGES[damage](shapes, key)
+    for key, damage in itertools.product(shapes, DAMAGES.values()):
+        damaged = damage(shapes, key)
         with pytest.raises(CheckpointError) as refused:
             account(plan, damaged)
         _assert_told(refused, damaged.names)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", CASES)
-def test_each_tensor_of_ours_is_accounted_for(name, damage):
+def test_each_tensor_of_ours_is_accounted_for(name):
     plan = plan_of(name)
     shapes = dict(plan.shapes)
     compare_with_model(plan, shapes)
-    for key in shapes:
-        damaged = DAMAGES[damage](shapes, key)
+    for key, damage in itertools.product(shapes, DAMAGES.values()):
+        damaged = damage(shapes, key)
         with pytest.raises(CheckpointError) as refused:
             compare_with_model(plan, damaged)
         _assert_told(refused, damaged.names)

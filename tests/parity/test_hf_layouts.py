@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tests.helpers.hf_cases import CASES
+from tests.helpers.hf_cases import CASES, RICHEST
 from tests.helpers.hf_proof import (
     LAYOUTS,
     apart,
+    check_trained_export,
     imported,
     layouts_of,
     refuse_far,
@@ -35,3 +36,18 @@ def test_a_layout_computes_what_their_one_process_computes(name, layout, tmp_pat
 
 def test_the_quick_pairs_exist():
     assert set(PAIRS) >= QUICK
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(
+            name,
+            "tp2 ep2" if CASES[name].experts else "tp2 pp2",
+            marks=() if name == "gpt-oss" else pytest.mark.slow,
+        )
+        for name in RICHEST
+    ],
+)
+def test_a_model_that_was_trained_on_a_layout_goes_out_as_it_is(name, layout, tmp_path):
+    check_trained_export(imported(name, tmp_path), LAYOUTS[layout], tmp_path)

@@ -88,7 +88,8 @@ def record_step(
     values = KnownValues()
     assert isinstance(world_group, RankGroup), "a dry run has stand-ins for groups"
     modes = (FakeTensorMode(), values)
-    with stand_ins(recipe.device), recorded(log, world_group), _in_every_lane(modes):
+    experts = recipe.config.model.expert_model_parallel_size
+    with stand_ins(recipe.device, experts), recorded(log, world_group), _in_every_lane(modes):
         run = _run(recipe, table, rank)
         log.events.clear()
         log.num_posts = 0

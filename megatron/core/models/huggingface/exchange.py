@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron.core.errors import CheckpointError
 from megatron.core.models.huggingface.views import Piece
 from megatron.core.models.huggingface.weight_plan import WeightPlan
 
@@ -23,12 +24,15 @@ def our_tensor(plan: WeightPlan, key: str, dtype: torch.dtype, read: Read) -> Te
 
     Returns:
         Contiguous, on the CPU; padded rows of the vocabulary are zero.
+
+    Raises:
+        CheckpointError: It holds no real numbers, or some that fp16 has no room for.
     """
     shape = plan.shapes[key]
     made = torch.zeros if plan.padding_of(key) else torch.empty
     target = made(shape, dtype=dtype)
     for piece in plan.pieces_of_key[key]:
-        piece.ours.of(target).copy_(_source(plan, piece, read))
+        _copy(_source(plan, piece, read), piece.ours.of(target), piece.hf_key)
     return target
 
 
@@ -42,7 +46,7 @@ def hf_tensor(
         if last is None or last[0] != piece.key:
             last = None  # before the next is read: at most one of ours is in memory
             last = (piece.key, read_ours(piece.key))
-        piece.hf.of(target).copy_(piece.ours.of(last[1]))
+        _copy(piece.ours.of(last[1]), piece.hf.of(target), piece.key)
     return target
 
 
@@ -53,6 +57,24 @@ def is_equal(plan: WeightPlan, key: str, ours: Tensor, again: Tensor) -> bool:
         if not torch.equal(_bits(first), _bits(second)):
             return False
     return True
+
+
+def _copy(source: Tensor, target: Tensor, name: str) -> None:
+    """Copy numbers; refuse to make infinite what is finite."""
+    if not source.is_floating_point():
+        raise CheckpointError(f"{name} holds {source.dtype}, and weights are real numbers")
+    target.copy_(source)
+    if target.dtype != torch.float16 or source.dtype == torch.float16 or not target.numel():
+        return
+    if _is_infinite(target) and not _is_infinite(source):
+        largest = source.abs().max().item()
+        raise CheckpointError(
+            f"{name} holds {largest:g}, and fp16 ends at 65504: use bf16 or fp32 instead"
+        )
+
+
+def _is_infinite(tensor: Tensor) -> bool:
+    return any(bool(end.isinf()) for end in tensor.aminmax())
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron.core.errors import ConfigError
+from megatron.core.models.huggingface.config_kinds import kind_problems
 from megatron.core.models.huggingface.config_rows import IGNORED
 from megatron.core.models.huggingface.family import Family, family_named, family_of
 from megatron.core.models.huggingface.model_facts import (
@@ -49,8 +50,11 @@ def model_options(
     family = family_of(hf_config)
     hf_config = _renamed(family, hf_config)
     problems = list(_strangers(family, hf_config, ignore))
+    defaults = family_defaults(family)
+    if wrong := list(kind_problems(hf_config, defaults)):  # rows calculate with them
+        ConfigError.raise_if_any([*problems, *wrong])
     found = dict(family.constants)
-    fields = family_defaults(family) | dict(hf_config)
+    fields = defaults | dict(hf_config)
     for row in family.rows:
         try:
             found |= row.read(fields)

@@ -93,7 +93,12 @@ def _read(fields: Fields, theta: float, scaling: Mapping[str, Any]) -> dict[str,
     names = _SAME[kind]
     if strangers := sorted(said.keys() - names.keys()):
         raise ConfigError(f"config.json: rope type {kind} has no {', '.join(strangers)} here")
+    if "truncate" in said:
+        said["truncate"] = bool(said["truncate"])  # null is false there, not the default
+    said = {name: value for name, value in said.items() if value is not None}
     values = {name: value for name, value in _DEFAULTS.items() if name in names} | said
+    if values.get("mscale_all_dim"):  # says nothing alone, where ours has an mscale of 1
+        values.setdefault("mscale", 0.0)
     if _ORIGINAL in names:
         values.setdefault(_ORIGINAL, fields["max_position_embeddings"])
     if values.get("factor") is None and _ORIGINAL in names:

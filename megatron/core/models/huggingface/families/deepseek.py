@@ -195,9 +195,7 @@ _WEIGHTS = (
 )  # fmt: skip
 _IGNORED = frozenset({"qk_head_dim", "head_dim", "aux_loss_alpha", "ep_size", "seq_aux"})
 _COMMON = (
-    same("moe_intermediate_size", "moe_ffn_hidden_size", 2048),
     row({"rms_norm_eps": _EPSILON}, _read_epsilon, _write_epsilon),
-    row({"routed_scaling_factor": 1.0}, _read_scale, _write_scale),
     fixed("hidden_act", "silu", "swish"),
     tied(False),
     attention_bias(),
@@ -223,6 +221,8 @@ V2 = Family(
         *_COMMON,
         vocabulary(102400),
         _latent_heads(4096, 32),
+        same("moe_intermediate_size", "moe_ffn_hidden_size", 1407),
+        row({"routed_scaling_factor": 1.0}, _read_scale, _write_scale),
         same("num_hidden_layers", "num_layers", 32),
         same("intermediate_size", "ffn_hidden_size", 11008),
         same("n_routed_experts", "num_moe_experts", 64),
@@ -260,6 +260,8 @@ V3 = Family(
         *_COMMON,
         vocabulary(129280),
         _latent_heads(7168, 128),
+        same("moe_intermediate_size", "moe_ffn_hidden_size", 2048),
+        row({"routed_scaling_factor": 2.5}, _read_scale, _write_scale),
         same("num_hidden_layers", "num_layers", 61),
         same("intermediate_size", "ffn_hidden_size", 18432),
         same("n_routed_experts", "num_moe_experts", 256),
