@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import MODEL, OPTIMIZER
 from megatron.core.dist_checkpointing.offline import OfflineWriter, StoredCheckpoint, shared_out
 from megatron.core.errors import CheckpointError
 from megatron.core.models.huggingface import accounting, writer
-from megatron.core.models.huggingface.config_file import CONFIG
+from megatron.core.models.huggingface.config_file import CONFIG, read_config
 from megatron.core.models.huggingface.exchange import hf_tensor, is_equal, our_tensor
 from megatron.core.models.huggingface.family import FAMILIES, Family, family_of
 from megatron.core.models.huggingface.folder import HfFolder
@@ -144,8 +144,8 @@ def export_checkpoint(
         ckpt_dir: Folder of checkpoints, or one of them.
         hf_dir: To be made; not there yet, or empty.
         iteration: Which checkpoint; the latest when None.
-        family: How to name the weights; the family that it was imported as, else the first that
-            fits, when None.
+        family: How to name the weights; when None the family that it was imported as, else that
+            of ``reference`` if it fits, else the first that does.
         dtype: Key of ``DTYPES``; the model's when None. Wider than that, main weights are taken
             where the checkpoint has them.
         vocab_size: Rows of the vocabulary to write; those that it was imported with when None, else
@@ -164,9 +164,7 @@ def export_checkpoint(
     source = StoredCheckpoint.open(ckpt_dir, iteration)
     config = config_from_data(dict(source.common["config"]))
     options = options_of_checkpoint(config, source.common["padded_vocab_size"])
-    origin = (source.common.get(ORIGIN) or {}).get("family")
-    names = [asked] if (asked := family or origin) else FAMILIES
-    found = fitting_family(config, options, names)
+    found = fitting_family(config, options, _families(family, source, reference))
     rows = vocab_size or _rows(source, options["padded_vocab_size"])
     plan = weight_plan(found, options, vocab_size=rows)
     accounting.compare_with_model(plan, _shapes(source))
@@ -189,6 +187,15 @@ def export_checkpoint(
     verify_export(hf_dir, plan, facts, read)
     seconds = time.perf_counter() - begin
     return Exchanged(hf_dir, found, options, len(facts), size, seconds)
+
+
+def _families(asked: str | None, source: StoredCheckpoint, reference: Path | None) -> list[str]:
+    """Return the families to choose from, in order: that of ``reference`` before all others."""
+    asked = asked or (source.common.get(ORIGIN) or {}).get("family")
+    if asked is not None:
+        return [asked]
+    first = [] if reference is None else [family_of(read_config(reference)).name]
+    return list(dict.fromkeys([*first, *FAMILIES]))
 
 
 def verify_export(

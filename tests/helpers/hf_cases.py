@@ -108,6 +108,8 @@ _DENSE_CASES = {
     "llama-biases": Case(
         "llama", LLAMA | {"attention_bias": True, "mlp_bias": True} | _rope(10000.0)
     ),
+    "llama-attention-biases": Case("llama", LLAMA | {"attention_bias": True} | _rope(10000.0)),
+    "llama-mlp-biases": Case("llama", LLAMA | {"mlp_bias": True, "head_dim": 16} | _rope(10000.0)),
     "llama-linear": Case("llama", LLAMA | _rope(10000.0, "linear", factor=4.0)),
     "llama-yarn": Case(
         "llama",

@@ -120,7 +120,8 @@ def check_trained_export(case: Imported, layout: Layout, folder: Path) -> None:
     """
     config = _config(case, layout, case.hf, torch.float32)
     logits = train_and_save(config, layout.ranks, folder / "trained")
-    export_checkpoint(folder / "trained", folder / "exported")
+    done = export_checkpoint(folder / "trained", folder / "exported", reference=case.hf)
+    assert done.family == case.plan.family, f"went out as {done.family.name}"
     theirs = their_logits(CASES[case.name], folder / "exported")
     assert float((logits - case.theirs[torch.float32].logits).abs().max()) > 1e-2, "untrained"
     assert float((logits - theirs).abs().max()) <= LOGITS[torch.float32]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.core.errors import ConfigError
 from megatron.core.models.huggingface.options import model_options
-from tests.helpers.hf_cases import CASES
+from tests.helpers.hf_cases import CASES, RICHEST, WINDOW
 from tests.helpers.hf_models import batch, build, randomize
 from tests.reference.grok import grok_logits, grok_shapes
 
@@ -70,6 +70,18 @@ OTHER: dict[str, dict[str, list[Any]]] = {
     },
 }
 """Case -> field -> other values."""
+ALSO = {
+    **{name: {"hidden_act": ["relu"]} for name in RICHEST if name not in ("gpt2", "grok-1")},
+    "gpt2": {"activation_function": ["gelu"], "scale_attn_by_inverse_layer_idx": [True]},
+    "llama3": {"attention_bias": [True], "mlp_bias": [True], "tie_word_embeddings": [True]},
+    "mixtral": {"tie_word_embeddings": [True], "sliding_window": [WINDOW]},
+    "deepseek-v2": {"attention_bias": [True], "v_head_dim": [12], "q_lora_rank": [None]},
+    "deepseek-v3": {"attention_bias": [True], "first_k_dense_replace": [0], "moe_layer_freq": [2]},
+    "gpt-oss": {"attention_bias": [False], "num_key_value_heads": [4]},
+    "granite-moe": {"attention_bias": [True]},
+    "grok-1": {"tie_word_embeddings": [False], "max_attn_value": [None]},
+}
+"""Fields that change the tensors too: case -> field -> other values."""
 UNREAD = collections.defaultdict(
     lambda: {"rope_type"},
     {
@@ -91,12 +103,13 @@ def test_a_field_of_the_configuration_changes_the_logits(name, field):
 
 
 @pytest.mark.parametrize(
-    ("name", "field"), [(name, field) for name, fields in OTHER.items() for field in fields]
+    ("name", "field"),
+    [(name, field) for table in (OTHER, ALSO) for name in table for field in table[name]],
 )
 def test_a_field_of_the_configuration_is_read_or_refused_by_name(name, field):
     """What changes the logits there must change the model here, or be refused."""
     config = CASES[name].config
-    for value in OTHER[name][field]:
+    for value in [*OTHER.get(name, {}).get(field, []), *ALSO.get(name, {}).get(field, [])]:
         options, refusal = _read(config | {field: value})
         assert options != model_options(config), value
         assert options or field in refusal, refusal
