@@ -101,7 +101,7 @@ def _receipt(args: argparse.Namespace, source: "StoredCheckpoint") -> int:
     rows = upcycle_text.rows_of(
         args.receipt_data,
         saved_tokenizer(OpenCheckpoint(source.path, dict(source.common))),
-        source.common["padded_vocab_size"],
+        upcycle_receipt.known_ids(source),
         length=min(ROW_LENGTH, longest, options["data"]["seq_length"] or longest),
         num_tokens=args.receipt_tokens,
     )

@@ -118,12 +118,14 @@ def measured(
     Raises:
         CheckpointError: Tensors of one of them are not those of its model.
     """
+    known = known_ids(dense)
     few = rows.tokens[: max(1, _ROUNDING_TOKENS // rows.tokens.shape[1])]
-    wide = [logits.clone() for logits in _logits(_model(dense, torch.float64), few)]
+    wide = [logits.clone() for logits in _logits(_model(dense, torch.float64), few, known)]
     before, after = _model(dense, torch.float32), _model(mixture, torch.float32)
     sums, rounding = _Sums(), 0.0
     with _Loads(after) as loads:
-        pairs = zip(_logits(before, rows.tokens), _logits(after, rows.tokens), strict=True)
+        both = (_logits(model, rows.tokens, known) for model in (before, after))
+        pairs = zip(*both, strict=True)
         for number, (one, other) in enumerate(pairs):
             sums.add(one.double(), other.double(), rows.tokens[number, 1:])
             if number < len(wide):
@@ -144,6 +146,13 @@ def measured(
         busiest_expert=loads.busiest(),
         changes=recipe.changes(),
     )
+
+
+def known_ids(checkpoint: StoredCheckpoint) -> int:
+    """Return the ids of a model; rows of its vocabulary behind them pad, and have no logits."""
+    rows: int = checkpoint.common["padded_vocab_size"]
+    tokens = checkpoint.common["config"]["tokenizer"].get("unpadded_vocab_size")
+    return rows if tokens is None else min(int(tokens), rows)
 
 
 class _Sums:
@@ -194,11 +203,11 @@ class _Loads:
 
 
 @torch.no_grad()
-def _logits(model: GPTModel, tokens: Tensor) -> Iterator[Tensor]:
-    """Yield the logits [s, v] of each row."""
+def _logits(model: GPTModel, tokens: Tensor, known: int) -> Iterator[Tensor]:
+    """Yield the logits [s, known] of each row."""
     places = torch.arange(tokens.shape[1] - 1).unsqueeze(0)
     for row in tokens:
-        yield model(row[:-1].unsqueeze(0), places)[0]
+        yield model(row[:-1].unsqueeze(0), places)[0, :, :known]
 
 
 def _model(checkpoint: StoredCheckpoint, dtype: torch.dtype) -> GPTModel:

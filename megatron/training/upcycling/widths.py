@@ -14,7 +14,7 @@ from megatron.training.upcycling.preservation import factor_of_router, preservat
 
 MOE_OPTIONS = frozenset(field.name for field in fields(MoEPerLayerConfig))
 """Options of the model that upcycling may set."""
-_NEW = ("--num-experts", "--ffn-hidden-size", "choice of experts")
+_NEW = ("--num-experts", "--ffn-hidden-size", "choice of experts", "weights over their sum")
 
 
 class Channels(NamedTuple):
