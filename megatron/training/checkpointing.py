@@ -64,7 +64,6 @@ from megatron.training.resume_rules import (
 )
 from megatron.training.starting_point import StartingPoint, starting_point
 from megatron.training.tokenizer_facts import (
-    tokenizer_companions,
     tokenizer_copies,
     tokenizer_facts,
 )
@@ -178,7 +177,6 @@ def checkpoint_content(
     }
     copies = tokenizer_copies(tokenizer) if tokenizer is not None else {}
     files = {name: path for name, (_, path) in copies.items()}
-    files |= tokenizer_companions(tokenizer) if tokenizer is not None else {}
     return CheckpointContent(tensors=tensors, common=common, files=files)
 
 

@@ -21,7 +21,6 @@ from megatron.core.tokenizers.build_tokenizer import TokenizerSettings, build_to
 from megatron.core.tokenizers.huggingface_tokenizer import CONFIG_FILE
 from megatron.training.huggingface_start import tokenizer_of_folder
 from megatron.training.tokenizer_facts import (
-    tokenizer_companions,
     tokenizer_copies,
     tokenizer_facts,
 )
@@ -84,7 +83,6 @@ def kept_of_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Path]
     kept = {path for _, path in copies.values()}
     files = {name: path for name, path in files.items() if path not in kept}
     files |= {name: path for name, (_, path) in copies.items()}
-    files |= tokenizer_companions(tokenizer)
     return tokenizer_facts(tokenizer), files
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from megatron.core.tokenizers.huggingface_tokenizer import CONFIG_FILE
 from megatron.training.checkpoint_state import SavedTokenizer
 
 _LARGEST_COPY_BYTES = 64 << 20
@@ -37,17 +36,3 @@ def tokenizer_copies(tokenizer: SavedTokenizer) -> dict[str, tuple[str, Path]]:
         for (folder, role), path in found.items()
         if path.is_file() and path.stat().st_size <= _LARGEST_COPY_BYTES
     }
-
-
-def tokenizer_companions(tokenizer: SavedTokenizer) -> dict[str, Path]:
-    """Return name in the checkpoint -> file that is read beside one of the tokenizer's files.
-
-    A tokenizer_config.json says which token ends a document; without it another one might.
-    """
-    if tokenizer.name != "HuggingFaceTokenizer":
-        return {}
-    found = {
-        str(Path(name).with_name(CONFIG_FILE)): path.with_name(CONFIG_FILE)
-        for name, (_, path) in tokenizer_copies(tokenizer).items()
-    }
-    return {name: path for name, path in found.items() if path.is_file()}
