@@ -69,7 +69,7 @@ smollm2: $(STAMPS)/dev ## a real model, SmolLM2-135M: import, upcycle, train, ex
 	$(TEST_ENV) $(BIN)/python tools/verify_smollm2.py --output runs/smollm2 --markdown docs/smollm2.md
 
 recipes: $(STAMPS)/dev ## examples: full-size plans against published sizes, toys on two ranks; writes docs/recipes.md: minutes
-	$(TEST_ENV) $(BIN)/python tools/verify_recipes.py --markdown docs/recipes.md
+	$(TEST_ENV) $(BIN)/python tools/verify_recipes.py --results runs/recipes --markdown docs/recipes.md
 
 planted: $(STAMPS)/dev ## plant the silent bugs of MoE training one by one, and see the tests catch them: minutes
 	$(TEST_ENV) $(BIN)/python -m tests.planted.run

@@ -14,12 +14,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.recipes.published import PUBLISHED
-from tools.recipes.runs import ExampleError, Plan, Toy, plan, toy
+from tools.recipes.runs import ExampleError, Plan, Toy, kept, plan, toy
 from tools.recipes.table import page, plan_line, problems_of, toy_line
 
 
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="PATTERN", default="*", help="examples of such names")
     parser.add_argument("--skip-plans", action="store_true", help="train the toys alone")
     parser.add_argument("--skip-toys", action="store_true", help="look at the plans alone")
+    parser.add_argument(
+        "--results", metavar="FOLDER", help="keep what was found there, and do not find it again"
+    )
     parser.add_argument("--markdown", metavar="FILE", help="write the page; needs all of them")
     args = parser.parse_args(argv)
     chosen = [one for one in PUBLISHED if fnmatch.fnmatch(one.example, args.only)]
@@ -48,11 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for one in chosen:
             try:
                 if not args.skip_plans:
-                    plans[one.example] = found = plan(one.example, Path(folder))
+                    found = plans[one.example] = kept(
+                        Plan, args.results, one.example, partial(plan, one.example, Path(folder))
+                    )
                     problems += problems_of(one, found)
                     print(plan_line(one.example, found), flush=True)
                 if not args.skip_toys:
-                    toys[one.example] = run = toy(one.example)
+                    run = toys[one.example] = kept(
+                        Toy, args.results, one.example, partial(toy, one.example)
+                    )
                     print(toy_line(one.example, run), flush=True)
                     if not run.last_loss < run.first_loss:
                         problems.append(f"{one.example} --toy: the loss does not fall")

@@ -128,6 +128,9 @@ def test_a_toy_trains_on_two_ranks(example) -> None:
 def test_a_figure_is_equal_within_one_percent_or_by_its_digits() -> None:
     assert is_equal("46.7", 46_702_792_704)
     assert is_equal("1.3", 1_282_000_000), "1.3 may be 1.25 to 1.35"
+    assert is_equal("2.4", 2_451_440_640), "digits were left out"
+    assert not is_equal("2.4", 2_501_000_000)
+    assert not is_equal("1.3", 1_249_000_000)
     assert not is_equal("46.7", 47_200_000_000)
     assert not is_equal("20.91", 21_200_000_000)
     assert difference("100", 99 * 10**9) == pytest.approx(-0.01)

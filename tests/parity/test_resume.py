@@ -35,7 +35,7 @@ FLAGS = {
     "--moe-router-topk": 2,
     "--moe-z-loss-coeff": 1e-3,
     "--moe-router-score-function": "sigmoid",
-    "--moe-router-bias-update-rate": 0.02,
+    "--moe-router-bias-update-rate": 0.013,
     "--expert-model-parallel-size": 2,
     "--micro-batch-size": 2,
     "--global-batch-size": 8,

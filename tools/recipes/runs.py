@@ -6,8 +6,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -38,6 +39,9 @@ class Toy(NamedTuple):
     first_loss: float
     last_loss: float
     seconds: float
+
+
+FoundT = TypeVar("FoundT", Plan, Toy)
 
 
 class ExampleError(Exception):
@@ -88,6 +92,26 @@ def toy(example: str) -> Toy:
     if not steps:
         raise ExampleError(f"{example} --toy logged no step:\n{said[-2000:]}")
     return Toy(steps[-1][0], steps[0][1], steps[-1][1], time.monotonic() - begun)
+
+
+def kept(
+    kind: type[FoundT], folder: str | None, example: str, find: Callable[[], FoundT]
+) -> FoundT:
+    """Return what a run before left in ``folder``, else what ``find`` finds, which is left there.
+
+    Args:
+        kind: ``Plan`` or ``Toy``.
+        folder: None to find it in any case.
+        example: Of which.
+        find: Runs it.
+    """
+    if folder is None:
+        return find()
+    file = Path(folder) / f"{example.replace('/', '_')}.{kind.__name__.lower()}.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(find()._asdict()))
+    return kind(**json.loads(file.read_text()))
 
 
 def _run(example: str, *flags: str) -> str:

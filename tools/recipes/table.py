@@ -17,9 +17,10 @@ Each row is a script in `examples/`, and a YAML file too. How to start one is in
 
 `train_X.sh --plan` builds every rank of the cluster without memory, runs a step without numbers
 ([dry run](dry_run.md)) and counts. *Published* is what the makers say, in billions; *counted* is
-ours. They are equal within 1 %, or round to the published digits (`1.3` says no more than 1.25 to
-1.35). GPT-OSS's makers leave the embedding out of the active parameters, DeepSeek-V3's its module
-for multi-token prediction out of both; so does *counted* here. *Memory* is that of the rank that
+ours. They are equal within 1 %, or have the published digits, which `1.3` has of all from 1.25 to
+1.40 (rounded, or cut off). The makers of GPT-OSS and DeepSeek leave the embedding out of the active
+parameters, and those of DeepSeek-V3 its module for multi-token prediction out of both; so does
+*counted* here. *Memory* is that of the rank that
 needs most, in GiB, without what allocator, kernels and NCCL take. No rank waits for ever in any of
 them.
 """

@@ -20,7 +20,7 @@ _SHARED = """
     --moe-router-score-function sigmoid --moe-z-loss-coeff 0.001
     --moe-shared-expert-intermediate-size 16
     --moe-shared-expert-gate --init-method-std 0.2 --hidden-dropout 0.1 --attention-dropout 0.1
-    --seq-length 12 --mock-data --tokenizer-type NullTokenizer --vocab-size 60
+    --seq-length 12 --mock-data --tokenizer-type NullTokenizer --vocab-size 63
     --padded-vocab-size 64 --global-batch-size 12 --train-iters 8
     --lr 0.01 --min-lr 0.001 --lr-decay-style cosine --lr-warmup-iters 3
     --adam-eps 0.001 --clip-grad 0.1 --start-weight-decay 0.05 --end-weight-decay 0.2

@@ -17,7 +17,7 @@ from megatron.training.config.run_config import RunConfig
 from megatron.training.config.yaml_file import read_yaml_file
 
 _REPLACED = """
-    save save_interval save_retain_interval keep_last
+    save save_interval save_retain_interval keep_last save_hf
     non_persistent_save_interval non_persistent_ckpt_type
     non_persistent_global_ckpt_dir non_persistent_local_ckpt_dir
     load ckpt_step allow_fresh_start
@@ -37,6 +37,7 @@ _PART_OF_A_RUN = {
     "no_load_optim": "a run with a fresh optimizer is not the unbroken run",
     "no_load_rng": "a run with another dropout stream is not the unbroken run",
     "finetune": "a run that begins anew is not the unbroken run",
+    "moe_use_upcycling": "a run that upcycles begins anew; upcycle first, then prove",
     "skip_train": "nothing would be trained",
     "dry_run": "nothing would be trained",
 }
