@@ -8,6 +8,11 @@
 #
 # Further flags are passed on, and win.
 set -euo pipefail
+LAPTOP=(
+    --mock-data --num-layers 4 --hidden-size 64 --num-attention-heads 4 --padded-vocab-size 1024 --vocab-size 1000
+    --seq-length 64 --max-position-embeddings 128 --micro-batch-size 4 --global-batch-size 16
+    --train-iters 30 --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters 3 --eval-iters 0 --log-interval 5 --device cpu
+)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
 --plan)
@@ -17,7 +22,7 @@ case "${1:-}" in
     ;;
 --toy)
     OMP_NUM_THREADS=1 exec torchrun --standalone --nproc-per-node 2 pretrain_gpt.py \
-        "${MODEL[@]}" "${RECIPE[@]}" "${TOY[@]}" "${@:2}"
+        "${MODEL[@]}" "${RECIPE[@]}" "${LAPTOP[@]}" "${TOY[@]}" "${@:2}"
     ;;
 *)
     per_node=${GPUS_PER_NODE:-8}

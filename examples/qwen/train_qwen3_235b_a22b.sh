@@ -27,13 +27,8 @@ CLUSTER=(
     --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
     --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --device cuda
 )
-# instead of CLUSTER with --toy: the same features, small, on 2 CPU ranks
+# instead of CLUSTER with --toy, after LAPTOP of launch.sh: the same features, small, on 2 CPU ranks
 TOY=(
-    --mock-data --num-layers 4 --hidden-size 64 --num-attention-heads 4 --padded-vocab-size 1024
-    --vocab-size 1000
-    --seq-length 64 --max-position-embeddings 128 --micro-batch-size 4 --global-batch-size 16
-    --train-iters 30 --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters 3 --eval-iters 0 --log-interval 5
-    --device cpu
     --num-query-groups 2 --kv-channels 16
     --num-experts 16 --moe-router-topk 4 --moe-ffn-hidden-size 32 --ffn-hidden-size 128
     --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2

@@ -183,8 +183,8 @@ def export_checkpoint(
         documents={CONFIG: beside.fields | hf_config, **beside.documents},
         copies=beside.copies,
         max_shard_bytes=max_shard_bytes,
+        check=lambda written: verify_export(written, plan, facts, read),
     )
-    verify_export(hf_dir, plan, facts, read)
     seconds = time.perf_counter() - begin
     return Exchanged(hf_dir, found, options, len(facts), size, seconds)
 
@@ -219,7 +219,7 @@ def verify_export(
             return is_equal(plan, key, original, our_tensor(plan, key, dtype, back))
 
         wrong = [f"{key} reads differently" for key in plan.pieces_of_key if not is_same(key)]
-    accounting.refuse(f"{hf_dir} is not what the checkpoint holds", wrong)
+    accounting.refuse(f"what was written to {hf_dir} is not what the checkpoint holds", wrong)
 
 
 def _common(

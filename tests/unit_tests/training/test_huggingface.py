@@ -167,6 +167,7 @@ def test_an_export_reads_its_own_result(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(huggingface, "hf_tensor", wrong)
     with pytest.raises(CheckpointError, match=r"1\.self_attention\.linear_qkv\.weight reads"):
         export_checkpoint(tmp_path / "ours", tmp_path / "again")
+    assert {file.name for file in tmp_path.iterdir()} == {"theirs", "ours"}
 
 
 def test_targets_that_hold_something_are_left_alone(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def write_folder(
     documents: Mapping[str, Any],
     copies: Mapping[str, Path],
     max_shard_bytes: int,
+    check: Callable[[Path], None] = lambda _: None,
 ) -> int:
     """Write a folder and give it its name when it is whole.
 
@@ -66,6 +67,7 @@ def write_folder(
         documents: Name -> what is written as JSON, config.json among them.
         copies: Name -> file that is copied.
         max_shard_bytes: Of one file of tensors.
+        check: Called with what was written, before it gets its name; raises what is wrong with it.
 
     Returns:
         Bytes of all tensors.
@@ -86,6 +88,7 @@ def write_folder(
             _write_json(hidden / name, content)
         for name, file in copies.items():
             shutil.copyfile(file, hidden / name)
+        check(hidden)
         flush_folder(hidden)
         if path.exists():
             path.rmdir()
