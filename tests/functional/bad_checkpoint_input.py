@@ -4,6 +4,15 @@ GOOD = "--num-layers 4 --hidden-size 64 --mock-data"
 _SAVE = f"{GOOD} --save x --save-interval 4"
 
 CHECKPOINT_CASES: dict[str, tuple[int, str, list[str]]] = {
+    "a checkpoint's model that is not said": (
+        1,
+        "--mock-data --load somewhere",
+        [
+            "--num-layers is missing; every model needs it (--use-checkpoint-args takes it",
+            "--hidden-size is missing; every model needs it (--use-checkpoint-args takes it",
+            "--load somewhere is no folder",
+        ],
+    ),
     "retained without a folder": (
         1,
         f"{GOOD} --save-retain-interval 4",

@@ -138,10 +138,14 @@ def _merge(sources: dict[str, Given], options: dict[str, Option]) -> _Merged:
         merged.doubtful.update(options[name].flags)
         merged.out_of_range[name] = merged.values.pop(name)
         del merged.origins[name]
+    start = merged.values.get("load") or merged.values.get("pretrained_checkpoint")
+    way = f" (--use-checkpoint-args takes it from {start})" if start else ""
     for name, stand_in in _REQUIRED.items():
         if name not in merged.values:
             if options[name].flag not in merged.doubtful:
-                merged.problems.append(f"{options[name].flag} is missing; every model needs it")
+                merged.problems.append(
+                    f"{options[name].flag} is missing; every model needs it{way}"
+                )
             merged.doubtful.update(options[name].flags)
             merged.values[name] = stand_in
     return merged
