@@ -138,7 +138,7 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in text.split()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sigterm_to_one_rank_saves_and_exits_0(ranks: int, tmp_path: Path) -> None:
     flags = f"--train-iters 100000 --save {tmp_path} --num-workers 1".split()
     process = _start(TORCHRUN if ranks == 2 else PYTHON, flags)

@@ -53,6 +53,7 @@ def verify(words: str, flags: str = run_resume.FLAGS) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_unbroken_run_item_by_item(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     done = verify(

@@ -29,6 +29,9 @@ def runs(folder: Path) -> dict[str, Steps]:
     return {name: result(folder / name) for name in ("unbroken", "resumed", "spread")}
 
 
+pytestmark = pytest.mark.slow
+
+
 def test_five_and_five_steps_of_shared_experts_are_ten_bit_for_bit(runs: dict[str, Steps]) -> None:
     unbroken, resumed = runs["unbroken"], runs["resumed"]
     assert sorted(resumed.metrics) == [6, 7, 8, 9, 10]
