@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 from unittest import mock
 
@@ -94,14 +94,23 @@ _PARTS = {
 
 
 def take_census(config: RunConfig, provider: ModelProvider, table: GroupTable) -> Census:
-    """Build the model of each rank in turn; at most one exists at a time."""
+    """Build the model of each rank in turn; at most one exists at a time.
+
+    Ranks that differ in the samples they read alone hold the same: one of them is built.
+    """
     ranks: list[RankModel] = []
+    alike: dict[tuple[int, ...], RankModel] = {}
     tally = _Tally()
     for rank in range(table.layout.world_size):
-        with torch.device("meta"), deferred_init(), _checked(rank > 0):
-            model = provider(config, table.collection(rank))
-        ranks.append(_describe(rank, model))
-        tally.add(model)
+        groups = table.collection(rank)
+        parted = (groups.tp, groups.cp, groups.pp, groups.ep, groups.expt_tp)
+        places = tuple(group.rank() for group in parted)
+        if places not in alike:
+            with torch.device("meta"), deferred_init(), _checked(rank > 0):
+                model = provider(config, groups)
+            alike[places] = _describe(rank, model)
+            tally.add(model)
+        ranks.append(replace(alike[places], rank=rank))
     return Census(ranks=tuple(ranks), whole=tally.whole(config.model))
 
 
