@@ -62,7 +62,8 @@ def choose_closeness(census: Census, num_microbatches: int) -> Closeness:
         return Closeness(True, True, True)
     if small and layers * 2 * SECONDS_A_LAYER < PATIENCE_SECONDS:
         return Closeness(True, False, True)
-    return Closeness(small and len(census.ranks) <= 16, False, False)
+    few = len(census.ranks) <= 16 and layers * SECONDS_A_LAYER < PATIENCE_SECONDS
+    return Closeness(few, False, False)
 
 
 def rehearse(

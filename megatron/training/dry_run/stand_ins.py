@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 
 from megatron.core.transformer import dot_product_attention
+from megatron.core.transformer.moe import permutation
 from megatron.core.transformer.moe import router as router_module
 from megatron.core.transformer.moe.expert_activation import IN_TORCH, _Scratch
 from megatron.core.transformer.moe.experts import GroupedMLP
@@ -68,6 +69,7 @@ def stand_ins(device: str, expert_ranks: int = 1) -> Iterator[None]:
         if device == "cuda":
             put(dot_product_attention, "_blocked_is_faster", lambda *_: False)
             put(_Scratch, "_BLOCK_NUMEL", sys.maxsize)  # blocks are for the caches of a CPU
+            put(permutation, "_CPU_TOKENS", sys.maxsize)
         yield
 
 

@@ -196,6 +196,10 @@ def _add_in_order(rows: Tensor, token_of_row: Tensor, num_tokens: int) -> Tensor
     return rows.new_zeros(num_tokens, *rows.shape[1:]).index_add_(0, token_of_row, rows)
 
 
+_CPU_TOKENS = 128
+"""Whose rows are summed at a time, in the cache of a CPU."""
+
+
 def _sum_slots(rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum the rows of each token in fp32 or wider, in the order of the experts."""
     num_rows, num_tokens = rows.shape[0], slots.shape[1]
@@ -206,7 +210,7 @@ def _sum_slots(rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(rows.dtype, torch.float32)
     full = num_rows == slots.numel()
     # On a CPU the sums of some tokens at a time, which stay in the cache.
-    step = 128 if rows.device.type == "cpu" else max(num_tokens, 1)
+    step = _CPU_TOKENS if rows.device.type == "cpu" else max(num_tokens, 1)
     for start in range(0, num_tokens, step):
         some = slots[:, start : start + step]
         total = rows.new_zeros((some.shape[1], *shape[1:]), dtype=wide)
