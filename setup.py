@@ -41,7 +41,11 @@ setup(
     packages=find_namespace_packages(include=["megatron", "megatron.*"]),
     package_data={
         "megatron.training.config": ["*.tsv"],
-        "megatron.core.transformer.moe": ["*.c"],
+        "megatron.core.cpu_kernels": ["*.cpp", "*.h"],
+        "megatron.core.tensor_parallel": ["*.cpp"],
+        "megatron.core.transformer": ["*.cpp"],
+        "megatron.core.transformer.moe": ["*.c", "*.cpp"],
+        "megatron.core.optimizer": ["*.cpp"],
     },
     install_requires=["torch>=2.9", "numpy>=1.26", "sentencepiece>=0.2", "pyyaml>=6.0"],
     extras_require={

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from megatron.core import parallel_state
+from megatron.core.cpu_kernels import choice
 from megatron.core.distributed.collective_log import CollectiveChecks, checked_collectives
 from megatron.core.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -91,6 +92,9 @@ def initialize(config: RunConfig) -> World:
     device, why = choose_device(config.distributed, launch)
     backend = choose_backend(config.distributed, device)
     threads = set_threads(launch, device)
+    if device.type == "cpu":
+        choice.use(config.distributed.cpu_kernels)
+        threads += f", {choice.describe()}"
     timeout = timedelta(minutes=config.distributed.distributed_timeout_minutes)
     start = connect(launch, backend, device, timeout)
     groups = ProcessGroupCollection.create(config.model.layout(launch.world_size), timeout)

@@ -50,4 +50,14 @@ ACTIVATION_CASES: dict[str, tuple[int, str, list[str]]] = {
         f"{MOE} --swiglu --activation-func-clamp-value 7 --moe-fused-activation compiled",
         ["computes SwiGLU only: leave out --activation-func-clamp-value 7"],
     ),
+    "kernels of a CPU": (
+        1,
+        f"{GOOD} --device cuda --cpu-kernels compiled",
+        ["--cpu-kernels compiled is for CPUs: add --device cpu, or leave it out"],
+    ),
+    "compiled fp64": (
+        1,
+        f"{GOOD} --fp64 --cpu-kernels compiled",
+        ["--cpu-kernels compiled computes bf16 and fp32 only: leave --fp64 or it out"],
+    ),
 }

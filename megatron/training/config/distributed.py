@@ -16,6 +16,11 @@ class DistributedConfig:
     device: Literal["cuda", "cpu"] | None = None
     """Where the model runs; cuda when one is there, else cpu, when not set."""
 
+    cpu_kernels: Literal["auto", "compiled", "torch"] = "auto"
+    """On a CPU in bf16 and fp32, compute attention, norms, activations, losses and the optimizer
+    by C++ that is compiled when a run first needs it, in seconds, and kept in the user's cache
+    folder (auto: where there is a compiler), or by PyTorch alone (torch). Last bits differ."""
+
     distributed_timeout_minutes: int = 10
     """Minutes after which a collective that some rank never joins ends the run."""
 

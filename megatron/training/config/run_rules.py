@@ -213,6 +213,18 @@ def machine(check: Check) -> Iterator[str]:
         )
 
 
+def cpu_kernels(check: Check) -> Iterator[str]:
+    """Compiled kernels that are asked for must have something to compute."""
+    model, shown = check.config.model, check.show("cpu_kernels")
+    if check.config.distributed.cpu_kernels != "compiled":
+        return
+    if check.config.distributed.device == "cuda":
+        yield f"{shown} is for CPUs: add --device cpu, or leave it out"
+    if model.params_dtype_name in ("float64", "float16"):
+        wrong = "--fp64" if model.fp64 else "--fp16"
+        yield f"{shown} computes bf16 and fp32 only: leave {wrong} or it out"
+
+
 def sharded_optimizer(check: Check) -> Iterator[str]:
     """Weights are gathered where optimizer state is shared out, and beside reductions."""
     options = check.config.ddp
@@ -305,6 +317,7 @@ RUN_RULES: tuple[Rule, ...] = (
     saving,
     loading,
     machine,
+    cpu_kernels,
     sharded_optimizer,
     fully_sharded,
     evaluation,
