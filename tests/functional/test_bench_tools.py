@@ -26,7 +26,7 @@ TINY = {
     "--warm-up 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
     "sample_index": "--documents 100",
-    "step": SMALL,
+    "step": SMALL + " --parts steps roofline --dtypes fp32 bf16",
 }
 
 
