@@ -148,5 +148,6 @@ def _parse() -> Any:
 
 if __name__ == "__main__":
     options = _parse()
+    torch.set_num_threads(1)
     where = "cuda" if torch.cuda.is_available() else "cpu"
     print(json.dumps(measure(options.contender, options.dtype, size_of(options), where)))
