@@ -29,7 +29,7 @@ from megatron.core.transformer.moe.expert_activation import (
     weighted_activation,
 )
 from megatron.core.transformer.moe.expert_loop import ExpertWeights, looped_experts
-from megatron.core.transformer.moe.fused_swiglu import DTYPES, fused_swiglu
+from megatron.core.transformer.moe.fused_swiglu import fused_swiglu
 from megatron.core.transformer.moe.output_bias import add_output_bias, adds_output_bias
 from megatron.core.transformer.precision import compute_dtype, params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -140,7 +140,7 @@ class GroupedMLP(nn.Module):
     def _activation(self, dtype: torch.dtype) -> Activation:
         """Return what computes the activation where experts are looped over."""
         asked = self.fused == "compiled"
-        if not asked and (self.fused == "off" or self.kind != SWIGLU or dtype not in DTYPES):
+        if not asked and (self.fused == "off" or self.kind != SWIGLU):
             return IN_TORCH
         return fused_swiglu(dtype, required=asked)
 
