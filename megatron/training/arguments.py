@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,6 +68,8 @@ def _ranks(values: dict[str, Any]) -> int | None:
 
 
 def _version() -> str:
+    from importlib import metadata  # 15 modules, for --version alone
+
     try:
         return metadata.version("megatron-moe")
     except metadata.PackageNotFoundError:
