@@ -30,6 +30,7 @@ from megatron.training.rendezvous import (
     launcher_store,
     store_of_start,
 )
+from megatron.training.start_clock import start_clock
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ def initialize(config: RunConfig) -> World:
     groups = ProcessGroupCollection.create(config.model.layout(launch.world_size), timeout)
     parallel_state.set_process_groups(groups)
     seed_everything(config.training.seed)
+    start_clock.mark("process groups")
     log.info(
         " > %d rank%s on %s (%s) over %s, %s",
         launch.world_size,

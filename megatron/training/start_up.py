@@ -11,6 +11,7 @@ from megatron.core.log import banner
 from megatron.training.checkpointing import world_group
 from megatron.training.config.run_config import RunConfig
 from megatron.training.initialize import Launch
+from megatron.training.start_clock import start_clock
 from megatron.training.starting_point import starting_point, takes_newer
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def ready(config: RunConfig) -> None:
     """
     tell_options(config)
     prove_store(config)
+    start_clock.mark("tokenizer")
 
 
 def prove_store(config: RunConfig) -> None:

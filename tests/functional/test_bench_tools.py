@@ -26,6 +26,7 @@ TINY = {
     "--warm-up 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
     "sample_index": "--documents 100",
+    "startup": "--rounds 1 --no-tools --ranks",
     "step": SMALL,
 }
 
