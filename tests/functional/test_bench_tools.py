@@ -27,7 +27,7 @@ TINY = {
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
     "sample_index": "--documents 100",
     "startup": "--rounds 1 --no-tools --ranks",
-    "step": SMALL,
+    "step": SMALL + " --parts steps roofline --dtypes fp32 bf16",
 }
 
 

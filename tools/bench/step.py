@@ -2,8 +2,8 @@
 
 All contenders start from the same weights and take turns, step by step, on the same new tokens;
 before the first step their losses must agree. Then the parts of a step are measured alone, and the
-memory of a step in a process of its own for each contender. On one thread of a CPU all times are
-processor time. ``--markdown FILE`` writes the page.
+memory of a step in a process of its own for each contender. On one thread of a CPU, the default,
+all times are processor time. ``--markdown FILE`` writes the page.
 """
 
 import argparse
@@ -166,6 +166,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="Who takes part."
     )
+    parser.add_argument("--threads", type=int, default=1, help="Of the CPU; 1: processor time.")
     add_size_options(parser)
     return parser.parse_args(words)
 
@@ -173,6 +174,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Print the tables."""
     args = parse()
+    torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, why in missing().items():
         if name in args.contenders:

@@ -37,7 +37,7 @@ def memory_rows(args: argparse.Namespace, device: str) -> list[dict[str, object]
         for name in args.contenders:
             if name in absent:
                 continue
-            found = _in_own_process(name, dtype, size_of(args))
+            found = in_own_process(name, dtype, size_of(args))
             row = {"dtype": dtype, "what": name, "resident_mib": None, **found}
             if name == "ours":
                 use = foretold(size_of(args), dtype, device)
@@ -61,7 +61,8 @@ def foretold(size: Size, dtype: str, device: str) -> MemoryUse:
     return record_step(recipe, recipe.groups(), 0).memory
 
 
-def _in_own_process(name: str, dtype: str, size: Size) -> dict[str, float]:
+def in_own_process(name: str, dtype: str, size: Size) -> dict[str, float]:
+    """Return what ``measure`` finds in a fresh process."""
     words = [sys.executable, __file__, "--contender", name, "--dtype", dtype]
     words += ["--hidden-size", str(size.hidden), "--vocab-size", str(size.vocabulary)]
     words += ["--seq-length", str(size.sequence), "--micro-batch-size", str(size.microbatch)]
@@ -147,5 +148,6 @@ def _parse() -> Any:
 
 if __name__ == "__main__":
     options = _parse()
+    torch.set_num_threads(1)
     where = "cuda" if torch.cuda.is_available() else "cpu"
     print(json.dumps(measure(options.contender, options.dtype, size_of(options), where)))

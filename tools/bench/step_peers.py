@@ -21,9 +21,9 @@ LossOf = Callable[[Tensor, Tensor], Tensor]
 """Tokens and labels, [b, s] each -> mean loss, []."""
 CONTENDERS = (
     "ours",
-    "textbook loop",
-    "transformers grouped_mm",
-    "transformers eager",
+    "textbook",
+    "transformers-grouped_mm",
+    "transformers-eager",
     "torchtitan",
 )
 
@@ -89,7 +89,7 @@ def make_peers(names: Sequence[str], ours: Step, data: Data) -> Iterator[PeerSte
     for name in names:
         if name == "ours" or name in absent:
             continue
-        if name == "textbook loop":
+        if name == "textbook":
             textbook = TextbookGPT(weights).to(device)
             yield PeerStep(name, textbook, textbook.loss, data)
         elif name == "torchtitan":
@@ -97,7 +97,7 @@ def make_peers(names: Sequence[str], ours: Step, data: Data) -> Iterator[PeerSte
             yield PeerStep(name, titan, lambda t, y, m=titan: mean_loss(m(t), y), data)
         else:  # both ways over one model: memory for one
             mixtral = mixtral or transformers_model(weights, ours.size).to(device)
-            yield PeerStep(name, mixtral, _mixtral_loss(mixtral, name.split()[1]), data)
+            yield PeerStep(name, mixtral, _mixtral_loss(mixtral, name.partition("-")[2]), data)
 
 
 def transformers_model(weights: MixtralWeights, size: Size) -> Any:
