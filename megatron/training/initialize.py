@@ -24,6 +24,7 @@ from megatron.core.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.config.distributed import DistributedConfig
 from megatron.training.config.run_config import RunConfig
+from megatron.training.fused_kernels import check_asked
 from megatron.training.rendezvous import (
     agree_on_start,
     launcher_keeps_store,
@@ -91,6 +92,7 @@ def initialize(config: RunConfig) -> World:
     """Connect the ranks, make the groups, seed the generators. Every rank calls this once."""
     launch = Launch.from_environment()
     device, why = choose_device(config.distributed, launch)
+    check_asked(config, device)
     backend = choose_backend(config.distributed, device)
     threads = set_threads(launch, device)
     if device.type == "cpu":
