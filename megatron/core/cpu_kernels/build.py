@@ -133,6 +133,8 @@ def _digest(source: Path, command: Sequence[str], arguments: Sequence[str]) -> s
         _processor(),
     )
     told = hashlib.sha256(source.read_bytes())
+    for header in sorted(source.parent.glob("*.h")):
+        told.update(header.read_bytes())
     told.update("\0".join(facts).encode())
     return told.hexdigest()[:20]
 
