@@ -26,6 +26,8 @@ TINY = {
     "--warm-up 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
     "sample_index": "--documents 100",
+    "scaling": "--quick --hidden-size 32 --vocab-size 64 --seq-length 16 --sequences 8 16 "
+    "--experts 4 8 --rounds 1 --warm-up 0 --curves sequence experts --dtypes fp32",
     "step": SMALL,
 }
 
