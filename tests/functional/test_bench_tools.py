@@ -28,6 +28,8 @@ TINY = {
     "sample_index": "--documents 100",
     "startup": "--rounds 1 --no-tools --ranks",
     "step": SMALL + " --parts steps roofline --dtypes fp32 bf16",
+    "scaling": "--quick --hidden-size 32 --vocab-size 64 --seq-length 16 --sequences 8 16 "
+    "--experts 4 8 --rounds 1 --warm-up 0 --curves sequence experts --dtypes fp32",
 }
 
 
