@@ -25,6 +25,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.config.distributed import DistributedConfig
 from megatron.training.config.run_config import RunConfig
 from megatron.training.fused_kernels import check_asked
+from megatron.training.machine.core_binding import unbind
+from megatron.training.machine.settings import set_up_cpu
 from megatron.training.rendezvous import (
     agree_on_start,
     launcher_keeps_store,
@@ -102,6 +104,13 @@ def initialize(config: RunConfig) -> World:
     start = connect(launch, backend, device, timeout)
     groups = ProcessGroupCollection.create(config.model.layout(launch.world_size), timeout)
     parallel_state.set_process_groups(groups)
+    if device.type == "cpu":
+        set_up_cpu(
+            config.distributed,
+            local_rank=launch.local_rank,
+            local_world_size=launch.local_world_size,
+            threads=torch.get_num_threads(),
+        )
     seed_everything(config.training.seed)
     start_clock.mark("process groups")
     log.info(
@@ -239,7 +248,8 @@ def seed_everything(seed: int) -> None:
 
 
 def shut_down() -> None:
-    """Leave the process groups."""
+    """Leave the process groups, and the cores of this rank."""
+    unbind()
     parallel_state.set_process_groups(None)
     if dist.is_initialized():
         dist.destroy_process_group()
