@@ -1,13 +1,16 @@
 /* What an optimizer step does to flat buffers, each in one pass over memory: AdamW with the rounding
    of weights to bf16, the sum of squares, zeros.
 
-   An element's result depends on nothing but that element, so buffers may be cut anywhere; compiled
+   Threads share the blocks. An element's result depends on nothing but that element, so buffers may be cut anywhere; compiled
    without contraction to fused multiply-add, it is the same bits on every processor. Sums are taken
    in fp64, row by row, in one order. The passes wait for memory: what comes is asked for early, and
    what is only written goes past the cache. */
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
+
+#include "parallel.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -29,6 +32,7 @@ typedef uint16_t half_bits __attribute__((vector_size(2 * LANES)));
 typedef float half_wide __attribute__((vector_size(2 * LANES)));
 typedef double doubles __attribute__((vector_size(4 * LANES)));
 
+static const int64_t BLOCK = 1 << 16; /* numbers: what threads share is cut between them */
 static const int64_t AHEAD = 512; /* numbers: two of the pages that a processor fetches by itself */
 
 extern "C" {
@@ -189,6 +193,15 @@ double sum_row(const float *row, int64_t count)
     return total;
 }
 
+/* Call work(at, size) for parts of whole blocks, one a thread. */
+template <typename Work> void over_blocks(int64_t count, const Work &work)
+{
+    in_parallel((count + BLOCK - 1) / BLOCK, 1, [&](int64_t begin, int64_t end) {
+        int64_t last = end * BLOCK < count ? end * BLOCK : count;
+        work(begin * BLOCK, last - begin * BLOCK);
+    });
+}
+
 } // namespace
 
 extern "C" {
@@ -197,34 +210,47 @@ extern "C" {
 void adamw(float *weight, const float *grad, float *first, float *second, uint16_t *rounded,
            int64_t count, const Constants *c)
 {
-    if (!rounded)
-        step<Rounded::nowhere>(weight, grad, first, second, rounded, count, *c);
-    else if ((uintptr_t)rounded % sizeof(half_bits))
-        step<Rounded::cached>(weight, grad, first, second, rounded, count, *c);
-    else
-        step<Rounded::streamed>(weight, grad, first, second, rounded, count, *c);
+    over_blocks(count, [=](int64_t at, int64_t size) {
+        float *w = weight + at, *m = first + at, *v = second + at;
+        uint16_t *r = rounded ? rounded + at : nullptr;
+        if (!rounded)
+            step<Rounded::nowhere>(w, grad + at, m, v, r, size, *c);
+        else if ((uintptr_t)r % sizeof(half_bits))
+            step<Rounded::cached>(w, grad + at, m, v, r, size, *c);
+        else
+            step<Rounded::streamed>(w, grad + at, m, v, r, size, *c);
+    });
 }
 
-/* The sum of squares, in fp64. */
+/* The sum of squares, in fp64: of rows, of the rows of a block, of blocks. */
 double sum_of_squares(const float *x, int64_t count)
 {
     const int64_t row = 1024;
-    double total = 0.0;
-    for (int64_t i = 0; i < count; i += row)
-        total += sum_row(x + i, count - i < row ? count - i : row);
+    std::vector<double> sums((count + BLOCK - 1) / BLOCK);
+    double *of_block = sums.data(), total = 0.0;
+    in_parallel((int64_t)sums.size(), 1, [=](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; block++)
+            for (int64_t i = block * BLOCK; i < count && i < (block + 1) * BLOCK; i += row)
+                of_block[block] += sum_row(x + i, count - i < row ? count - i : row);
+    });
+    for (double sum : sums)
+        total += sum;
     return total;
 }
 
 void fill_zero(float *x, int64_t count)
 {
-    int64_t i = 0;
-    wide zero = {};
-    for (; i < count && (uintptr_t)(x + i) % sizeof zero; i++)
-        x[i] = 0.0f;
-    for (; i + LANES <= count; i += LANES)
-        stream(x + i, zero);
-    for (; i < count; i++)
-        x[i] = 0.0f;
-    settle_streams();
+    over_blocks(count, [=](int64_t at, int64_t size) {
+        float *to = x + at;
+        int64_t i = 0;
+        wide zero = {};
+        for (; i < size && (uintptr_t)(to + i) % sizeof zero; i++)
+            to[i] = 0.0f;
+        for (; i + LANES <= size; i += LANES)
+            stream(to + i, zero);
+        for (; i < size; i++)
+            to[i] = 0.0f;
+        settle_streams();
+    });
 }
 }

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from megatron.core.param_role import role_of, set_role
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import Linear
+from megatron.core.tensor_parallel.layers import ReplicatedLinear
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init
 from megatron.core.transformer.moe.load_balancing import MoEAuxLossAutoScaler
@@ -69,11 +68,14 @@ class MultiTokenPredictionLayer(nn.Module):
         self.is_recomputed = config.recompute_granularity == "full"
         self.enorm = build_module(submodules.enorm, config, hidden)
         self.hnorm = build_module(submodules.hnorm, config, hidden)
-        self.eh_proj = Linear(
-            2 * hidden, hidden, init=input_init(config), dtype=params_dtype(config), bias=False
+        self.eh_proj = ReplicatedLinear(
+            2 * hidden,
+            hidden,
+            sequence_parallel=config.sequence_parallel,
+            init=input_init(config),
+            dtype=params_dtype(config),
+            bias=False,
         )
-        role = replace(role_of(self.eh_proj.weight), sums_over_tp=config.sequence_parallel)
-        set_role(self.eh_proj.weight, role)
         self.transformer_layer = build_module(
             submodules.transformer_layer,
             config.of_last_layer(),

@@ -12,8 +12,6 @@ from megatron.core.models.huggingface.config_rows import IGNORED
 from megatron.core.models.huggingface.family import Family, family_named, family_of
 from megatron.core.models.huggingface.model_facts import (
     ModelFacts,
-    is_option,
-    unknown_options,
     with_defaults,
 )
 
@@ -41,8 +39,7 @@ def model_options(
         with_mtp: Take the modules of multi-token prediction too, which only training runs.
 
     Returns:
-        Field of RunConfig -> value; ``padded_vocab_size`` is the number of rows on disk. Options
-        that stay neutral and that this version lacks are left out.
+        Field of RunConfig -> value; ``padded_vocab_size`` is the number of rows on disk.
 
     Raises:
         ConfigError: Lists every field that cannot be built or is not known.
@@ -62,13 +59,8 @@ def model_options(
             problems.append(str(error))
     if not with_mtp:
         found.pop("mtp_num_layers", None)
-    lacking = unknown_options(found)
-    problems += [
-        f"config.json needs {name} {found[name]!r}, which this version does not have"
-        for name in lacking
-    ]
     ConfigError.raise_if_any(problems)
-    return {name: value for name, value in found.items() if is_option(name)}
+    return found
 
 
 def hf_config_of(
@@ -121,8 +113,7 @@ def resolved(options: Mapping[str, Any]) -> dict[str, Any]:
         found["moe_ffn_hidden_size"] = config.moe_ffn_size
         found["moe_layer_freq"] = [int(is_moe) for is_moe in config.moe_layer_pattern]
     for option, name in _RESOLVED.items():
-        if hasattr(config, name):
-            found[option] = getattr(config, name)
+        found[option] = getattr(config, name)
     return found
 
 

@@ -33,17 +33,17 @@ def untied(facts: ModelFacts) -> bool:
 
 def qkv_bias(facts: ModelFacts) -> bool:
     """Tell whether the projections to queries, keys and values have biases."""
-    return facts.has_linear_bias or bool(facts["add_qkv_bias"])
+    return facts.config.add_bias_linear or facts.config.add_qkv_bias
 
 
 def proj_bias(facts: ModelFacts) -> bool:
     """Tell whether the projection back has a bias."""
-    return facts.has_linear_bias or bool(facts["add_proj_bias"])
+    return facts.config.add_bias_linear or facts.config.add_proj_bias
 
 
 def mlp_bias(facts: ModelFacts) -> bool:
     """Tell whether MLPs have biases."""
-    return facts.has_linear_bias or bool(facts["add_mlp_bias"])
+    return facts.config.has_mlp_bias
 
 
 def as_is(

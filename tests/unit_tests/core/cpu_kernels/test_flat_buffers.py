@@ -72,6 +72,27 @@ def test_a_step_is_the_same_bits_wherever_buffers_are_cut(kernels: FlatKernels) 
         assert torch.equal(whole, cut)
 
 
+def test_threads_change_no_bit(kernels: FlatKernels) -> None:
+    size = 200_001
+    results = []
+    for threads in (1, 3):
+        tensors = [_numbers(size, 0), _numbers(size, 1), torch.zeros(size), torch.zeros(size)]
+        zeros, rounded = torch.ones(size), torch.zeros(size, dtype=torch.bfloat16)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            kernels.adamw(*tensors, _constants(1), rounded)
+            kernels.fill_zero(zeros)
+            total = torch.tensor(kernels.sum_of_squares(tensors[0]))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(total, sum_of_squares(tensors[0]).to(total.dtype))
+        results.append([*tensors, rounded, zeros, total])
+    for one, many in zip(*results, strict=True):
+        assert torch.equal(one, many)
+    assert not zeros.any()
+
+
 def test_weights_that_are_no_numbers_stay_so_when_rounded(kernels: FlatKernels) -> None:
     weight = torch.tensor([float("nan"), float("inf"), -float("inf"), 3.4e38, 1e-40, -0.0])
     grad, rounded = torch.zeros(6), torch.zeros(6, dtype=torch.bfloat16)

@@ -15,6 +15,7 @@ from megatron.core.models.huggingface.tables import Family, Weight
 from megatron.core.models.huggingface.transforms import SHAPES, stacked, stacked_columns
 from megatron.core.models.huggingface.weight_rows import (
     ATTENTION,
+    EXPERT,
     HF_LAYER,
     LAYER,
     NORMS,
@@ -25,7 +26,6 @@ from megatron.core.models.huggingface.weight_rows import (
 from megatron.core.models.huggingface.windows import alternating
 
 _MLP = HF_LAYER + "mlp."
-_EXPERT = LAYER + "mlp.experts.local_experts.{expert}."
 
 GPT_OSS = Family(
     name="gpt_oss",
@@ -68,13 +68,13 @@ GPT_OSS = Family(
         as_is(HF_LAYER + "self_attn.sinks", ATTENTION + "core_attention.softmax_offset", "heads"),
         as_is(_MLP + "router.weight", LAYER + "mlp.router.weight", "router", layers="moe"),
         as_is(_MLP + "router.bias", LAYER + "mlp.router.bias", "experts", layers="moe"),
-        Weight(_MLP + "experts.gate_up_proj", _EXPERT + "linear_fc1.{part}.weight",
+        Weight(_MLP + "experts.gate_up_proj", EXPERT + "linear_fc1.{part}.weight",
                stacked_columns(SHAPES["expert_fc1"]), layers="moe"),
-        Weight(_MLP + "experts.gate_up_proj_bias", _EXPERT + "linear_fc1.{part}.bias",
+        Weight(_MLP + "experts.gate_up_proj_bias", EXPERT + "linear_fc1.{part}.bias",
                stacked_columns(SHAPES["expert_fc1_bias"]), layers="moe"),
-        Weight(_MLP + "experts.down_proj", _EXPERT + "linear_fc2.weight",
+        Weight(_MLP + "experts.down_proj", EXPERT + "linear_fc2.weight",
                stacked(SHAPES["expert_fc2"], is_transposed=True), layers="moe"),
-        Weight(_MLP + "experts.down_proj_bias", _EXPERT + "linear_fc2.bias",
+        Weight(_MLP + "experts.down_proj_bias", EXPERT + "linear_fc2.bias",
                stacked(SHAPES["hidden"]), layers="moe"),
     ),
     ignored_fields=frozenset({"experts_per_token", "initial_context_length"}),

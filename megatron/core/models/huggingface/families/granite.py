@@ -20,6 +20,7 @@ from megatron.core.models.huggingface.scales import attention_scale
 from megatron.core.models.huggingface.tables import Family, Fields, Options, Weight
 from megatron.core.models.huggingface.transforms import SHAPES, stacked, stacked_halves
 from megatron.core.models.huggingface.weight_rows import (
+    EXPERT,
     HF_LAYER,
     LAYER,
     NORMS,
@@ -29,7 +30,6 @@ from megatron.core.models.huggingface.weight_rows import (
 )
 
 _MOE = HF_LAYER + "block_sparse_moe."
-_EXPERT = LAYER + "mlp.experts.local_experts.{expert}."
 
 
 def _read_logits(fields: Fields) -> dict[str, Any]:
@@ -73,9 +73,9 @@ GRANITE_MOE = Family(
         *NORMS,
         *SELF_ATTENTION,
         as_is(_MOE + "router.layer.weight", LAYER + "mlp.router.weight", "router", layers="moe"),
-        Weight(_MOE + "input_linear.weight", _EXPERT + "linear_fc1.{part}.weight",
+        Weight(_MOE + "input_linear.weight", EXPERT + "linear_fc1.{part}.weight",
                stacked_halves(SHAPES["expert_fc1"]), layers="moe"),
-        Weight(_MOE + "output_linear.weight", _EXPERT + "linear_fc2.weight",
+        Weight(_MOE + "output_linear.weight", EXPERT + "linear_fc2.weight",
                stacked(SHAPES["expert_fc2"]), layers="moe"),
     ),
     ignored_keys=(INV_FREQ,),
