@@ -54,6 +54,15 @@ WITHIN wide load(const number *from, int count)
     return widen(x);
 }
 
+#ifdef BF16
+WITHIN wide load(const float *from, int count)
+{
+    wide x = {};
+    memcpy(&x, from, count == LANES ? sizeof x : count * sizeof *from);
+    return x;
+}
+#endif
+
 WITHIN void store(number *to, wide x, int count)
 {
     numbers rounded = narrow(x);

@@ -23,6 +23,7 @@ from megatron.core.transformer.activations import activation_of
 from megatron.core.transformer.config.activation import SWIGLU
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.moe.activated_product import activated_product
+from megatron.core.transformer.moe.compiled_experts import compiled_experts
 from megatron.core.transformer.moe.expert_activation import (
     IN_TORCH,
     Activation,
@@ -127,6 +128,11 @@ class GroupedMLP(nn.Module):
         probs = permuted_probs.to(compute_dtype(rows.dtype))
         if self.loops_on_cpu and rows.device.type == "cpu":
             weights = ExpertWeights(self.weight1, self.weight2, self.bias1, self.bias2)
+            compiled = None
+            if self.fused != "off" and self.kind == SWIGLU:
+                compiled = compiled_experts(rows, weights)
+            if compiled is not None:
+                return compiled(rows, tokens_per_expert, probs, weights), None
             output = looped_experts(
                 rows,
                 tokens_per_expert,

@@ -16,8 +16,8 @@ WITHIN wide sigmoid(wide x)
     return choose(x < 0.0f, e, wide{} + 1.0f) / (1.0f + e);
 }
 
-static void activate_rows(const number *inner, int64_t inner_stride, const float *probs, number *out,
-              int64_t out_stride, int64_t num_rows, int64_t width)
+static void activate_rows(const number *inner, int64_t inner_stride, const float *probs,
+                          number *out, int64_t out_stride, int64_t num_rows, int64_t width)
 {
     for (int64_t row = 0; row < num_rows; row++) {
         const number *gate = inner + row * inner_stride, *up = gate + width;
@@ -30,14 +30,15 @@ static void activate_rows(const number *inner, int64_t inner_stride, const float
     }
 }
 
+template <class Grad> /* number, or float */
 static void differentiate_rows(const number *inner, int64_t inner_stride, const float *probs,
-                   const number *grad, int64_t grad_stride, number *grad_inner,
-                   int64_t grad_inner_stride, float *grad_probs, number *activated,
-                   int64_t activated_stride, int64_t num_rows, int64_t width)
+                               const Grad *grad, int64_t grad_stride, number *grad_inner,
+                               int64_t grad_inner_stride, float *grad_probs, number *activated,
+                               int64_t activated_stride, int64_t num_rows, int64_t width)
 {
     for (int64_t row = 0; row < num_rows; row++) {
         const number *gate = inner + row * inner_stride, *up = gate + width;
-        const number *from = grad + row * grad_stride;
+        const Grad *from = grad + row * grad_stride;
         number *grad_gate = grad_inner + row * grad_inner_stride, *grad_up = grad_gate + width;
         number *active = activated + row * activated_stride;
         wide products = {};
