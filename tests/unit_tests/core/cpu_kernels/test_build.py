@@ -63,6 +63,15 @@ def test_compiled_once_for_each_text_and_options(folder, source, monkeypatch):
 
 
 @needs_compiler
+def test_the_text_of_a_header_counts_too(folder, source):
+    header = source.with_name("number.h")
+    source.write_text('#include "number.h"\n#include "vectors.h"\n' + ANSWER)
+    for number in (7, 8):
+        header.write_text(f"#define NUMBER {number}\n")
+        assert build.load(source).answer() == number
+
+
+@needs_compiler
 def test_functions_of_torch_can_be_called(folder, tmp_path):
     path = tmp_path / "threads.cpp"
     path.write_text(SIZE)
