@@ -19,11 +19,13 @@ ROOT = Path(__file__).parents[2]
 SMALL = "--hidden-size 32 --vocab-size 64 --seq-length 16 --micro-batch-size 2 --rounds 1"
 TINY = {
     "checkpoint": "--mib 2 --tensor-mib 0.1 --rounds 1",
+    "cross_entropy": "--rows 300 --vocab-size 500 --rounds 1",
     "expert_overlap": "--num-layers 1 --hidden-size 16 --seq-length 8 --num-microbatches 2 "
     "--way-ms 1 --rounds 1",
     "metrics_cost": SMALL,
     "moe_layer": "--tokens 32 --hidden-size 16 --moe-ffn-hidden-size 32 --cases 4x2 --rounds 1 "
     "--warm-up 1",
+    "optimizer": "--parameters 1 --rounds 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
     "sample_index": "--documents 100",
     "startup": "--rounds 1 --no-tools --ranks",

@@ -3,11 +3,14 @@
    Compiled once for each format of rows (see norm_kernel.py): with BF16 they are bfloat16, else
    float. Statistics, scale, shift and their gradients are float, and so is all in between. A row's
    result depends on no other row. Gradients of scale and shift are summed in the order of rows, in
-   groups of 64 so that rounding does not grow with their number. */
+   groups of 64 that threads share: neither rounding grows with the number of rows nor do bits depend
+   on that of threads. */
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "parallel.h"
 
 /* As many numbers as a register holds: more are taken apart, which costs five times the time. */
 #if defined(__AVX512F__)
@@ -187,26 +190,34 @@ WITHIN void differentiate(const number *grad, const number *x, const float *scal
     });
 }
 
-void add_group(float *sums, float *group, int64_t width)
+void add_group(float *sums, const float *group, int64_t width)
 {
     for (int64_t i = 0; i < width; i++)
-        sums[i] += group[i], group[i] = 0.0f;
+        sums[i] += group[i];
 }
 
+/* ``groups``: room for 2 x width numbers of every group of rows. */
 template <bool centred>
 void differentiate_rows(const number *grad, const number *x, const float *scale, const float *mean,
                         const float *rstd, number *d_x, float *d_scale, float *d_shift,
-                        float *group, int64_t rows, int64_t width)
+                        float *groups, int64_t rows, int64_t width)
 {
-    for (int64_t row = 0; row < rows; row++) {
-        differentiate<centred>(grad + row * width, x + row * width, scale,
-                               centred ? mean[row] : 0.0f, rstd[row], d_x + row * width, group,
-                               group + width, width);
-        if ((row + 1) % GROUP == 0 || row + 1 == rows) {
-            add_group(d_scale, group, width);
-            if (centred)
-                add_group(d_shift, group + width, width);
+    const int64_t count = (rows + GROUP - 1) / GROUP;
+    in_parallel(count, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t one = begin; one < end; one++) {
+            float *sums = groups + one * 2 * width;
+            memset(sums, 0, 2 * width * sizeof *sums);
+            int64_t last = (one + 1) * GROUP < rows ? (one + 1) * GROUP : rows;
+            for (int64_t row = one * GROUP; row < last; row++)
+                differentiate<centred>(grad + row * width, x + row * width, scale,
+                                       centred ? mean[row] : 0.0f, rstd[row], d_x + row * width,
+                                       sums, sums + width, width);
         }
+    });
+    for (int64_t one = 0; one < count; one++) {
+        add_group(d_scale, groups + one * 2 * width, width);
+        if (centred)
+            add_group(d_shift, groups + (one * 2 + 1) * width, width);
     }
 }
 
@@ -218,26 +229,28 @@ extern "C" {
 void norm_forward(const number *x, const float *scale, const float *shift, float eps, number *out,
                   float *mean, float *rstd, int64_t rows, int64_t width)
 {
-    for (int64_t row = 0; row < rows; row++) {
-        const number *from = x + row * width;
-        number *to = out + row * width;
-        if (mean)
-            normalize<true>(from, scale, shift, eps, to, mean + row, rstd + row, width);
-        else
-            normalize<false>(from, scale, shift, eps, to, mean, rstd + row, width);
-    }
+    in_parallel(rows, GROUP, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const number *from = x + row * width;
+            number *to = out + row * width;
+            if (mean)
+                normalize<true>(from, scale, shift, eps, to, mean + row, rstd + row, width);
+            else
+                normalize<false>(from, scale, shift, eps, to, mean, rstd + row, width);
+        }
+    });
 }
 
-/* ``d_scale``, ``d_shift`` and ``group`` (2 x width) come filled with zeros. */
+/* ``d_scale`` and ``d_shift`` come filled with zeros; ``groups``: see differentiate_rows. */
 void norm_backward(const number *grad, const number *x, const float *scale, const float *mean,
-                   const float *rstd, number *d_x, float *d_scale, float *d_shift, float *group,
+                   const float *rstd, number *d_x, float *d_scale, float *d_shift, float *groups,
                    int64_t rows, int64_t width)
 {
     if (mean)
-        differentiate_rows<true>(grad, x, scale, mean, rstd, d_x, d_scale, d_shift, group, rows,
+        differentiate_rows<true>(grad, x, scale, mean, rstd, d_x, d_scale, d_shift, groups, rows,
                                  width);
     else
-        differentiate_rows<false>(grad, x, scale, mean, rstd, d_x, d_scale, d_shift, group, rows,
+        differentiate_rows<false>(grad, x, scale, mean, rstd, d_x, d_scale, d_shift, groups, rows,
                                   width);
 }
 }

@@ -18,7 +18,13 @@ from megatron.core.cpu_kernels.choice import is_for, kernel
 from megatron.core.errors import BackendError
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-OPTIONS: dict[torch.dtype, Sequence[str]] = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
+_FAST = "-ffp-contract=fast"  # fused multiply-add
+OPTIONS: dict[torch.dtype, Sequence[str]] = {
+    torch.float32: (_FAST,),
+    torch.bfloat16: (_FAST, "-DBF16"),
+}
+_GROUP = 64
+"""Rows whose gradients of scale and shift are summed together; ``GROUP`` of the source."""
 
 
 class NormKernel:
@@ -70,8 +76,9 @@ class NormKernel:
             assert numbers.dtype == torch.float32, f"{numbers.dtype=}"
             assert numbers.shape == (count,), f"{numbers.shape=} is not of {count} rows"
         d_rows = torch.empty_like(rows)
-        sums = rows.new_zeros(4, width, dtype=torch.float32)
-        places = (*map(_place, (grad, rows, scale, mean, rstd, d_rows)), *map(_place, sums[:3]))
+        sums = rows.new_zeros(2, width, dtype=torch.float32)
+        groups = sums.new_empty(2 * width * -(-count // _GROUP))
+        places = (_place(t) for t in (grad, rows, scale, mean, rstd, d_rows, *sums, groups))
         self._backward(*places, count, width)
         return d_rows, sums[0], sums[1]
 

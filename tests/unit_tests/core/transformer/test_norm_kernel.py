@@ -87,6 +87,21 @@ def test_a_row_depends_on_no_other_row_and_strides_do_not_matter(
         assert torch.equal(d_x, d_want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_change_no_bit(kind: type) -> None:
+    norm = _made(kind, torch.float32, 40)
+    x = torch.randn(333, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(_results(norm, x, x.detach()))
+        finally:
+            torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_norms_in_fp64_and_without_memory_are_torch_s() -> None:
     for x in (torch.zeros(2, 8, dtype=torch.float64), torch.zeros(2, 8, device="meta")):
         assert norm_kernel(x) is None
