@@ -7,7 +7,7 @@ what the fastest code we know takes for the parts that are no products: where wo
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from tools.bench.step_ours import Size, Step
 from tools.bench.timing import alternate, busy_clock
 
 _MIB = 1 << 20
+ACTIVATION = "SwiGLU x probability"
 
 
 class Row(NamedTuple):
@@ -66,16 +67,10 @@ def measure(step: Step, device: str, rounds: int) -> Roofline:
     bandwidth = copy_rate(device)
     parts = Parts(step, device)
     rows = [
-        Row(
-            "matrix products",
-            f"{1e-9 * products.flops:.0f} GFLOP",
-            1e-9 * products.flops / products.peak_gflops,
-            sum(products.seconds.values()),
-            None,
-            f"peak: {products.peak_of}",
-        ),
-        _attention(config, size, products.peak_gflops, bandwidth, _fastest(parts.attention(), 5)),
+        *_products(products, _fastest({"ours": parts.experts()}, 5)[1], config, size, bandwidth)
     ]
+    attention = _fastest(parts.attention(), 5)
+    rows.append(_attention(config, size, products.peak_gflops, bandwidth, attention))
     ways: dict[str, dict[str, Callable[[], object]]] = parts.by_row()
     for part, size_bytes in bytes_of_parts(config, size).items():
         name, seconds = _fastest(ways[part], 5)
@@ -86,6 +81,33 @@ def measure(step: Step, device: str, rounds: int) -> Roofline:
     return Roofline(rows, products, 1e-9 * bandwidth)
 
 
+def _products(
+    products: ProductTimes,
+    experts: float,
+    config: TransformerConfig,
+    size: Size,
+    bandwidth: float,
+) -> Iterator[Row]:
+    """Yield the rows of products: dense ones, and those of experts.
+
+    Args:
+        products: As measured with torch.
+        experts: Seconds that all of the experts' work takes our layers, products and activation.
+        config: Of the model.
+        size: Of the batch.
+        bandwidth: Of a copy.
+    """
+    activation = bytes_of_parts(config, size)[ACTIVATION] / bandwidth
+    for name, is_expert in (("dense products", False), ("expert products", True)):
+        mine = [key for key in products.seconds if key.startswith("expert") == is_expert]
+        flops = sum(products.flops_of[key] for key in mine)
+        seconds, by = sum(products.seconds[key] for key in mine), "torch"
+        if is_expert and experts - activation < seconds:
+            seconds, by = experts - activation, "our experts, less the activation's bytes"
+        at_peak = min(1e-9 * flops / products.peak_gflops, seconds)
+        yield Row(name, f"{1e-9 * flops:.0f} GFLOP", at_peak, seconds, None, by)
+
+
 def _attention(
     config: TransformerConfig,
     size: Size,
@@ -93,12 +115,18 @@ def _attention(
     bandwidth: float,
     measured: tuple[str, float],
 ) -> Row:
-    """Products of the causal half, forward and twice in backward; weights written and read once."""
+    """Products of the causal half, forward and twice in backward, and what goes through memory.
+
+    That is: weights once each way; queries and keys in and out of their rotation, both ways.
+    """
     flops = 6.0 * config.num_layers * size.tokens * size.sequence * config.hidden_size
     weights = size.microbatch * config.num_attention_heads * size.sequence**2 / 2
-    seconds = 1e-9 * flops / peak + 2 * weights * _item(config) * config.num_layers / bandwidth
+    moved = 2 * weights + 8 * size.tokens * config.hidden_size
+    seconds = 1e-9 * flops / peak + moved * _item(config) * config.num_layers / bandwidth
     name, known = measured
-    return Row("attention", f"{1e-9 * flops:.0f} GFLOP", min(seconds, known), known, None, name)
+    return Row(
+        "attention, rotation", f"{1e-9 * flops:.0f} GFLOP", min(seconds, known), known, None, name
+    )
 
 
 def _item(config: TransformerConfig) -> int:
@@ -124,10 +152,9 @@ def bytes_of_parts(config: TransformerConfig, size: Size) -> dict[str, float]:
         # logits in, their gradient out
         "cross-entropy softmax": 2.0 * tokens * size.vocabulary * item,
         # forward: gate and up in, product out; backward: both and the gradient in, two out
-        "SwiGLU x probability": 8.0 * inner * layers,
-        # norm and sum in one pass: 4 forward, 4 backward, twice a layer; rotation: q and k, in
-        # and out, both ways
-        "norms, residual, rotary": stream * (layers * (16.0 + 8.0) + 5.0),
+        ACTIVATION: 8.0 * inner * layers,
+        # norm and sum in one pass: 4 forward, 4 backward, twice a layer
+        "norms, residual": stream * (layers * 16.0 + 5.0),
         # gate reads tokens forward and backward and adds to their gradient; rows out and in again
         "router, permute, unpermute": stream * layers * (3.0 + 4.0 * (1 + topk)),
         # zero 4, norm 4, AdamW 16 in and 12 out; bf16 weights out

@@ -4,7 +4,8 @@ Modules are those of a real step; inputs are as large and as far from the cache 
 for each layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,29 +45,51 @@ class Parts:
         return {
             "cross-entropy softmax": {"passes of torch over 256 rows": self._softmax()},
             "SwiGLU x probability": self._activation(),
-            "norms, residual, rotary": {"our modules": self._norms()},
+            "norms, residual": {"our modules": self._norms()},
             "router, permute, unpermute": {"our modules": self._routing()},
             "AdamW, norm, zero, copies": {"our optimizer": self._optimizer},
         }
 
     def attention(self) -> Ways:
-        """Return ways to attend, forward and backward, without projections and rotation."""
-        heads = self.config.num_attention_heads
-        width = self.config.hidden_size // heads
-        shape = (self.size.microbatch, heads, self.size.sequence, width)
-        inputs = [[self._randn(*shape).requires_grad_() for _ in range(3)] for _ in self.layers]
+        """Return ways to rotate and attend, forward and backward: all between the projections."""
+        hidden, length = self.config.hidden_size, self.size.sequence
+        heads, shape = self.config.num_attention_heads, (length, self.size.microbatch)
+        mixed = [self._randn(*shape, 3 * hidden).requires_grad_() for _ in self.layers]
+        grad = self._randn(*shape, hidden)
+        positions = (range(length),)
+        tables = self.step.ddp.module.rotary_pos_emb(positions, grad, length=length)
 
         def ours() -> None:
-            for layer, qkv in zip(self.layers, inputs, strict=True):
-                out = layer.self_attention.core_attention(*qkv, None, self.context)
-                out.backward(torch.ones_like(out))
+            for layer, x in zip(self.layers, mixed, strict=True):
+                with _without_projections(layer.self_attention):
+                    layer.self_attention(x, None, tables, self.context)[0].backward(grad)
 
         def sdpa() -> None:
-            for qkv in inputs:
+            for x in mixed:
+                qkv = split_and_rotate(x.view(*shape, heads, 3, -1), tables)
                 out = nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
-                out.backward(torch.ones_like(out))
+                out.permute(2, 0, 1, 3).flatten(2).backward(grad)
 
-        return {"ours": _forgetting(ours, inputs), "SDPA": _forgetting(sdpa, inputs)}
+        return {"ours": _forgetting(ours, [mixed]), "SDPA": _forgetting(sdpa, [mixed])}
+
+    def experts(self) -> Callable[[], None]:
+        """Return a call that does all of the experts' work, products too, with even rows."""
+        rows = self.size.tokens * self.config.moe_router_topk
+        count = self.config.num_moe_experts or 1
+        sizes = torch.full((count,), rows // count, device=self.device)
+        inputs = [self._randn(rows, self.config.hidden_size).requires_grad_() for _ in self.layers]
+        probs = torch.rand(rows, device=self.device).requires_grad_()
+        grad = self._randn(rows, self.config.hidden_size)
+
+        def call() -> None:
+            outputs = [
+                layer.mlp.experts(x, sizes, probs)[0]
+                for layer, x in zip(self.layers, inputs, strict=True)
+            ]
+            for out in reversed(outputs):
+                out.backward(grad)
+
+        return _forgetting(call, [inputs, [probs]])
 
     def _softmax(self) -> Callable[[], None]:
         """Softmax of logits in place, less 1 at the label: what is left of it without products."""
@@ -116,20 +139,12 @@ class Parts:
         norms.append(self.step.ddp.module.decoder.final_layernorm)
         inputs = [self._randn(*shape).requires_grad_() for _ in norms]
         branch = self._randn(*shape)
-        heads, length = self.config.num_attention_heads, self.size.sequence
-        positions = (range(length),)
-        tables = self.step.ddp.module.rotary_pos_emb(positions, branch, length=length)
-        mixed_shape = (*shape[:2], heads, 3, hidden // heads)
-        mixed = [self._randn(*mixed_shape).requires_grad_() for _ in self.layers]
-        heads_grad = self._randn(shape[1], heads, length, hidden // heads)
 
         def call() -> None:
             for norm, x in zip(norms, inputs, strict=True):
                 norm(x + branch).backward(branch)
-            for qkv in mixed:
-                torch.autograd.backward(split_and_rotate(qkv, tables), [heads_grad] * 3)
 
-        return _forgetting(call, [inputs, mixed])
+        return _forgetting(call, [inputs])
 
     def _routing(self) -> Callable[[], None]:
         shape = (self.size.sequence, self.size.microbatch, self.config.hidden_size)
@@ -160,6 +175,25 @@ def _activate(activation: Activation, inner: Tensor, grad: Tensor, probs: Tensor
     found = ActivationGradient(*map(torch.empty_like, (inner, probs, grad)))
     activation.activate(inner, probs, kind=SWIGLU, out=active)
     activation.differentiate(inner, probs, grad, kind=SWIGLU, out=found)
+
+
+class _Given(nn.Module):
+    """Stands in for a projection: returns what it gets."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Return ``x`` and no bias."""
+        return x, None
+
+
+@contextmanager
+def _without_projections(attention: Any) -> Iterator[None]:
+    """Let self-attention do only what is between its projections."""
+    kept = attention.linear_qkv, attention.linear_proj
+    attention.linear_qkv = attention.linear_proj = _Given()
+    try:
+        yield
+    finally:
+        attention.linear_qkv, attention.linear_proj = kept
 
 
 def _forgetting(call: Callable[[], None], inputs: list[list[Tensor]]) -> Callable[[], None]:

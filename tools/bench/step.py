@@ -134,7 +134,8 @@ def roofline_rows(rooflines: dict[str, roofline.Roofline]) -> list[dict[str, obj
                 "peak_ms": 1e3 * limits.peak,
                 "own_shape_ms": 1e3 * limits.own_shape,
                 "known_ms": 1e3 * limits.known,
-                "known_as": f"peak {limits.products.peak_gflops:.0f} GFLOP/s",
+                "known_as": f"peak {limits.products.peak_gflops:.0f} GFLOP/s "
+                f"({limits.products.peak_of})",
             }
         )
     return rows

@@ -6,6 +6,7 @@ profiler. Beside ours stands what ``--dry-run`` foretells, which allocates nothi
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import subprocess
@@ -79,6 +80,7 @@ def measure(name: str, dtype: str, size: Size, device: str) -> dict[str, float]:
         start, base = _allocated(device), _resident()["VmRSS"]
         step = _contender(name, dtype, size, device)
         gc.collect()
+        _give_back()
         is_reset = _forget_peak(device)
         for _ in range(_STEPS):
             step()
@@ -125,6 +127,13 @@ def _resident() -> dict[str, int]:
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = (line.split() for line in lines if line.startswith(("VmRSS", "VmHWM")))
     return {field[0].rstrip(":"): int(field[1]) for field in fields}
+
+
+def _give_back() -> None:
+    """Let the allocator return what building the models left behind, where it is glibc's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _forget_peak(device: str) -> bool:

@@ -82,8 +82,8 @@ def _roofline(rows: Table) -> list[str]:
         "other parts as their bytes at the rate of a copy, or as the fastest code where that is "
         "faster. "
         "*own shape*: each product at its own shape, over operands as far from the cache as in the "
-        "step; attention by the fastest of ours and SDPA. *known*: other parts by the fastest code "
-        "we know, alone. Milliseconds."
+        "step, and those of experts by ours where that is faster; attention by the fastest of ours "
+        "and SDPA. *known*: other parts by the fastest code we know, alone. Milliseconds."
     )
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "dtype": lambda r: r["dtype"],
