@@ -25,10 +25,12 @@ TINY = {
     "moe_layer": "--tokens 32 --hidden-size 16 --moe-ffn-hidden-size 32 --cases 4x2 --rounds 1 "
     "--warm-up 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
+    "preprocess": "--megabytes 0.1 --vocab-size 400 --rounds 1 --workers 1",
     "sample_index": "--documents 100",
     "startup": "--rounds 1 --no-tools --ranks",
     "step": SMALL,
 }
+SLOW = ("expert_overlap", "overlap", "preprocess")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def run_bench(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(p.stem, marks=[pytest.mark.slow] * ("overlap" in p.stem)) for p in benches()],
+    [pytest.param(p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW)) for p in benches()],
 )
 def test_bench_runs(run_bench, name):
     rows = run_bench(name)
