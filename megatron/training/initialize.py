@@ -104,15 +104,7 @@ def initialize(config: RunConfig) -> World:
     start = connect(launch, backend, device, timeout)
     groups = ProcessGroupCollection.create(config.model.layout(launch.world_size), timeout)
     parallel_state.set_process_groups(groups)
-    if device.type == "cpu":
-        set_up_cpu(
-            config.distributed,
-            local_rank=launch.local_rank,
-            local_world_size=launch.local_world_size,
-            threads=torch.get_num_threads(),
-        )
     seed_everything(config.training.seed)
-    start_clock.mark("process groups")
     log.info(
         " > %d rank%s on %s (%s) over %s, %s",
         launch.world_size,
@@ -122,6 +114,14 @@ def initialize(config: RunConfig) -> World:
         backend,
         threads,
     )
+    if device.type == "cpu":
+        set_up_cpu(
+            config.distributed,
+            local_rank=launch.local_rank,
+            local_world_size=launch.local_world_size,
+            threads=torch.get_num_threads(),
+        )
+    start_clock.mark("process groups")
     return World(
         rank=launch.rank,
         world_size=launch.world_size,

@@ -55,7 +55,8 @@ def plan(
         return Binding((), f"cores not bound ({threads} threads a rank are more than its share)")
     ordered = sorted(available, key=lambda core: (nodes.get(core, 0), siblings.get(core, core)))
     cores = _share(ordered, nodes, local_rank, local_world_size, threads)
-    return Binding(tuple(cores), f"rank 0 on cores {text(cores)} of {text(available)}")
+    why = f"cores of its own for each rank (rank 0: {text(cores)} of {text(available)})"
+    return Binding(tuple(cores), why)
 
 
 def _share(

@@ -9,12 +9,20 @@ from megatron.training.machine.allocator import keep_memory
 
 # blocks as in a step: above and below 32 MiB, written, and given back; prints faults a round
 STEPS = """
-import resource, sys, torch
+import ctypes, resource, sys
 from megatron.training.machine.allocator import keep_memory
 if sys.argv[1] == "keep":
     assert keep_memory() == "freed memory kept for the next step"
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 def step():
-    blocks = [torch.zeros(mib << 18) for mib in (3, 40, 17, 5)]
+    blocks = []
+    for mib in (3, 40, 17, 5):
+        blocks.append(libc.malloc(mib << 20))
+        ctypes.memset(blocks[-1], 1, mib << 20)
+    for block in blocks:
+        libc.free(block)
 for _ in range(3):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
