@@ -93,7 +93,7 @@ def test_tables_of_an_earlier_run_are_gone(folder, tmp_path, monkeypatch):
 
 def test_every_bench_has_a_quick_size():
     names = {bench.stem: bench for bench in benches()}
-    assert set(run_all.QUICK) <= set(names) | {"startup"}
+    assert set(run_all.QUICK) <= set(names)
     for name, bench in names.items():
         assert words_of(bench, quick=True, full=False), f"{name} has no options for --quick"
         assert words_of(bench, quick=False, full=True) == []

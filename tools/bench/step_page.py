@@ -5,7 +5,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tools.bench.timing import machine
+from tools.bench.markdown import made_with
 
 Table = Sequence[Mapping[str, Any]]
 
@@ -19,16 +19,13 @@ def write_page(path: Path, tables: Mapping[str, Table]) -> None:
 
 
 def _head() -> str:
-    facts = machine()
     versions = ", ".join(
         f"{name} {found}" for name in ("transformers", "torchtitan") if (found := _version(name))
     )
     return (
         "# A training step of bench-S\n\n"
-        "Written by `python tools/bench/step.py --markdown FILE`; all figures are of one run of "
-        "it. "
-        f"{facts['device']} ({facts['cpu_capability']}), {facts['threads']} thread(s), torch "
-        f"{facts['torch']}{', ' + versions if versions else ''}.\n\n"
+        f"{made_with('python tools/bench/step.py --markdown FILE')} "
+        f"{'Also ' + versions + '. ' if versions else ''}All figures are of one run.\n\n"
         "bench-S: 4 layers, hidden 512, 8 heads, ffn 1024 SwiGLU, 8 experts top-2, vocabulary "
         "8192, 4 samples of 512 tokens, AdamW, clip 1.0."
     )
