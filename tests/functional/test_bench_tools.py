@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.core.cpu_kernels.build import compiler
 from tests.helpers.ranks import run_ranks
 from tools.bench.moe_contenders import Contenders
 from tools.bench.moe_layer import Tokens, peers_installed
@@ -28,6 +29,7 @@ TINY = {
     "optimizer": "--parameters 1 --rounds 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
     "preprocess": "--megabytes 0.1 --vocab-size 400 --rounds 1 --workers 1",
+    "profile_step": SMALL.replace("--rounds 1", "--top 999"),
     "sample_index": "--documents 100",
     "startup": "--rounds 1 --no-tools --ranks",
     "step": SMALL + " --parts steps roofline --dtypes fp32 bf16",
@@ -81,6 +83,17 @@ def test_the_layer_is_timed_beside_its_limit_and_others_in_every_case(run_bench)
         assert shares["limit"] == 1.0
         parts = {r["what"] for r in of_case if r["what"].startswith("- ")}
         assert bool(parts) == (mode == "training")
+
+
+def test_a_profile_names_operations_kernels_and_their_callers(run_bench):
+    rows = [r for r in run_bench("profile_step") if r["dtype"] == "bf16"]
+    places = {r["what"]: r for r in rows}
+    assert places["step"]["share"] == 1.0
+    assert any(r["where"].startswith("tensor_parallel/cross_entropy.py:") for r in rows)
+    if compiler() is not None:
+        kernels = {r["what"]: r for r in rows if r["what"].startswith("kernel ")}
+        assert kernels["kernel adamw"]["where"] == "cpu_kernels/flat_buffers.py"
+        assert all(r["calls"] > 0 and r["milliseconds"] > 0 for r in kernels.values())
 
 
 def _same_layer(mode: str) -> None:

@@ -32,6 +32,7 @@ QUICK = {
     "moe_layer": "--preset small --tokens 64 --hidden-size 32 --moe-ffn-hidden-size 64 --cases 8x2 "
     "--rounds 1 --warm-up 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
+    "profile_step": "--hidden-size 32 --vocab-size 64 --seq-length 16 --micro-batch-size 2",
     "sample_index": "--documents 1000",
     "startup": "--rounds 1 --no-tools --ranks",
     "step": f"{_SMALL} --warm-up 1 --parts steps roofline --contenders ours textbook "
