@@ -24,6 +24,7 @@ from megatron.core.transformer.rotary import split_and_rotate
 from tools.bench.step_ours import Step
 
 Ways = dict[str, Callable[[], object]]
+SOFTMAX = "cross-entropy softmax"
 _CHUNK = 256
 """Rows of logits that are worked on at a time."""
 
@@ -43,7 +44,7 @@ class Parts:
     def by_row(self) -> dict[str, Ways]:
         """Return the ways of every part but attention, by the name of its row."""
         return {
-            "cross-entropy softmax": {"passes of torch over 256 rows": self._softmax()},
+            SOFTMAX: {"passes of torch over 256 rows": self._softmax()},
             "SwiGLU x probability": self._activation(),
             "norms, residual": {"our modules": self._norms()},
             "router, permute, unpermute": {"our modules": self._routing()},
@@ -90,6 +91,17 @@ class Parts:
                 out.backward(grad)
 
         return _forgetting(call, [inputs, [probs]])
+
+    def loss(self) -> Callable[[], None]:
+        """Return a call that does the output layer with its loss, products too."""
+        module, shape = self.step.ddp.module, (self.size.sequence, self.size.microbatch)
+        hidden = self._randn(*shape, self.config.hidden_size).requires_grad_()
+        labels = torch.randint(self.size.vocabulary, shape[::-1], device=self.device)
+
+        def call() -> None:
+            module.output_layer.loss(hidden, None, labels).mean().backward()
+
+        return _forgetting(call, [[hidden]])
 
     def _softmax(self) -> Callable[[], None]:
         """Softmax of logits in place, less 1 at the label: what is left of it without products."""

@@ -27,7 +27,7 @@ from tools.bench.step_peers import PeerStep, make_peers, missing
 from tools.bench.world import world_of_one
 
 _MIB = 1 << 20
-_STEPS = 3
+_STEPS = 2
 """Before the peak is read: state of the optimizer and workspaces come with the first."""
 
 
