@@ -19,6 +19,7 @@ from tools.bench.run_all import benches
 ROOT = Path(__file__).parents[2]
 SMALL = "--hidden-size 32 --vocab-size 64 --seq-length 16 --micro-batch-size 2 --rounds 1"
 TINY = {
+    "attention": "--tokens 32 --heads 2 --groups 1 --channels 16 --sequences 16 --rounds 1",
     "checkpoint": "--mib 2 --tensor-mib 0.1 --rounds 1",
     "cross_entropy": "--rows 300 --vocab-size 500 --rounds 1",
     "expert_overlap": "--num-layers 1 --hidden-size 16 --seq-length 8 --num-microbatches 2 "
