@@ -27,9 +27,14 @@ TINY = {
     "--warm-up 1",
     "optimizer": "--parameters 1 --rounds 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
+    "preprocess": "--megabytes 0.1 --vocab-size 400 --rounds 1 --workers 1",
     "sample_index": "--documents 100",
-    "step": SMALL,
+    "startup": "--rounds 1 --no-tools --ranks",
+    "step": SMALL + " --parts steps roofline --dtypes fp32 bf16",
+    "scaling": "--quick --hidden-size 32 --vocab-size 64 --seq-length 16 --sequences 8 16 "
+    "--experts 4 8 --rounds 1 --warm-up 0 --curves sequence experts --dtypes fp32",
 }
+SLOW = ("expert_overlap", "overlap", "preprocess")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def run_bench(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(p.stem, marks=[pytest.mark.slow] * ("overlap" in p.stem)) for p in benches()],
+    [pytest.param(p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW)) for p in benches()],
 )
 def test_bench_runs(run_bench, name):
     rows = run_bench(name)

@@ -22,9 +22,9 @@ import torch
 
 from megatron.core.errors import BackendError
 
+OPTIONS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 HEADERS = Path(__file__).parent
 """Folder of headers that a file of any folder may include, beside those of its own."""
-OPTIONS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 FOLDER_VARIABLE = "MEGATRON_KERNEL_CACHE"
 """Environment variable with the folder of compiled kernels; empty to keep none."""
 _COMPILERS = ("c++", "g++", "clang++")

@@ -166,6 +166,25 @@ def test_a_kernel_that_fails_is_told_once_and_refused_where_asked_for(nothing_ma
         choice.kernel("sums", fail)
 
 
+def test_a_kernel_is_tried_out_as_in_a_new_process(nothing_made):
+    def make():
+        x = torch.rand(2, requires_grad=True)
+        (x * x).sum().backward()
+        return x.grad.dtype, x.grad.device.type
+
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            assert choice.kernel("squares", make) == (torch.float32, "cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_what_kernels_can_compute_with():
     assert choice.is_for(torch.empty(2))
     assert choice.is_for(torch.nn.Parameter(torch.empty(2, dtype=torch.bfloat16)))
