@@ -279,8 +279,7 @@ def _over_ranks(
     """Return the sums of both [n] over the ranks."""
     if shares is None:
         return total, chosen
-    both = torch.stack([total, chosen])
-    total, chosen = all_reduce_(shares, both)
+    total, chosen = all_reduce_(shares, torch.stack([total, chosen]))
     return total, chosen
 
 
