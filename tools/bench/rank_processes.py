@@ -76,7 +76,7 @@ def own_cores() -> list[int]:
 @contextmanager
 def _rank(store: Path, cores: Sequence[int], rank: int) -> Iterator[Connection]:
     mine, theirs = _fork.Pipe()
-    process = _fork.Process(target=_serve, args=(theirs, store, cores, rank), daemon=True)
+    process = _fork.Process(target=_serve, args=(mine, theirs, store, cores, rank), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -89,7 +89,10 @@ def _rank(store: Path, cores: Sequence[int], rank: int) -> Iterator[Connection]:
             process.join()
 
 
-def _serve(orders: Connection, store: Path, cores: Sequence[int], rank: int) -> None:
+def _serve(
+    others: Connection, orders: Connection, store: Path, cores: Sequence[int], rank: int
+) -> None:
+    others.close()  # inherited; open, it would keep the end of orders from being seen
     os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(cores))

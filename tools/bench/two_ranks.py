@@ -28,13 +28,14 @@ from tools.bench.timing import report
 from tools.bench.two_ranks_page import plot, write_page
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "EP 2": {"expert_model_parallel_size": 2},
-    "DP 2": {},
-    "DP 2, distributed optimizer": {"use_distributed_optimizer": True},
-    "TP 2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "PP 2": {"pipeline_model_parallel_size": 2},
+    "ep2": {"expert_model_parallel_size": 2},
+    "dp2": {},
+    "dp2-sharded": {"use_distributed_optimizer": True},
+    "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
 }
-ALONE = "two runs, nothing shared"
+ALONE = "alone"
+"""Two runs of one rank at the same time, which share nothing."""
 DTYPES = ("fp32", "bf16")
 RANKS = 2
 
@@ -133,47 +134,49 @@ def rounds_alone(one: World, other: World, args: argparse.Namespace) -> Iterator
 def rows_of(layout: str, dtype: str, rounds: Sequence[Round]) -> list[dict[str, object]]:
     """Return a row for strong and one for weak scaling, where there are steps of it.
 
-    Milliseconds are means over ranks and medians over rounds; the parts add up to the step of a
-    round. What one rank takes for a rank's share of the work is ``useful_ms``.
+    Parts are shares of the step of two ranks, means over ranks and medians over rounds:
+    efficiency, extra, transfer and waiting add up to a whole step, less what the faster rank ends
+    before the other.
     """
     found: list[dict[str, object]] = []
     for scaling, share in (("strong", 1 / RANKS), ("weak", 1.0)):
         pairs = [(r.one, getattr(r, scaling)) for r in rounds if getattr(r, scaling)]
         if not pairs:
             continue
-        parts = [_parts(one, ranks, share) for one, ranks in pairs]
-        row: dict[str, object] = {"layout": layout, "dtype": dtype, "scaling": scaling}
-        row["one_rank_ms"] = 1e3 * statistics.median(one.wall for one, _ in pairs)
-        for key in parts[0]:
-            unit = 1.0 if key == "efficiency" else 1e3
-            row[key] = unit * statistics.median(part[key] for part in parts)
+        parts = [parts_of(one, ranks, share) for one, ranks in pairs]
+        walls = [max(rank.wall for rank in ranks) for _, ranks in pairs]
         calls = by_op(pairs[-1][1][0].calls)
-        row["calls"] = sum(count for count, _, _ in calls.values())
-        row["mib"] = sum(size for _, size, _ in calls.values()) / 2**20
-        row["ops"] = {op: [count, size, 1e3 * spent] for op, (count, size, spent) in calls.items()}
-        found.append(row)
+        found.append(
+            {
+                "layout": layout,
+                "dtype": dtype,
+                "scaling": scaling,
+                "one_rank_ms": 1e3 * statistics.median(one.wall for one, _ in pairs),
+                "step_ms": 1e3 * statistics.median(walls),
+                **{key: statistics.median(part[key] for part in parts) for key in parts[0]},
+                "calls": sum(count for count, _, _ in calls.values()),
+                "mib": sum(size for _, size, _ in calls.values()) / 2**20,
+                "ops": {op: [n, size, 1e3 * spent] for op, (n, size, spent) in calls.items()},
+            }
+        )
     return found
 
 
-def _parts(one: StepSeconds, ranks: Sequence[StepSeconds], share: float) -> dict[str, float]:
+def parts_of(one: StepSeconds, ranks: Sequence[StepSeconds], share: float) -> dict[str, float]:
     """Split the mean step of ``ranks``; ``share`` of the work of ``one`` is that of a rank."""
     wall = max(rank.wall for rank in ranks)
-    useful = share * one.wall
     own = statistics.mean(rank.own for rank in ranks)
     talk = transfer_and_waiting([rank.calls for rank in ranks])
     transfer, waiting = (statistics.mean(column) for column in zip(*talk, strict=True))
-    over_weights = statistics.mean(rank.optimizer for rank in ranks)
-    threads = statistics.mean(rank.process - rank.thread for rank in ranks)
-    return {
-        "step_ms": wall,
-        "efficiency": useful / wall,
-        "useful_ms": useful,
-        "extra_ms": own - useful,
-        "transfer_ms": transfer,
-        "waiting_ms": waiting,
-        "over_weights_ms": over_weights,
-        "gloo_threads_ms": threads,
+    seconds = {
+        "efficiency": share * one.wall,
+        "extra": own - share * one.wall,
+        "transfer": transfer,
+        "waiting": waiting,
+        "over_weights": statistics.mean(rank.optimizer for rank in ranks),
+        "gloo_threads": statistics.mean(rank.process - rank.thread for rank in ranks),
     }
+    return {key: spent / wall for key, spent in seconds.items()}
 
 
 def bubble(layout: str, microbatches: int) -> float | None:

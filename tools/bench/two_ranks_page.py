@@ -11,39 +11,47 @@ from tools.bench.plots import Bar, BarPanel, plot_bars
 Rows = Sequence[dict[str, Any]]
 
 COLUMNS = {
-    "layout": "",
+    "name": "",
     "scaling": "scaling",
     "one_rank_ms": "one rank, ms",
     "step_ms": "two ranks, ms",
     "efficiency": "efficiency",
-    "useful_ms": "useful, ms",
-    "extra_ms": "extra, ms",
-    "transfer_ms": "transfer, ms",
-    "waiting_ms": "waiting, ms",
-    "bubble": "least idle share",
-    "over_weights_ms": "over weights, ms",
-    "gloo_threads_ms": "gloo's threads, ms",
+    "extra": "extra",
+    "transfer": "transfer",
+    "waiting": "waiting",
+    "bubble": "least idle",
+    "over_weights": "over weights",
+    "gloo_threads": "gloo's threads",
     "calls": "calls",
     "mib": "MiB",
 }
+NAMES = {
+    "alone": "two runs, nothing shared",
+    "ep2": "EP 2",
+    "dp2": "DP 2",
+    "dp2-sharded": "DP 2, distributed optimizer",
+    "tp2": "TP 2, sequence parallel",
+    "pp2": "PP 2",
+}
 PARTS = {
-    "useful_ms": "useful",
-    "extra_ms": "extra computation",
-    "transfer_ms": "transfer",
-    "waiting_ms": "waiting for the other rank",
+    "efficiency": "useful: what one rank alone takes",
+    "extra": "extra computation",
+    "transfer": "transfer",
+    "waiting": "waiting for the other rank",
 }
 LEGEND = """\
 Time of the clock. *Efficiency*: strong, one rank over two times two ranks on the same batch; weak,
-one rank over two ranks on twice the batch. The step of two ranks in parts, means of both ranks:
+one rank over two ranks on twice the batch. All but milliseconds and counts are shares of the step
+of two ranks (of the slower one), means of both:
 
-- *useful*: what one rank alone takes for the share of one rank;
-- *extra*: what a rank computes beyond that, outside collectives: work done twice (weights that both
-  hold go through the optimizer on both), smaller matrix products, memory and cache shared with the
-  other core, gloo's threads on this one;
+- *extra*: what a rank computes, outside collectives, beyond what one rank alone takes for as much:
+  work done twice (weights that both hold go through the optimizer on both), smaller matrix
+  products, memory and cache shared with the other core, gloo's threads on this one;
 - *transfer*: in a collective, the time of the rank that came last;
-- *waiting*: for the other rank in a collective, or for a message of the other stage. *Least idle
-  share*: (stages - 1) / (microbatches + stages - 1) of a pipeline;
-- *over weights*: of all that, zeroing of gradients, norm, update (with gathering of weights);
+- *waiting*: for the other rank in a collective, or for a message of the other stage. *Least idle*:
+  (stages - 1) / (microbatches + stages - 1) of a pipeline;
+- *over weights*: of all that, zeroing of gradients, norm, update, gathering of weights;
+- *gloo's threads*: processor time of a rank beside its computing thread, on the same core;
 - *two runs, nothing shared*: what the machine takes when both cores are busy; no layout can do
   better than that.
 """
@@ -67,7 +75,7 @@ def write_page(path: Path, rows: Rows, args: argparse.Namespace) -> None:
     if plot(rows, picture):
         text.append(f"![parts of a step]({picture.name})\n")
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        found = [row for row in rows if row["dtype"] == dtype]
+        found = [row | {"name": NAMES[row["layout"]]} for row in rows if row["dtype"] == dtype]
         text.append(f"## {dtype}\n\n{table(found, COLUMNS)}")
         text.append("Calls of rank 0 in a step, weak:\n\n" + table(*_calls(found)))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +84,7 @@ def write_page(path: Path, rows: Rows, args: argparse.Namespace) -> None:
 
 def _calls(rows: Rows) -> tuple[list[dict[str, object]], dict[str, str]]:
     found: list[dict[str, object]] = [
-        {"layout": row["layout"], "op": op, "calls": count, "mib": size / 2**20, "ms": spent}
+        {"layout": row["name"], "op": op, "calls": count, "mib": size / 2**20, "ms": spent}
         for row in rows
         if row["scaling"] == "weak"
         for op, (count, size, spent) in row["ops"].items()
@@ -93,8 +101,8 @@ def plot(rows: Rows, path: Path) -> bool:
             found = [r for r in rows if (r["dtype"], r["scaling"]) == (dtype, scaling)]
             bars = [
                 Bar(
-                    row["layout"],
-                    {name: max(0.0, row[key]) for key, name in PARTS.items()},
+                    NAMES[row["layout"]],
+                    {name: max(0.0, row[key] * row["step_ms"]) for key, name in PARTS.items()},
                     f"{row['efficiency']:.0%}",
                 )
                 for row in found
