@@ -36,6 +36,8 @@ TINY = {
     "step": SMALL + " --parts steps roofline --dtypes fp32 bf16",
     "scaling": "--quick --hidden-size 32 --vocab-size 64 --seq-length 16 --sequences 8 16 "
     "--experts 4 8 --rounds 1 --warm-up 0 --curves sequence experts --dtypes fp32",
+    "two_ranks": "--hidden-size 32 --num-layers 2 --vocab-size 64 --seq-length 16 --rounds 1 "
+    "--warm-up 0 --dtypes fp32 --global-batch-size 4 --micro-batch-size 1 --layouts ep2 pp2",
 }
 SLOW = ("expert_overlap", "overlap", "preprocess")
 
