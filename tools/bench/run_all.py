@@ -9,9 +9,9 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def benches() -> list[Path]:
-    """Return the files that can be run, but this one."""
+    """Return the files that can be run, but those that run others."""
     runs = (p for p in FOLDER.glob("*.py") if "\ndef main() -> " in p.read_text())
-    return sorted(p for p in runs if p.name != "run_all.py")
+    return sorted(p for p in runs if not p.name.startswith("run_"))
 
 
 def main() -> int:
