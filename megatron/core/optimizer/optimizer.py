@@ -7,7 +7,7 @@ Sharded (ZeRO-1, Rajbhandari et al. 2020, arXiv:1910.02054), a rank keeps main w
 of its slices of the buffers only, steps those, and takes the rest of the weights from their owners.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class MegatronOptimizer(BaseOptimizer):
                 }
                 for group in groups
             ],
+            {main: weights for weights, main in self._rounded()},
         )
 
     @torch.no_grad()
@@ -79,7 +80,7 @@ class MegatronOptimizer(BaseOptimizer):
         self._ddp.finish_param_sync()
         result = self._clip_and_step(self._grad_norm())
         if result.update_successful:
-            self._copy_main_to_model()
+            self._copy_main_to_model(but=self._flat_step.rounds)
         return result
 
     def named_state(self) -> Iterator[NamedState]:
@@ -130,9 +131,11 @@ class MegatronOptimizer(BaseOptimizer):
         owned = owned_gradients(whole, self._pg_collection)
         return global_grad_norm(owned, device, squares=lambda known: known)
 
-    def _copy_main_to_model(self) -> None:
+    def _copy_main_to_model(self, *, but: Callable[[Tensor], bool] = lambda _: False) -> None:
+        """Round main weights into the model, ``but`` those that are there already."""
         for weights, main in self._rounded():
-            weights.copy_(main)
+            if not but(main):
+                weights.copy_(main)
         self._ddp.start_param_sync()
 
     def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
