@@ -24,6 +24,9 @@ TINY = {
     "cross_entropy": "--rows 300 --vocab-size 500 --rounds 1",
     "expert_overlap": "--num-layers 1 --hidden-size 16 --seq-length 8 --num-microbatches 2 "
     "--way-ms 1 --rounds 1",
+    "gpu_kernels": "--device cpu --tokens 32 --hidden-size 16 --moe-ffn-hidden-size 24 --rounds 1",
+    "gpu_mfu": "--device cpu --hidden-size 64 --moe-ffn-hidden-size 96 --num-attention-heads 4 "
+    "--num-experts 4 --vocab-size 128 --seq-length 16 --rounds 1 --warm-up 1 --peak-tflops 1",
     "metrics_cost": SMALL,
     "moe_layer": "--tokens 32 --hidden-size 16 --moe-ffn-hidden-size 32 --cases 4x2 --rounds 1 "
     "--warm-up 1",

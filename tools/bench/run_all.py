@@ -53,10 +53,10 @@ class Outcome(NamedTuple):
 
 
 def benches() -> list[Path]:
-    """Return the files that can be run, but this one, in the order in which they are."""
+    """Return the files that can be run, but those that run others, in their order."""
     runs = [p for p in FOLDER.glob("*.py") if "\ndef main() -> " in p.read_text()]
     names = {name: place for place, name in enumerate(FIRST)}
-    others = (p for p in runs if p.name != "run_all.py")
+    others = (p for p in runs if not p.name.startswith("run_"))
     return sorted(others, key=lambda p: (names.get(p.stem, len(names)), p.name))
 
 
