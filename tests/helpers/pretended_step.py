@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils import checkpoint
 
+from megatron.core.extensions import triton_ops
 from megatron.training.dry_run.rank_groups import GroupTable
 from megatron.training.dry_run.recorded_collectives import EventLog, recorded
 from megatron.training.initialize import World
@@ -46,6 +47,7 @@ def run_steps(*, on_cuda: bool, **options: Any) -> Steps:
     name = "_group_tensors_by_device_and_dtype"
     grouped = partial(_grouped, getattr(Optimizer, name))
     with (
+        mock.patch.object(triton_ops, "unusable", return_value="the memory is a CPU's"),
         mock.patch.object(Optimizer, name, staticmethod(grouped)),
         mock.patch.dict(checkpoint._allowed_determinism_checks_to_fns, default=_outline),
         recorded(EventLog(tells_completion=True), groups.world),

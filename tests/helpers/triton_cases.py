@@ -88,6 +88,16 @@ def check_sum(dtype: torch.dtype, width: int, device: str) -> None:
     assert triton_ops.sum_rows(rows, plan.slots[:, :0], dtype).shape == (0, width)
 
 
+def check_zero_empty(dtype: torch.dtype, width: int, device: str) -> None:
+    """Blocks without rows become zeros, also where NaN was; the others keep their bits."""
+    blocks = _drawn((4, 9, width), dtype, device, 10)
+    blocks[1], blocks[3] = float("nan"), float("nan")
+    counts = torch.tensor([3, 0, 1, 0], device=device)
+    want = blocks.masked_fill((counts == 0).view(-1, 1, 1), 0.0)
+    assert torch.equal(triton_ops.zero_empty_(blocks, counts), want)
+    assert torch.equal(blocks, want)
+
+
 def check_there_and_back(dtype: torch.dtype, width: int, device: str) -> None:
     """Forward and backward of permutation as dispatchers call it, from strided tokens too."""
     routing = torch.rand((8, 4), generator=torch.Generator().manual_seed(4)) < 0.5
@@ -167,6 +177,7 @@ CASES: dict[str, Callable[[str], None]] = {
         "sum": check_sum,
         "there and back": check_there_and_back,
         "swiglu": check_swiglu,
+        "zero empty": check_zero_empty,
     }.items()
     for dtype in DTYPES
     for width in WIDTHS

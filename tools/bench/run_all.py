@@ -25,22 +25,29 @@ _SMALL = "--hidden-size 32 --vocab-size 64 --seq-length 16 --micro-batch-size 2 
 SHORTER = {"moe_layer": "--preset small"}
 """Options of benches that would take hours; ``--full`` leaves them out."""
 QUICK = {
+    "attention": "--tokens 32 --heads 2 --groups 1 --channels 16 --sequences 16 --rounds 1",
     "checkpoint": "--mib 16 --rounds 1",
     "cross_entropy": "--rows 300 --vocab-size 500 --rounds 1",
     "expert_overlap": "--num-layers 1 --hidden-size 16 --seq-length 8 --num-microbatches 2 "
     "--way-ms 1 --rounds 1",
+    "gpu_kernels": "--device cpu --tokens 32 --hidden-size 16 --moe-ffn-hidden-size 24 --rounds 1",
+    "gpu_mfu": "--device cpu --hidden-size 64 --moe-ffn-hidden-size 96 --num-attention-heads 4 "
+    "--num-experts 4 --vocab-size 128 --seq-length 16 --rounds 1 --warm-up 1 --peak-tflops 1",
     "metrics_cost": _SMALL,
     "moe_layer": "--preset small --tokens 64 --hidden-size 32 --moe-ffn-hidden-size 64 --cases 8x2 "
     "--rounds 1 --warm-up 1",
     "optimizer": "--parameters 1 --rounds 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
     "preprocess": "--megabytes 0.1 --vocab-size 400 --rounds 1 --workers 1",
+    "profile_step": "--hidden-size 32 --vocab-size 64 --seq-length 16 --micro-batch-size 2",
     "sample_index": "--documents 1000",
     "scaling": "--quick --hidden-size 32 --vocab-size 64 --seq-length 16 --sequences 8 16 "
     "--experts 4 8 --rounds 1 --warm-up 0 --curves sequence experts --dtypes fp32",
     "startup": "--rounds 1 --no-tools --ranks",
     "step": f"{_SMALL} --warm-up 1 --parts steps roofline --contenders ours textbook "
     "transformers-grouped_mm",
+    "two_ranks": "--hidden-size 32 --num-layers 2 --vocab-size 64 --seq-length 16 --rounds 1 "
+    "--warm-up 0 --dtypes fp32 --global-batch-size 4 --micro-batch-size 1 --layouts ep2 pp2",
 }
 """Options with which a bench takes seconds, and its figures mean nothing but that it works."""
 QUICK_LIMIT_S = 120
@@ -57,10 +64,10 @@ class Outcome(NamedTuple):
 
 
 def benches() -> list[Path]:
-    """Return the files that can be run, but this one, in the order in which they are."""
+    """Return the files that can be run, but those that run others, in their order."""
     runs = [p for p in FOLDER.glob("*.py") if "\ndef main() -> " in p.read_text()]
     names = {name: place for place, name in enumerate(FIRST)}
-    others = (p for p in runs if p.name != "run_all.py")
+    others = (p for p in runs if not p.name.startswith("run_"))
     return sorted(others, key=lambda p: (names.get(p.stem, len(names)), p.name))
 
 

@@ -4,6 +4,7 @@ Every step has new tokens, so new routing. Of a batch only the number of its sam
 layouts of a model train on the same ones.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,7 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.datasets.batch import Batch
 from megatron.training.initialize import World
 from megatron.training.run import Run, TrainState
-from megatron.training.setup_model import setup_run
+from megatron.training.setup_model import build_moe_metrics, build_pipeline, setup_run
+from megatron.training.setup_model import microbatches as microbatches_of
 from megatron.training.train_step import train_step
 from pretrain_gpt import forward_step, model_provider
 from tools.layouts.oracle import make_config, microbatches
@@ -46,7 +48,7 @@ def options_of(
     return {
         "num_layers": layers,
         "hidden_size": hidden,
-        "num_attention_heads": max(1, hidden // 64),
+        "num_attention_heads": max(2, hidden // 64),
         "ffn_hidden_size": 2 * hidden,
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
@@ -102,6 +104,24 @@ class TimedRun:
     def num_parameters(self) -> int:
         """Numbers trained on this rank."""
         return sum(param.numel() for _, param in self.run.model.trainable_parameters())
+
+    def set_global_batch(self, samples: int) -> None:
+        """Let steps have ``samples`` over all ranks, in microbatches of the same size."""
+        if samples == self.run.global_batch_size:
+            return
+        world, training = self.run.world, self.config.training
+        self.config = dataclasses.replace(
+            self.config, training=dataclasses.replace(training, global_batch_size=samples)
+        )
+        count = microbatches_of(self.config, world).count
+        self.run = dataclasses.replace(
+            self.run,
+            config=self.config,
+            num_microbatches=count,
+            pipeline=build_pipeline(self.config, world, count),
+            moe_metrics=build_moe_metrics(self.config, world, count),
+        )
+        self._watch(self.run.pipeline, "forward_backward", "forward_backward")
 
     def step(self) -> dict[str, float]:
         """Train one step; return the seconds of its PARTS, of the "rest" and of the "step"."""

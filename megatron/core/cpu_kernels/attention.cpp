@@ -6,7 +6,10 @@
 //
 // Source: Dao 2023 (arXiv:2307.08691), for weights that backward makes again from the logarithm of
 // their sum.
+#include <atomic>
+
 #include "blocks.h"
+#include "parallel.h"
 
 namespace {
 
@@ -276,9 +279,9 @@ struct Backward {
       if (!inside) hide(task, scores + row * BLOCK, i, key + row, BLOCK);
     }
     float scale = task.scale2();
-    for (int64_t c = 0; c < BLOCK; c += LANES) {
-      V l = load(lse + i * BLOCK + c), d = load(delta + i * BLOCK + c);
-      for (int64_t row = 0; row < count; row += 2) {
+    for (int64_t row = 0; row < count; row += 2)
+      for (int64_t c = 0; c < BLOCK; c += LANES) {
+        V l = load(lse + i * BLOCK + c), d = load(delta + i * BLOCK + c);
         int64_t from = row * BLOCK + c, to = (key - key0 + row) * ROW + column + c;
         V p0 = exp2(load(scores + from) * scale - l);
         V p1 = exp2(load(scores + from + BLOCK) * scale - l);
@@ -287,26 +290,34 @@ struct Backward {
         store(d_scores + to, s0), store(d_scores + to + ROW, s1);
         if (E > 1) store_pair(ds_pairs + (key - key0 + row) * BLOCK + E * c, BLOCK, s0, s1);
       }
-    }
   }
 };
 
+// Groups ``begin`` to ``end`` among those of all samples.
+template <template <class> class Pass, class T>
+void part(const Task& task, int64_t begin, int64_t end) {
+  static thread_local Memory memory;
+  Arena count;
+  Pass<T>(task, count);
+  Arena arena;
+  arena.base = memory.of_size(count.used);
+  Pass<T> pass(task, arena);
+  for (int64_t i = begin; i < end; i++) pass.group(i / task.groups, i % task.groups);
+  if (sizeof(T) == 2) at::native::cpublas::brgemm_release(true);
+}
+
+// 0, or 1 where torch has no such products for this processor or there is no memory.
 template <template <class> class Pass, class T>
 int run(const Task* task) {
-  static thread_local Memory memory;
-  try {
-    Arena count;
-    Pass<T>(*task, count);
-    Arena arena;
-    arena.base = memory.of_size(count.used);
-    Pass<T> pass(*task, arena);
-    for (int64_t sample = 0; sample < task->b; sample++)
-      for (int64_t g = 0; g < task->groups; g++) pass.group(sample, g);
-    if (sizeof(T) == 2) at::native::cpublas::brgemm_release(true);
-    return 0;
-  } catch (...) {
-    return 1;
-  }
+  std::atomic<int> failed{0};
+  in_parallel(task->b * task->groups, 1, [&](int64_t begin, int64_t end) {
+    try {
+      part<Pass, T>(*task, begin, end);
+    } catch (...) {  // must not leave this thread
+      failed = 1;
+    }
+  });
+  return failed;
 }
 
 }  // namespace

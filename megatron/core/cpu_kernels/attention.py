@@ -1,6 +1,7 @@
 """Causal attention in compiled blocks: memory grows with the sequence, not with its square.
 
-One thread computes; products are those of torch's own library for small blocks (AMX in bf16).
+Products are those of torch's own library for small blocks (AMX in bf16). Threads share out the
+groups of samples, each computed by one of them, so their number changes no bit.
 """
 
 import ctypes

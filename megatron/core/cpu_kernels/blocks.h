@@ -200,9 +200,17 @@ struct Rotation {
   template <class T>
   void turn_row(float* x, int64_t channels, int64_t position, float sign) const {
     if (cos == nullptr) return;
-    float c[WIDEST], s[WIDEST], was[WIDEST];
     auto cosines = static_cast<const T*>(cos) + position * channels;
     auto sines = static_cast<const T*>(sin) + position * channels;
+    if (!interleaved && half % LANES == 0) {
+      for (int64_t i = 0, j = half; i < half; i += LANES, j += LANES) {
+        V first = load(x + i), second = load(x + j);
+        store(x + i, first * load(cosines + i) + second * (sign * load(sines + i)));
+        store(x + j, second * load(cosines + j) + first * (sign * load(sines + j)));
+      }
+      return;
+    }
+    float c[WIDEST], s[WIDEST], was[WIDEST];
     for (int64_t i = 0; i < channels; i += LANES) {
       store(c + i, load(cosines + i));
       store(s + i, sign * load(sines + i));
@@ -222,11 +230,11 @@ struct Rotation {
 
 // Fetch a later one of the ``left`` rows from ``at``: they lie on pages of their own, and nothing
 // else sees them coming.
-template <class T>
+template <bool WRITES = false, class T>
 inline void prefetch_row(const T* at, int64_t row, int64_t channels, int64_t left) {
   constexpr int64_t AHEAD = 12;
   for (int64_t j = 0; j < channels && left > AHEAD; j += 64 / sizeof(T))
-    __builtin_prefetch(at + AHEAD * row + j);
+    __builtin_prefetch(at + AHEAD * row + j, WRITES);
 }
 
 // Rows ``first`` to ``first + count`` of ``from``, rotated, side by side in ``to``; then zeros up to
@@ -255,6 +263,7 @@ void write_rows(const float* from, float scale, int64_t channels, int64_t first,
                 const Rotation& rotation, T* to, int64_t row) {
   float x[WIDEST];
   for (int64_t i = 0; i < count; i++) {
+    prefetch_row<true>(to + (first + i) * row, row, channels, count - i);
     for (int64_t j = 0; j < channels; j += LANES)
       store(x + j, scale * load(from + i * channels + j));
     rotation.turn_row<T>(x, channels, first + i, -1.0f);

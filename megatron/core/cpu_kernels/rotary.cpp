@@ -1,5 +1,6 @@
 // Rotate heads by position on their way from one layout to another, in one pass.
 #include "blocks.h"
+#include "parallel.h"
 
 namespace {
 
@@ -12,9 +13,9 @@ struct Task {
 };
 
 template <class T>
-void rotate(const Task& task) {
+void rotate(const Task& task, int64_t begin, int64_t end) {
   float x[WIDEST];
-  for (int64_t i = 0; i < task.s; i++)
+  for (int64_t i = begin; i < end; i++)
     for (int64_t sample = 0; sample < task.b; sample++)
       for (int64_t g = 0; g < task.groups; g++)
         for (int64_t r = 0; r < task.heads; r++) {
@@ -26,9 +27,14 @@ void rotate(const Task& task) {
         }
 }
 
+template <class T>
+void rotate_all(const Task& task) {
+  in_parallel(task.s, 64, [&](int64_t begin, int64_t end) { rotate<T>(task, begin, end); });
+}
+
 }  // namespace
 
 extern "C" {
-void rotate_bfloat16(const Task* task) { rotate<bf16>(*task); }
-void rotate_float32(const Task* task) { rotate<float>(*task); }
+void rotate_bfloat16(const Task* task) { rotate_all<bf16>(*task); }
+void rotate_float32(const Task* task) { rotate_all<float>(*task); }
 }

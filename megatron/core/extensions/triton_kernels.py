@@ -72,6 +72,21 @@ def swiglu_gradient(inner: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor,
     return results
 
 
+def zero_empty_(blocks: Tensor, counts: Tensor) -> Tensor:
+    """See ``triton_ops.zero_empty_``."""
+    assert blocks.is_contiguous(), f"{blocks.stride()=}"
+    if blocks.numel():
+        size = blocks[0].numel()
+        block = min(_LONGEST, triton.next_power_of_2(size))
+        grid = (len(blocks), triton.cdiv(size, block))
+        _zero_empty[grid](blocks, counts.contiguous(), size, BLOCK=block, num_warps=8)
+    return blocks
+
+
+_LONGEST = 16384
+"""Elements that a program sets to zero."""
+
+
 def _block(columns: int) -> int:
     return min(_WIDEST, triton.next_power_of_2(columns))
 
@@ -103,6 +118,16 @@ def _sum_rows(rows, slots, out, num_rows, num_tokens, columns, most, BLOCK: tl.c
         value = tl.load(rows + row * columns + column, mask=column < end, other=0.0)
         total += value.to(tl.float32)
     tl.store(out + token * columns + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _zero_empty(blocks, counts, size, BLOCK: tl.constexpr):  # noqa: N803
+    number = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # of a block that is kept nothing is touched
+    end = tl.where(tl.load(counts + number) == 0, size, 0)
+    zeros = tl.zeros((BLOCK,), dtype=blocks.dtype.element_ty)
+    tl.store(blocks + number * size + place, zeros, mask=place < end)
 
 
 @triton.jit

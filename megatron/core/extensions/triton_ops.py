@@ -93,6 +93,20 @@ def swiglu_gradient(inner: Tensor, probs: Tensor, grad: Tensor) -> tuple[Tensor,
     return results
 
 
+def zero_empty_(blocks: Tensor, counts: Tensor) -> Tensor:
+    """Set the blocks whose count is 0 to zeros, in place; the others are not even read.
+
+    Args:
+        blocks: [n, ...], contiguous.
+        counts: [n], whole numbers.
+
+    Returns:
+        ``blocks``.
+    """
+    result: Tensor = _kernels().zero_empty_(blocks, counts)
+    return result
+
+
 @cache
 def _kernels() -> ModuleType:
     return importlib.import_module("megatron.core.extensions.triton_kernels")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron.core.grad_sink import grad_sink_of
+from megatron.core.tensor_parallel.linear_product import add_transposed_product
 from megatron.core.tensor_parallel.region_entry import GatheredAgain, RegionEntry, landed
 from megatron.core.tensor_parallel.regions import all_reduce_
 from megatron.core.tensor_parallel.softmax_kernel import SoftmaxKernel, softmax_kernel
@@ -194,7 +195,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             operand.launch()
         on_its_way = ctx.entry.start_sum((saved @ weight).mul_(factor))
         try:
-            d_weight = weight_gradient(ctx.sink, _weight_grad, saved, factor, operand)
+            operands = saved, factor, operand
+            d_weight = weight_gradient(ctx.sink, _weight_grad, *operands, add=_add_weight_grad)
         finally:  # nobody may write to freed memory if a product fails
             d_hidden = on_its_way.land()
         if not is_put_off(ctx.sink):
@@ -282,8 +284,18 @@ def _over_ranks(
 
 
 def _weight_grad(saved: Tensor, factor: Tensor, operand: Tensor | GatheredAgain) -> Tensor:
+    return saved.T @ _scaled(operand, factor)
+
+
+def _add_weight_grad(
+    total: Tensor, saved: Tensor, factor: Tensor, operand: Tensor | GatheredAgain
+) -> None:
+    add_transposed_product(total, saved, _scaled(operand, factor))
+
+
+def _scaled(operand: Tensor | GatheredAgain, factor: Tensor) -> Tensor:
     hidden = landed(operand)
-    return saved.T @ (hidden * factor).to(hidden.dtype)
+    return (hidden * factor).to(hidden.dtype)
 
 
 def _level(exps: Tensor) -> Tensor:
