@@ -80,8 +80,8 @@ planted-layouts: $(STAMPS)/dev ## plant silent bugs of layouts, and see `make ve
 planted-resume: $(STAMPS)/dev ## plant omissions of checkpoints, and see `tools/verify_resume.py` name the item: minutes
 	$(TEST_ENV) $(BIN)/python -m tests.planted.run_resume
 
-bench: $(STAMPS)/dev ## speed against the machine's limits; tables here, JSON in runs/bench
-	$(BIN)/python tools/bench/run_all.py --output runs/bench
+bench: $(STAMPS)/dev ## speed beside others' and the machine's limits; page in runs/bench (BENCH=--quick: a minute)
+	$(BIN)/python tools/bench/run_all.py --output runs/bench $(BENCH)
 
 docs: $(STAMPS)/dev ## rewrite the generated pages
 	$(BIN)/python tools/write_docs.py

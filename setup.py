@@ -44,7 +44,7 @@ setup(
         "megatron.core.cpu_kernels": ["*.cpp", "*.h"],
         "megatron.core.tensor_parallel": ["*.cpp"],
         "megatron.core.transformer": ["*.cpp"],
-        "megatron.core.transformer.moe": ["*.c", "*.cpp"],
+        "megatron.core.transformer.moe": ["*.cpp", "*.h"],
         "megatron.core.optimizer": ["*.cpp"],
     },
     install_requires=["torch>=2.9", "numpy>=1.26", "sentencepiece>=0.2", "pyyaml>=6.0"],

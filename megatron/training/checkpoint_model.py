@@ -80,7 +80,7 @@ def for_one_process(config: RunConfig) -> None:
     """Take from ``config``, in place, what only the ranks that trained with it have."""
     config.model.expert_model_parallel_size = config.model.expert_tensor_parallel_size = 1
     config.model.moe_grouped_mm_backend = "auto"  # its package need not be here
-    config.model.moe_fused_activation = "off"  # nor a compiler
+    config.model.moe_fused_activation = "auto"  # nor a compiler
     config.model.tensor_model_parallel_size, config.model.sequence_parallel = 1, False
     config.model.context_parallel_size = 1
     for option in fields(PipelineConfig):

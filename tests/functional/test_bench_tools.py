@@ -19,19 +19,24 @@ ROOT = Path(__file__).parents[2]
 SMALL = "--hidden-size 32 --vocab-size 64 --seq-length 16 --micro-batch-size 2 --rounds 1"
 TINY = {
     "checkpoint": "--mib 2 --tensor-mib 0.1 --rounds 1",
+    "cross_entropy": "--rows 300 --vocab-size 500 --rounds 1",
     "expert_overlap": "--num-layers 1 --hidden-size 16 --seq-length 8 --num-microbatches 2 "
     "--way-ms 1 --rounds 1",
     "metrics_cost": SMALL,
     "moe_layer": "--tokens 32 --hidden-size 16 --moe-ffn-hidden-size 32 --cases 4x2 --rounds 1 "
     "--warm-up 1",
+    "optimizer": "--parameters 1 --rounds 1",
     "overlap": "--compute-ms 1 --transfer-ms 1 --rounds 1 --hidden-size 16",
+    "preprocess": "--megabytes 0.1 --vocab-size 400 --rounds 1 --workers 1",
     "sample_index": "--documents 100",
+    "startup": "--rounds 1 --no-tools --ranks",
+    "step": SMALL + " --parts steps roofline --dtypes fp32 bf16",
     "scaling": "--quick --hidden-size 32 --vocab-size 64 --seq-length 16 --sequences 8 16 "
     "--experts 4 8 --rounds 1 --warm-up 0 --curves sequence experts --dtypes fp32",
-    "step": SMALL,
     "two_ranks": "--hidden-size 32 --num-layers 2 --vocab-size 64 --seq-length 16 --rounds 1 "
     "--warm-up 0 --dtypes fp32 --global-batch-size 4 --micro-batch-size 1 --layouts ep2 pp2",
 }
+SLOW = ("expert_overlap", "overlap", "preprocess", "scaling", "two_ranks")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def run_bench(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(p.stem, marks=[pytest.mark.slow] * ("overlap" in p.stem)) for p in benches()],
+    [pytest.param(p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW)) for p in benches()],
 )
 def test_bench_runs(run_bench, name):
     rows = run_bench(name)

@@ -24,6 +24,7 @@ from megatron.core.errors import BackendError
 
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 HEADERS = Path(__file__).parent
+"""Folder of headers that a file of any folder may include, beside those of its own."""
 FOLDER_VARIABLE = "MEGATRON_KERNEL_CACHE"
 """Environment variable with the folder of compiled kernels; empty to keep none."""
 _COMPILERS = ("c++", "g++", "clang++")
@@ -141,7 +142,7 @@ def _digest(source: Path, command: Sequence[str], how: Sequence[str]) -> str:
         _processor(),
     )
     told = hashlib.sha256(source.read_bytes())
-    for header in sorted(HEADERS.glob("*.h")):
+    for header in sorted({*source.parent.glob("*.h"), *HEADERS.glob("*.h")}):
         told.update(header.read_bytes())
     told.update("\0".join(facts).encode())
     return told.hexdigest()[:20]

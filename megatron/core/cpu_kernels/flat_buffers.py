@@ -150,14 +150,27 @@ def _try_out(kernels: FlatKernels) -> None:
     grad, rounded = weight.flip(0).square(), torch.empty(53, dtype=torch.bfloat16)
     first, second = torch.zeros(53), torch.zeros(53)
     constants = AdamWConstants(1, 0.1, (0.9, 0.99), 1e-8, 0.1, 2.0)
-    plain = weight.double().requires_grad_()
-    plain.grad = grad.double() / 2
-    torch.optim.AdamW([plain], 0.1, (0.9, 0.99), 1e-8, 0.1, foreach=False).step()
+    plain = weight.double()
+    torch._fused_adamw_(  # the class around it would import torch._dynamo
+        [plain],
+        [grad.double() / 2],
+        [torch.zeros_like(plain)],
+        [torch.zeros_like(plain)],
+        [],
+        [torch.ones(())],
+        lr=0.1,
+        beta1=0.9,
+        beta2=0.99,
+        weight_decay=0.1,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )
     total = kernels.sum_of_squares(grad)
     kernels.adamw(weight, grad, first, second, constants, rounded)
     kernels.fill_zero(first)
     if not (
-        torch.allclose(weight, plain.detach().float(), rtol=1e-5, atol=1e-6)
+        torch.allclose(weight, plain.float(), rtol=1e-5, atol=1e-6)
         and torch.equal(rounded, weight.bfloat16())
         and math.isclose(total, grad.double().square().sum().item(), rel_tol=1e-12)
         and not first.any()

@@ -61,6 +61,8 @@ class TorchFullyShardedDataParallel(DataParallelBase):
     otherwise be kept whole, and added up in the shard's ``main_grad``.
     """
 
+    keeps_whole_parameters = False
+
     def __init__(
         self,
         ddp_config: DistributedDataParallelConfig,

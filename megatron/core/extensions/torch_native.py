@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron.core.extensions.fused_adamw import FusedAdamW
 from megatron.core.extensions.registry import register
 from megatron.core.grad_sink import grad_sink_of
 from megatron.core.weight_grad_queue import weight_gradient
 
 
-@register("adam", "torch_native", why="torch.optim.AdamW, fused")
+@register("adam", "torch_native", why="torch's fused AdamW kernel")
 def adam(
     groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
-) -> torch.optim.Optimizer:
+) -> FusedAdamW:
     """Make an AdamW whose moments are called ``exp_avg`` and ``exp_avg_sq``.
 
     Args:
@@ -25,7 +26,7 @@ def adam(
 
     Source: Loshchilov and Hutter 2017 (arXiv:1711.05101).
     """
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return FusedAdamW(groups, lr=lr, betas=betas, eps=eps)
 
 
 @register(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.cpu_kernels.flat_buffers import AdamWConstants, FlatKernels, flat_kernels
+from megatron.core.extensions.fused_adamw import FusedAdamW
 from megatron.core.extensions.registry import resolve
 from megatron.core.optimizer.clip_grads import clip_divisor
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
@@ -129,7 +130,7 @@ class FlatStep:
 
     def _find_kernels(self) -> FlatKernels | None:
         """Return the compiled step where it computes what ``optimizer`` would; else None."""
-        if type(self.optimizer) is not torch.optim.AdamW or not self._mains:
+        if type(self.optimizer) is not FusedAdamW or not self._mains:
             return None
         flats: list[Tensor] = []
         for main in self._mains:
@@ -174,12 +175,14 @@ def _moment_names(config: OptimizerConfig) -> tuple[str, ...]:
     return ("momentum_buffer",) if config.sgd_momentum else ()
 
 
-def _make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _make_optimizer(
+    config: OptimizerConfig, groups: list[dict[str, Any]]
+) -> torch.optim.Optimizer | FusedAdamW:
     assert config.lr is not None, "--lr is resolved before an optimizer is made"
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=True)
     betas = (config.adam_beta1, config.adam_beta2)
-    optimizer: torch.optim.Optimizer = resolve("adam")(
+    optimizer: torch.optim.Optimizer | FusedAdamW = resolve("adam")(
         groups, lr=config.lr, betas=betas, eps=config.adam_eps
     )
     return optimizer

@@ -12,12 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from megatron.core.distributed.data_parallel_base import DataParallelBase
+from megatron.core.distributed.data_parallel_base import DataParallelBase, is_fully_sharded
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer, main_dtype
-from megatron.core.distributed.torch_fully_sharded_data_parallel import (
-    TorchFullyShardedDataParallel,
-)
 from megatron.core.optimizer.base_optimizer import BaseOptimizer, NamedState, StepResult
 from megatron.core.optimizer.clip_grads import (
     global_grad_norm,
@@ -26,7 +23,6 @@ from megatron.core.optimizer.clip_grads import (
     sum_over_ranks,
 )
 from megatron.core.optimizer.flat_step import FlatStep
-from megatron.core.optimizer.fully_sharded_optimizer import FullyShardedOptimizer
 from megatron.core.optimizer.grad_scaler import GradScaler, build_grad_scaler
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import plan_param_groups
@@ -163,7 +159,9 @@ def get_megatron_optimizer(
     """
     scaler = grad_scaler or build_grad_scaler(optimizer_config, fp16=False)
     groups = pg_collection
-    if isinstance(ddp, TorchFullyShardedDataParallel):
+    if is_fully_sharded(ddp):
+        from megatron.core.optimizer.fully_sharded_optimizer import FullyShardedOptimizer
+
         return FullyShardedOptimizer(
             optimizer_config, ddp, pg_collection=groups, grad_scaler=scaler
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.core.cpu_kernels.weight_gradient import add_weight_gradient
 from megatron.core.grad_sink import GradSink, grad_sink_of
 from megatron.core.transformer.config.activation import ActivationKind
 from megatron.core.transformer.moe.expert_activation import (
@@ -108,7 +109,7 @@ class _LoopedExperts(torch.autograd.Function):
         places = _places(ctx.sizes, rows.dtype)
         grad_rows, grad_probs = _room_for(rows, places), torch.empty_like(probs)
         scratch = _BackwardScratch(places, rows, weights[1].shape[2], inners[0].shape[1])
-        later = _queue_of(*ctx.sinks[:2])
+        later = queue_of(*ctx.sinks[:2])
         dw1, dw2 = (
             None if later is not None else _GradientStack(weight, sink)
             for weight, sink in zip(weights[:2], ctx.sinks[:2], strict=True)
@@ -163,7 +164,7 @@ class _Found(NamedTuple):
     """[padded rows, ffn], input of the second matrix."""
 
 
-def _queue_of(*sinks: GradSink | None) -> WeightGradQueue | None:
+def queue_of(*sinks: GradSink | None) -> WeightGradQueue | None:
     """Return where gradients of weights with these sinks are put off to; None if they are not."""
     return None if None in sinks else collecting_queue()
 
@@ -267,7 +268,7 @@ class _GradientStack:
             torch.mm(left, right, out=place)
         elif place.dtype == left.dtype:
             place.addmm_(left, right)
-        elif left.shape[1]:
+        elif left.shape[1] and not add_weight_gradient(left.t(), right, place):
             # Some rows at a time: what is to be added is still in the cache then.
             some = left.new_empty(min(_SUMMED_AT_ONCE, len(left)), right.shape[1])
             for start in range(0, len(left), _SUMMED_AT_ONCE):

@@ -23,13 +23,15 @@ from megatron.core.transformer.activations import activation_of
 from megatron.core.transformer.config.activation import SWIGLU
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.moe.activated_product import activated_product
+from megatron.core.transformer.moe.compiled_experts import compiled_experts
 from megatron.core.transformer.moe.expert_activation import (
     IN_TORCH,
     Activation,
     weighted_activation,
 )
 from megatron.core.transformer.moe.expert_loop import ExpertWeights, looped_experts
-from megatron.core.transformer.moe.fused_swiglu import DTYPES, fused_swiglu
+from megatron.core.transformer.moe.fused_on_cuda import cuda_activation
+from megatron.core.transformer.moe.fused_swiglu import fused_swiglu
 from megatron.core.transformer.moe.output_bias import add_output_bias, adds_output_bias
 from megatron.core.transformer.precision import compute_dtype, params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -71,6 +73,7 @@ class GroupedMLP(nn.Module):
         self.grouped_mm = resolve("grouped_mm", config.moe_grouped_mm_backend)
         self.loops_on_cpu = config.moe_grouped_mm_backend == "auto"
         self.fused = config.moe_fused_activation
+        self.on_cuda = cuda_activation(config)
         if self.fused == "compiled":
             self._activation(params_dtype(config))  # fails here, if at all
         ids = local_expert_ids(num_local_experts, pg_collection)
@@ -125,6 +128,11 @@ class GroupedMLP(nn.Module):
         probs = permuted_probs.to(compute_dtype(rows.dtype))
         if self.loops_on_cpu and rows.device.type == "cpu":
             weights = ExpertWeights(self.weight1, self.weight2, self.bias1, self.bias2)
+            compiled = None
+            if self.fused != "off" and self.kind == SWIGLU:
+                compiled = compiled_experts(rows, weights)
+            if compiled is not None:
+                return compiled(rows, tokens_per_expert, probs, weights), None
             output = looped_experts(
                 rows,
                 tokens_per_expert,
@@ -140,7 +148,7 @@ class GroupedMLP(nn.Module):
     def _activation(self, dtype: torch.dtype) -> Activation:
         """Return what computes the activation where experts are looped over."""
         asked = self.fused == "compiled"
-        if not asked and (self.fused == "off" or self.kind != SWIGLU or dtype not in DTYPES):
+        if not asked and (self.fused == "off" or self.kind != SWIGLU):
             return IN_TORCH
         return fused_swiglu(dtype, required=asked)
 
@@ -161,7 +169,14 @@ class GroupedMLP(nn.Module):
     def _second_product(self, inner: Tensor, probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Activate ``inner`` [num_rows, ffn or 2 * ffn] and multiply by the second matrices."""
         if self.grouped_mm is torch_native.grouped_mm:
-            return activated_product(inner, probs, self.weight2, tokens_per_expert, kind=self.kind)
+            return activated_product(
+                inner,
+                probs,
+                self.weight2,
+                tokens_per_expert,
+                kind=self.kind,
+                activation=self.on_cuda,
+            )
         active = weighted_activation(inner, probs, kind=self.kind)  # which the package keeps
         output: Tensor = self.grouped_mm(active, self.weight2, tokens_per_expert)
         return output

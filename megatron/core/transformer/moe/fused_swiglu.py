@@ -1,24 +1,18 @@
-"""The weighted SwiGLU of an expert in one pass over memory, by C compiled when a run begins.
+"""The weighted SwiGLU of an expert in one pass over memory, by C++ compiled when a run begins.
 
-For CPUs, bf16 and fp32. torch needs a dozen passes, so a bf16 layer waits for memory. Compiling
-takes below a second, is done once in a process, and leaves nothing behind. One thread computes.
+For CPUs, bf16 and fp32. torch needs a dozen passes, so a bf16 layer waits for memory. One thread
+computes.
 """
 
 import ctypes
-import logging
-import os
-import shlex
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from time import monotonic
 
 import torch
 from torch import Tensor
 
+from megatron.core.cpu_kernels.build import load
+from megatron.core.cpu_kernels.choice import kernel, using
 from megatron.core.errors import BackendError
 from megatron.core.transformer.config.activation import SWIGLU, ActivationKind
 from megatron.core.transformer.moe.expert_activation import (
@@ -27,12 +21,9 @@ from megatron.core.transformer.moe.expert_activation import (
     ActivationGradient,
 )
 
-log = logging.getLogger(__name__)
-
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPES = {torch.float32: (), torch.bfloat16: ("-DBF16",)}
 """What is computed in, and with which options of the compiler."""
-_SECONDS_TO_COMPILE = 60.0
 
 
 class FusedSwiGLU:
@@ -105,67 +96,35 @@ class FusedSwiGLU:
 
 
 def fused_swiglu(dtype: torch.dtype, *, required: bool = False) -> Activation:
-    """Return the compiled functions for ``dtype``; the first call in a process compiles them.
+    """Return the compiled functions for ``dtype``, torch's where there are none.
 
     Args:
         dtype: Of rows and weights.
-        required: Fail where they cannot be had, rather than return torch's after one notice.
+        required: Whatever ``--cpu-kernels`` says, and fail where they cannot be had.
 
     Raises:
         BackendError: There is no compiler, it failed, or what it made computes something else.
     """
-    found = _compiled(dtype)
-    if isinstance(found, FusedSwiGLU):
-        return Activation(found.activate, found.differentiate)
+    name = f"the activation of experts in {str(dtype).removeprefix('torch.')}"
     if required:
-        raise BackendError(
-            f"--moe-fused-activation compiled: {found}; install a C compiler that knows "
-            "-march=native (the variable CC says which), or use --moe-fused-activation off"
-        )
-    return IN_TORCH
+        try:
+            with using("compiled"):
+                found = kernel(name, lambda: _made(dtype))
+        except BackendError as error:
+            raise BackendError(
+                f"--moe-fused-activation compiled: {error}; or use --moe-fused-activation off"
+            ) from error
+    else:
+        found = kernel(name, lambda: _made(dtype)) if dtype in DTYPES else None
+    return IN_TORCH if found is None else Activation(found.activate, found.differentiate)
 
 
-def compiler() -> list[str] | None:
-    """Return the command that compiles C: the variable CC, else cc, gcc or clang; or None."""
-    named = shlex.split(os.environ.get("CC", ""))
-    if named:
-        return named if shutil.which(named[0]) else None
-    return next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-
-
-@cache
-def _compiled(dtype: torch.dtype) -> FusedSwiGLU | str:
-    """Return the compiled functions, or why there are none, said once."""
-    began = monotonic()
-    try:
-        found = FusedSwiGLU(_library(dtype), dtype)
-        _try_out(found)
-    except (BackendError, OSError, AttributeError, subprocess.SubprocessError) as error:
-        log.warning("the activation of experts is not fused: %s", error)
-        return str(error)
-    log.info(" > compiled the fused activation of experts in %.1f s", monotonic() - began)
-    return found
-
-
-def _library(dtype: torch.dtype) -> ctypes.CDLL:
+def _made(dtype: torch.dtype) -> FusedSwiGLU:
     if dtype not in DTYPES:
         raise BackendError(f"there is no fused activation for {dtype}")
-    command = compiler()
-    if command is None:
-        raise BackendError("there is no C compiler (CC, cc, gcc or clang)")
-    with TemporaryDirectory(prefix="fused_swiglu_") as folder:
-        path = Path(folder) / "fused_swiglu.so"
-        options = ["-O3", "-march=native", "-shared", "-fPIC", *DTYPES[dtype]]
-        done = subprocess.run(
-            [*command, *options, "-o", str(path), str(SOURCE)],
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS_TO_COMPILE,
-        )
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            raise BackendError(f"{shlex.join(command)} failed and said: {said}")
-        return ctypes.CDLL(str(path))  # which stays when its file goes
+    made = FusedSwiGLU(load(SOURCE, options=DTYPES[dtype]), dtype)
+    _try_out(made)
+    return made
 
 
 def _try_out(fused: FusedSwiGLU) -> None:
@@ -182,7 +141,7 @@ def _try_out(fused: FusedSwiGLU) -> None:
     for want, got in zip(*results, strict=True):
         close = 8 * torch.finfo(want.dtype).eps
         if not torch.allclose(got, want, rtol=close, atol=close * float(want.abs().max())):
-            raise BackendError("what the C compiler made computes something else than torch")
+            raise BackendError("what the compiler made computes something else than torch")
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

@@ -132,11 +132,11 @@ class MoEConfig(RouterChoiceConfig):
     """What multiplies rows and weights of all experts: PyTorch's grouped product, or the package
     grouped_gemm (CUDA and bf16 only). auto is PyTorch's, on CPUs one expert after another."""
 
-    moe_fused_activation: Literal["off", "auto", "compiled"] = "off"
+    moe_fused_activation: Literal["off", "auto", "compiled"] = "auto"
     """On a CPU, compute the SwiGLU of an expert, times the weight of the row, in one pass over
-    memory by C that is compiled in a second when the run begins: bf16 MoE layers take a sixth less
-    time. auto does so where it can: with a C compiler, --swiglu and bf16 or fp32. Last bits differ
-    from off, which needs no compiler."""
+    memory by C++ that is compiled when the run begins: bf16 MoE layers take a sixth less time. auto
+    does so for --swiglu in bf16 and fp32 where --cpu-kernels has compiled kernels; compiled fails
+    where there is no compiler. Last bits differ from off, which is PyTorch's."""
 
     moe_expert_chunk_tokens: int | None = None
     """Send, compute and bring back this many tokens of a rank at a time, and each of these chunks

@@ -63,6 +63,15 @@ def test_compiled_once_for_each_text_and_options(folder, source, monkeypatch):
 
 
 @needs_compiler
+def test_the_text_of_a_header_counts_too(folder, source):
+    header = source.with_name("number.h")
+    source.write_text('#include "number.h"\n#include "vectors.h"\n' + ANSWER)
+    for number in (7, 8):
+        header.write_text(f"#define NUMBER {number}\n")
+        assert build.load(source).answer() == number
+
+
+@needs_compiler
 def test_functions_of_torch_can_be_called(folder, tmp_path):
     path = tmp_path / "threads.cpp"
     path.write_text(SIZE)
@@ -155,6 +164,25 @@ def test_a_kernel_that_fails_is_told_once_and_refused_where_asked_for(nothing_ma
     ]
     with choice.using("compiled"), pytest.raises(BackendError, match="compiled: sums: no luck"):
         choice.kernel("sums", fail)
+
+
+def test_a_kernel_is_tried_out_as_in_a_new_process(nothing_made):
+    def make():
+        x = torch.rand(2, requires_grad=True)
+        (x * x).sum().backward()
+        return x.grad.dtype, x.grad.device.type
+
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            assert choice.kernel("squares", make) == (torch.float32, "cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_what_kernels_can_compute_with():

@@ -2,17 +2,18 @@
 
 import logging
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
+from megatron.core.cpu_kernels import build, choice
+from megatron.core.cpu_kernels.build import compiler
 from megatron.core.errors import BackendError
 from megatron.core.transformer.config.activation import GELU, SWIGLU
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe import fused_swiglu as module
 from megatron.core.transformer.moe.expert_activation import IN_TORCH, Activation, ActivationGradient
-from megatron.core.transformer.moe.fused_swiglu import compiler, fused_swiglu
+from megatron.core.transformer.moe.fused_swiglu import fused_swiglu
 from tests.helpers.ranks import run_ranks
 from tests.unit_tests.core.transformer.moe.layers import (
     H,
@@ -24,7 +25,7 @@ from tests.unit_tests.core.transformer.moe.layers import (
 from tests.unit_tests.core.transformer.moe.test_moe_layer import LAYOUTS, _check
 
 DTYPES = [torch.float32, torch.bfloat16]
-needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C compiler")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
 
 def _inputs(num_rows: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -130,28 +131,30 @@ def test_what_c_must_not_touch_is_refused():
         way.activate(inner, probs, kind=GELU, out=inner)
 
 
+@pytest.fixture
+def nothing_made(monkeypatch):
+    """A process that has no kernels yet, and a folder that keeps none."""
+    monkeypatch.setattr(choice, "_made", {})
+    monkeypatch.setattr(choice, "_failed", {})
+    monkeypatch.setenv(build.FOLDER_VARIABLE, "")
+    build.kernel_folder.cache_clear()
+    yield
+    build.kernel_folder.cache_clear()
+
+
 @needs_compiler
-def test_it_is_compiled_once_for_a_dtype_and_leaves_no_file(monkeypatch, tmp_path):
-    module._compiled.cache_clear()
-    runs, run = [], module.subprocess.run
-    monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: runs.append(a) or run(*a, **k))
-    monkeypatch.setattr(module, "TemporaryDirectory", _folders_in(tmp_path))
+def test_it_is_compiled_once_for_a_dtype(monkeypatch, nothing_made):
+    runs, run = [], build.subprocess.run
+    monkeypatch.setattr(build.subprocess, "run", lambda *a, **k: runs.append(a) or run(*a, **k))
     for num_rows in (0, 1, 5, 64):
         for dtype in DTYPES:
             _results(fused_swiglu(dtype), _inputs(num_rows, 16, dtype))
     assert len(runs) == 2
-    assert list(tmp_path.iterdir()) == []
-
-
-def _folders_in(path: Path):
-    make = module.TemporaryDirectory
-    return lambda prefix: make(prefix=prefix, dir=path)
 
 
 @pytest.fixture
-def broken(monkeypatch, request, tmp_path):
+def broken(monkeypatch, request, tmp_path, nothing_made):
     """A machine whose compiler is missing, fails, or makes nothing."""
-    module._compiled.cache_clear()
     command = tmp_path / "broken_cc"
     scripts = {
         "missing": None,
@@ -161,9 +164,8 @@ def broken(monkeypatch, request, tmp_path):
     if (script := scripts[request.param]) is not None:
         command.write_text(f"#!/bin/sh\n{script}")
         os.chmod(command, 0o700)
-    monkeypatch.setenv("CC", str(command))
-    yield request.param
-    module._compiled.cache_clear()
+    monkeypatch.setenv("CXX", str(command))
+    return request.param
 
 
 @needs_compiler
@@ -172,8 +174,8 @@ def test_without_a_compiler_torch_computes_after_one_notice_unless_it_was_asked_
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert fused_swiglu(torch.float32) is IN_TORCH
-    assert [record.message[:39] for record in caplog.records] == [
-        "the activation of experts is not fused:"
+    assert [record.message[:56] for record in caplog.records] == [
+        "the activation of experts in float32 is not compiled, to"
     ]
     with pytest.raises(BackendError, match="--moe-fused-activation off"):
         fused_swiglu(torch.float32, required=True)
@@ -189,15 +191,16 @@ def test_without_a_compiler_torch_computes_after_one_notice_unless_it_was_asked_
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_code_that_computes_something_else_is_found_out(monkeypatch, tmp_path, right, wrong, dtype):
-    source = module.SOURCE.read_text()
-    assert right in source
-    (tmp_path / "wrong.c").write_text(source.replace(right, wrong))
-    monkeypatch.setattr(module, "SOURCE", tmp_path / "wrong.c")
-    module._compiled.cache_clear()
+def test_code_that_computes_something_else_is_found_out(
+    monkeypatch, tmp_path, nothing_made, right, wrong, dtype
+):
+    header = module.SOURCE.with_name("swiglu.h").read_text()
+    assert right in header
+    (tmp_path / "swiglu.h").write_text(header.replace(right, wrong))
+    (tmp_path / "wrong.cpp").write_text(module.SOURCE.read_text())
+    monkeypatch.setattr(module, "SOURCE", tmp_path / "wrong.cpp")
     with pytest.raises(BackendError, match="something else"):
         fused_swiglu(dtype, required=True)
-    module._compiled.cache_clear()
 
 
 def test_fp64_and_gelu_stay_in_torch_under_auto():
@@ -211,17 +214,24 @@ def _banks_choose() -> None:
             getattr(torch, config.params_dtype_name)
         )
         for name, config in {
-            "off": moe_config(),
-            "gelu": moe_config(moe_fused_activation="auto", swiglu=False),
-            "fp64": moe_config(moe_fused_activation="auto", fp64=True),
-            "geglu": moe_config(moe_fused_activation="auto", swiglu=False, geglu=True),
-            "clamp": moe_config(moe_fused_activation="auto", activation_func_clamp_value=7.0),
-            "auto": moe_config(moe_fused_activation="auto"),
+            "off": moe_config(moe_fused_activation="off"),
+            "gelu": moe_config(swiglu=False),
+            "fp64": moe_config(fp64=True),
+            "geglu": moe_config(swiglu=False, geglu=True),
+            "clamp": moe_config(activation_func_clamp_value=7.0),
+            "auto": moe_config(),
         }.items()
     }
     fused = chosen.pop("auto")
     assert all(way is IN_TORCH for way in chosen.values())
     assert (fused is IN_TORCH) == (compiler() is None)
+
+
+def test_the_choice_of_kernels_rules_unless_it_was_asked_for():
+    with choice.using("torch"):
+        assert fused_swiglu(torch.float32) is IN_TORCH
+        if compiler() is not None:
+            assert fused_swiglu(torch.float32, required=True) is not IN_TORCH
 
 
 def _layers(ep: int) -> None:
