@@ -42,7 +42,7 @@ TINY = {
     "two_ranks": "--hidden-size 32 --num-layers 2 --vocab-size 64 --seq-length 16 --rounds 1 "
     "--warm-up 0 --dtypes fp32 --global-batch-size 4 --micro-batch-size 1 --layouts ep2 pp2",
 }
-SLOW = ("expert_overlap", "overlap", "preprocess")
+SLOW = ("expert_overlap", "overlap", "preprocess", "scaling", "two_ranks")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from tools.bench.comm_clock import Spent, by_op, timed_collectives, transfer_and
 from tools.bench.rank_processes import World, own_cores, worlds
 from tools.bench.timed_run import TimedRun, options_of
 from tools.bench.timing import report
-from tools.bench.two_ranks_page import plot, write_page
+from tools.bench.two_ranks_page import calls_of, plot, write_page
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2": {"expert_model_parallel_size": 2},
@@ -229,7 +229,9 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(1)
     rows = measure(args)
-    report("two_ranks", rows, args.output)
+    table = [{key: cell for key, cell in row.items() if key != "ops"} for row in rows]
+    report("two_ranks", table, args.output)
+    report("two_ranks_calls", calls_of(rows), args.output)
     if args.output is not None:
         plot(rows, args.output / "two_ranks.png")
     if args.markdown is not None:

@@ -25,6 +25,13 @@ COLUMNS = {
     "calls": "calls",
     "mib": "MiB",
 }
+CALLS = {
+    "name": "",
+    "op": "",
+    "calls": "calls",
+    "mib": "MiB",
+    "spent": "transfer + waiting, ms",
+}
 NAMES = {
     "alone": "two runs, nothing shared",
     "ep2": "EP 2",
@@ -77,20 +84,21 @@ def write_page(path: Path, rows: Rows, args: argparse.Namespace) -> None:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         found = [row | {"name": NAMES[row["layout"]]} for row in rows if row["dtype"] == dtype]
         text.append(f"## {dtype}\n\n{table(found, COLUMNS)}")
-        text.append("Calls of rank 0 in a step, weak:\n\n" + table(*_calls(found)))
+        weak = [row for row in calls_of(found) if row["scaling"] == "weak"]
+        text.append("Calls of rank 0 in a step, weak:\n\n" + table(weak, CALLS))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(text))
 
 
-def _calls(rows: Rows) -> tuple[list[dict[str, object]], dict[str, str]]:
-    found: list[dict[str, object]] = [
-        {"layout": row["name"], "op": op, "calls": count, "mib": size / 2**20, "ms": spent}
+def calls_of(rows: Rows) -> list[dict[str, object]]:
+    """Return a row for each kind of call that rank 0 makes in a step."""
+    return [
+        {key: row[key] for key in ("layout", "dtype", "scaling")}
+        | {"name": NAMES[row["layout"]], "op": op, "calls": count}
+        | {"mib": size / 2**20, "spent": spent}
         for row in rows
-        if row["scaling"] == "weak"
         for op, (count, size, spent) in row["ops"].items()
     ]
-    heads = {"layout": "", "op": "", "calls": "calls", "mib": "MiB", "ms": "transfer + waiting, ms"}
-    return found, heads
 
 
 def plot(rows: Rows, path: Path) -> bool:
