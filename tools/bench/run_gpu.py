@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT / "docs" / "benchmarks"
 FIRST = ("gpu_mfu", "gpu_kernels", "step")
 OF_CPUS = re.compile(
-    "checkpoint|expert_overlap|moe_|overlap|preprocess|roofline|sample_index|scaling|slow|start|"
-    "step_|two_ranks|memory|cpu"
+    "checkpoint|expert_overlap|moe_|overlap|preprocess|profile_|roofline|sample_index|scaling|slow|"
+    "start|step_|two_ranks|memory|cpu"
 )
 """Names of benches that measure a CPU, its disk or its network, whatever else is there."""
 _TAIL = 25
