@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install quickstart fix check test test-all recipes verify verify-reshard verify-hf verify-upcycling smollm2 planted planted-layouts planted-resume bench docs clean
+.PHONY: help install quickstart fix check test test-all recipes verify verify-reshard verify-hf verify-upcycling smollm2 planted planted-layouts planted-resume bench bench-gpu test-gpu docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,8 +80,14 @@ planted-layouts: $(STAMPS)/dev ## plant silent bugs of layouts, and see `make ve
 planted-resume: $(STAMPS)/dev ## plant omissions of checkpoints, and see `tools/verify_resume.py` name the item: minutes
 	$(TEST_ENV) $(BIN)/python -m tests.planted.run_resume
 
-bench: $(STAMPS)/dev ## speed against the machine's limits; tables here, JSON in runs/bench
-	$(BIN)/python tools/bench/run_all.py --output runs/bench
+bench: $(STAMPS)/dev ## speed beside others' and the machine's limits; page in runs/bench (BENCH=--quick: a minute)
+	$(BIN)/python tools/bench/run_all.py --output runs/bench $(BENCH)
+
+bench-gpu: $(STAMPS)/dev ## on one GPU, unattended: its tests and benches; writes docs/benchmarks/<card>_<date>.md: a quarter of an hour
+	$(BIN)/python tools/bench/run_gpu.py
+
+test-gpu: $(STAMPS)/dev ## the tests that need a GPU
+	$(BIN)/python -m pytest -q tests/gpu
 
 docs: $(STAMPS)/dev ## rewrite the generated pages
 	$(BIN)/python tools/write_docs.py

@@ -154,7 +154,10 @@ def make_while_waiting() -> None:
 
 
 def weight_gradient(
-    sink: GradSink | None, make: Callable[..., Tensor], *operands: Any
+    sink: GradSink | None,
+    make: Callable[..., Tensor],
+    *operands: Any,
+    add: Callable[..., None] | None = None,
 ) -> Tensor | None:
     """Make a weight gradient for its sink, now or in the W step; called in backward.
 
@@ -162,18 +165,28 @@ def weight_gradient(
         sink: Of the weight; without one nothing is put off.
         make: Returns the gradient; holds no tensor.
         operands: What ``make`` is called with.
+        add: Called with the sum and ``operands``, adds the gradient to the sum where there is one,
+            if that is cheaper than to make it and add it.
 
     Returns:
         What autograd is to be given: None but for a weight without a sink.
     """
-    if _collecting is None or sink is None:
-        return given(make(*operands), sink)
-    _collecting.put((sink,), _add, sink, make, *operands)
+    if sink is None:
+        return make(*operands)
+    if _collecting is None:
+        _add(sink, make, add, *operands)
+    else:
+        _collecting.put((sink,), _add, sink, make, add, *operands)
     return None
 
 
-def _add(sink: GradSink, make: Callable[..., Tensor], *operands: Any) -> None:
-    sink().add_(make(*operands))
+def _add(
+    sink: GradSink, make: Callable[..., Tensor], add: Callable[..., None] | None, *operands: Any
+) -> None:
+    if add is None:
+        given(make(*operands), sink)
+    else:
+        add(sink(), *operands)
 
 
 def _alone(operand: Any) -> Any:

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +14,7 @@ from megatron.training.config.resolve import resolve
 from megatron.training.config.run_config import RunConfig
 from megatron.training.config.show import config_page
 from megatron.training.config.yaml_file import read_yaml_file
+from megatron.training.start_clock import start_clock
 
 
 def parse_args(argv: Sequence[str] | None = None, *, world_size: int | None = None) -> RunConfig:
@@ -48,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None, *, world_size: int | None = No
     config = resolve(sources, options, ranks, node_size=_node_size())
     if "--print-config" in given.actions:
         _write_and_exit(config_page(config, options))
+    start_clock.mark("options")
     return config
 
 
@@ -67,6 +68,8 @@ def _ranks(values: dict[str, Any]) -> int | None:
 
 
 def _version() -> str:
+    from importlib import metadata  # 15 modules, for --version alone
+
     try:
         return metadata.version("megatron-moe")
     except metadata.PackageNotFoundError:

@@ -38,13 +38,10 @@ from megatron.core.dist_checkpointing.store import (
     open_checkpoint,
     write_checkpoint,
 )
-from megatron.core.distributed.data_parallel_base import DataParallelBase
-from megatron.core.distributed.torch_fully_sharded_data_parallel import (
-    NamedWeight,
-    TorchFullyShardedDataParallel,
-)
+from megatron.core.distributed.data_parallel_base import DataParallelBase, is_fully_sharded
 from megatron.core.errors import CheckpointError
-from megatron.core.param_role import role_of
+from megatron.core.param_blocks import ParamBlocks
+from megatron.core.param_role import ParamRole, role_of
 from megatron.training.checkpoint_misfits import refuse_misfits, softmax_notices
 from megatron.training.checkpoint_state import (
     LoadedState,
@@ -275,9 +272,9 @@ def world_group() -> ProcessGroup | None:
     return dist.group.WORLD if dist.is_initialized() else None
 
 
-def kept_weights(model: nn.Module) -> list[NamedWeight] | None:
+def kept_weights(model: nn.Module) -> list[tuple[str, ParamRole, ParamBlocks]] | None:
     """Return what this rank keeps of a sharded model; None when it holds whole parameters."""
-    return model.saved_weights() if isinstance(model, TorchFullyShardedDataParallel) else None
+    return model.saved_weights() if is_fully_sharded(model) else None
 
 
 def padded_vocab_size(model: nn.Module) -> int | None:
@@ -346,7 +343,7 @@ def _read(
         tensors |= {prefix + name: state for name, state in states.items()}
         prefixes.append(RNG)
     read_tensors(opened.path, tensors, group, prefixes=tuple(prefixes))
-    if optimizer is None and isinstance(model, TorchFullyShardedDataParallel):
+    if optimizer is None and is_fully_sharded(model):
         model.take_weights(weights or ())
     if states:
         restore_rng_state(states)

@@ -12,9 +12,7 @@ from megatron.core.dist_checkpointing.agreement import attempt, gather
 from megatron.core.dist_checkpointing.mapping import MODEL, model_tensors
 from megatron.core.dist_checkpointing.offline import box
 from megatron.core.dist_checkpointing.tensor_shards import Storable, TensorShards
-from megatron.core.distributed.torch_fully_sharded_data_parallel import (
-    TorchFullyShardedDataParallel,
-)
+from megatron.core.distributed.data_parallel_base import is_fully_sharded
 from megatron.core.errors import CheckpointError, ConfigError
 from megatron.core.models.huggingface import accounting
 from megatron.core.models.huggingface.exchange import our_tensor
@@ -50,7 +48,7 @@ def load_huggingface(
         rows=next(filter(None, sizes)),
         group=group,
     )
-    if isinstance(model, TorchFullyShardedDataParallel):
+    if is_fully_sharded(model):
         model.take_weights(weights or ())
     if optimizer is not None:
         optimizer.after_load(with_optim=False)

@@ -24,12 +24,16 @@ from megatron.core.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.config.distributed import DistributedConfig
 from megatron.training.config.run_config import RunConfig
+from megatron.training.fused_kernels import check_asked
+from megatron.training.machine.core_binding import unbind
+from megatron.training.machine.settings import set_up_cpu
 from megatron.training.rendezvous import (
     agree_on_start,
     launcher_keeps_store,
     launcher_store,
     store_of_start,
 )
+from megatron.training.start_clock import start_clock
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +94,7 @@ def initialize(config: RunConfig) -> World:
     """Connect the ranks, make the groups, seed the generators. Every rank calls this once."""
     launch = Launch.from_environment()
     device, why = choose_device(config.distributed, launch)
+    check_asked(config, device)
     backend = choose_backend(config.distributed, device)
     threads = set_threads(launch, device)
     if device.type == "cpu":
@@ -109,6 +114,14 @@ def initialize(config: RunConfig) -> World:
         backend,
         threads,
     )
+    if device.type == "cpu":
+        set_up_cpu(
+            config.distributed,
+            local_rank=launch.local_rank,
+            local_world_size=launch.local_world_size,
+            threads=torch.get_num_threads(),
+        )
+    start_clock.mark("process groups")
     return World(
         rank=launch.rank,
         world_size=launch.world_size,
@@ -235,7 +248,8 @@ def seed_everything(seed: int) -> None:
 
 
 def shut_down() -> None:
-    """Leave the process groups."""
+    """Leave the process groups, and the cores of this rank."""
+    unbind()
     parallel_state.set_process_groups(None)
     if dist.is_initialized():
         dist.destroy_process_group()

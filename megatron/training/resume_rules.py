@@ -142,6 +142,8 @@ _FREE = {
     "moe_enable_routing_replay",
     "moe_grouped_mm_backend",
     "moe_fused_activation",
+    "bias_swiglu_fusion",
+    "moe_permute_fusion",
     "moe_expert_chunk_tokens",
     "moe_shared_expert_overlap",
     "overlap_moe_expert_parallel_comm",

@@ -25,6 +25,7 @@ from megatron.training.config.data import DataConfig
 from megatron.training.datasets.batch import Batch
 from megatron.training.datasets.data_facts import find_data
 from megatron.training.datasets.data_samplers import SamplePlan
+from megatron.training.machine.core_binding import unbind
 
 __all__ = ["Batch", "build_data_iterator", "build_train_valid_test_datasets"]
 
@@ -110,7 +111,7 @@ def build_data_iterator(
         sampler=plan.microbatches(consumed_samples, len(dataset)),  # type: ignore[arg-type]
         num_workers=num_workers,
         multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_initialized(),
     )
@@ -174,7 +175,12 @@ def _open_mock(_name: str, *, vocab_size: int, eod_id: int | None) -> DocumentSo
     return MockDocuments(vocab_size=vocab_size, eod_id=eod_id)
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
+    unbind()  # beside the trainer, not on its cores
+    _leave_signals_to_the_trainer()
+
+
+def _leave_signals_to_the_trainer() -> None:
     """A signal to the process group stops the trainer at a step it chooses; it reads until then."""
     for number in _LEFT_TO_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)

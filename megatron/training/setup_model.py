@@ -9,9 +9,6 @@ from torch import nn
 
 from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
-from megatron.core.distributed.torch_fully_sharded_data_parallel import (
-    TorchFullyShardedDataParallel,
-)
 from megatron.core.errors import ConfigError
 from megatron.core.lanes import Lanes
 from megatron.core.num_microbatches_calculator import NumMicroBatches
@@ -30,6 +27,7 @@ from megatron.training.config.run_config import RunConfig
 from megatron.training.initialize import World
 from megatron.training.run import ForwardStep, Run
 from megatron.training.schedule_settings import build_scheduler
+from megatron.training.start_clock import start_clock
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +46,7 @@ def setup_run(
     init_weights(model, config.training.seed)
     model = share_out(config, world, model)
     model.train()
+    start_clock.mark("model")
     num_microbatches = microbatches(config, world).count
     run = Run(
         config=config,
@@ -65,6 +64,7 @@ def setup_run(
         num_microbatches=num_microbatches,
         moe_metrics=build_moe_metrics(config, world, num_microbatches),
     )
+    start_clock.mark("optimizer")
     _tell_stages(config, run)
     _tell_parameters(model, world)
     return run
@@ -74,6 +74,10 @@ def share_out(config: RunConfig, world: World, model: nn.Module) -> DataParallel
     """Bring ``model`` to the device, with gradients that are summed over data ranks."""
     groups = world.pg_collection
     if config.ddp.use_torch_fsdp2:
+        from megatron.core.distributed.torch_fully_sharded_data_parallel import (
+            TorchFullyShardedDataParallel,
+        )
+
         return TorchFullyShardedDataParallel(
             config.ddp, model, pg_collection=groups, device=world.device
         )

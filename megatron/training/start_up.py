@@ -10,7 +10,9 @@ from megatron.core.extensions import registry
 from megatron.core.log import banner
 from megatron.training.checkpointing import world_group
 from megatron.training.config.run_config import RunConfig
+from megatron.training.fused_kernels import announced
 from megatron.training.initialize import Launch
+from megatron.training.start_clock import start_clock
 from megatron.training.starting_point import starting_point, takes_newer
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ def ready(config: RunConfig) -> None:
     """
     tell_options(config)
     prove_store(config)
+    start_clock.mark("tokenizer")
 
 
 def prove_store(config: RunConfig) -> None:
@@ -90,5 +93,7 @@ def tell_options(config: RunConfig) -> None:
     for choice in registry.table({"grouped_mm": config.model.moe_grouped_mm_backend}):
         why = f"{choice.why} ({choice.also_known})"
         log.info("  %-16s %-14s %s", choice.op, choice.chosen, why)
+    for kernel in announced(config):
+        log.info("  %-16s %-14s %s", *kernel)
     for notice in config.notices:
         log.info(" > %s", notice)

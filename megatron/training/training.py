@@ -23,7 +23,6 @@ from megatron.training.checkpoint_state import LoadedState
 from megatron.training.checkpointing import load_checkpoint, world_group
 from megatron.training.config.run_config import RunConfig
 from megatron.training.datasets.batch import Batch
-from megatron.training.dry_run.command import dry_run
 from megatron.training.evaluate import evaluate
 from megatron.training.failure import FailureReport
 from megatron.training.global_vars import set_global_variables
@@ -38,10 +37,10 @@ from megatron.training.run import ForwardStep, Run, TrainState
 from megatron.training.saver import Saver
 from megatron.training.setup_data import build_data_iterator
 from megatron.training.setup_model import ModelProvider, setup_run
+from megatron.training.start_clock import start_clock
 from megatron.training.start_up import ready, start_line
 from megatron.training.stop import StopRequest
 from megatron.training.train_step import train_step
-from megatron.training.upcycling.online import after_upcycling
 from megatron.training.wrap_up import finish
 
 log = logging.getLogger(__name__)
@@ -94,13 +93,13 @@ def pretrain(
         observers: Told where the run begins and of every step.
     """
     launch = Launch.from_environment()
+    start_clock.mark("imports")
     timers = Timers()
     timers("setup").start()
     handler = setup_logging(launch.rank, launch.world_size)
     with FailureReport() as failure, ExitStack() as watches:
         config = parse_args() if config is None else config
-        if config.dry_run.dry_run:
-            raise SystemExit(dry_run(config, model_provider, forward_step_func))
+        dry_run_only(config, model_provider, forward_step_func)
         log.info("%s", start_line(config, launch))
         world = initialize(config)
         failure.where = world.place()
@@ -137,9 +136,20 @@ def pretrain(
         shut_down()
 
 
+def dry_run_only(
+    config: RunConfig, model_provider: ModelProvider, forward_step_func: ForwardStep
+) -> None:
+    """With --dry-run, write its report and end the program."""
+    if config.dry_run.dry_run:
+        from megatron.training.dry_run.command import dry_run  # 30 modules of its own
+
+        raise SystemExit(dry_run(config, model_provider, forward_step_func))
+
+
 def go(session: Session, handler: RankHandler) -> None:
     """Train and evaluate, watching for signals; the last state is saved."""
     run, state = session.run, session.state
+    start_clock.mark("data")
     session.timers("setup").stop()
     for observer in session.observers:
         observer.after_load(run, state)
@@ -179,6 +189,7 @@ def train(session: Session, stop: StopRequest, progress: Progress) -> str | None
         timers("train").start()
         outcome = train_step(run, state, data, stop.notes())
         timers("train").stop()
+        start_clock.first_step_done()
         state.iteration += 1
         state.consumed_samples += run.global_batch_size
         is_last = state.iteration == run.train_iters
@@ -302,7 +313,11 @@ def load(
         Where training begins, and where non-persistent checkpoints are, if there are any.
     """
     between = NonPersistent.create(run.config, launch)
-    config = after_upcycling(run.config, world_group())
+    config = run.config
+    if config.checkpoint.moe_use_upcycling:
+        from megatron.training.upcycling.online import after_upcycling
+
+        config = after_upcycling(config, world_group())
     reader = functools.partial(
         load_checkpoint, model=run.model, optimizer=run.optimizer, tokenizer=tokenizer
     )
@@ -310,6 +325,7 @@ def load(
         loaded = reader(config.checkpoint.load, config=config)
     else:
         loaded = between.load(config, reader)
+    start_clock.mark("checkpoint")
     if loaded.path is not None:
         log.info("%s", loaded.line())
     for notice in loaded.notices:

@@ -60,4 +60,19 @@ ACTIVATION_CASES: dict[str, tuple[int, str, list[str]]] = {
         f"{GOOD} --fp64 --cpu-kernels compiled",
         ["--cpu-kernels compiled computes bf16 and fp32 only: leave --fp64 or it out"],
     ),
+    "settings of CPUs on a GPU": (
+        1,
+        f"{GOOD} --device cuda --cpu-core-binding none --cpu-allocator default",
+        ["--cpu-core-binding none, --cpu-allocator default have no effect with --device cuda"],
+    ),
+    "fp32 products in fp64": (
+        1,
+        f"{GOOD} --fp64 --cpu-float32-products onednn",
+        ["--cpu-float32-products onednn has no effect with --fp64"],
+    ),
+    "an allocator that is not there": (
+        1,
+        f"{GOOD} --cpu-allocator jemalloc",
+        ["--cpu-allocator jemalloc", "keep, default"],
+    ),
 }

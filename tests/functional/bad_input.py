@@ -6,6 +6,7 @@ from tests.functional.bad_checkpoint_input import CHECKPOINT_CASES
 from tests.functional.bad_context_input import CONTEXT_CASES
 from tests.functional.bad_core_attention_input import CORE_ATTENTION_CASES
 from tests.functional.bad_dry_run_input import DRY_RUN_CASES
+from tests.functional.bad_fusion_input import FUSION_CASES
 from tests.functional.bad_huggingface_input import HUGGINGFACE_CASES
 from tests.functional.bad_latent_input import LATENT_CASES
 from tests.functional.bad_loss_scale_input import LOSS_SCALE_CASES
@@ -29,6 +30,7 @@ BAD: dict[str, tuple[int, str, list[str]]] = {
     "no data": (1, SHAPE, ["--data-path PREFIX", "--mock-data"]),
     "both precisions": (1, f"{GOOD} --bf16 --fp64", ["--bf16 and --fp64 exclude each other"]),
     **ACTIVATION_CASES,
+    **FUSION_CASES,
     **LOSS_SCALE_CASES,
     **UPCYCLING_CASES,
     "typo": (1, f"{MOE} --moe-rooter-topk 2", ["did you mean --moe-router-topk?"]),

@@ -117,3 +117,10 @@ def test_a_dry_run_knows_latent_attention(tmp_path: Path) -> None:
     experts = 8 * 2 * hidden * 4 * hidden
     layer = attention + experts + 8 * hidden + 2 * hidden
     assert figures["parameters"]["whole"] == vocab * hidden + 2 * layer + hidden
+
+
+def test_experts_in_fp32_are_planned_for_a_gpu() -> None:
+    """torch's grouped product knows only bf16 where there is no data; a run multiplies fp32 too."""
+    done = _dry_run("--device cuda --dry-run-world-size 1")
+    assert done.returncode == 0, done.stderr
+    assert "DRY RUN as on cuda" in done.stdout

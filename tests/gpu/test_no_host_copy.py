@@ -1,10 +1,17 @@
-"""A MoE layer whose shapes are known to the host never waits for the device."""
+"""A MoE layer whose shapes are known to the host, and a whole step but its end, never wait."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.forward_context import ForwardContext
+from megatron.training import train_step as step_module
+from megatron.training.initialize import World
+from megatron.training.run import TrainState
+from megatron.training.setup_model import setup_run
+from pretrain_gpt import forward_step, model_provider
+from tests.helpers.layouts import make_config, microbatches
 from tests.unit_tests.core.transformer.moe.layers import (
     H,
     make_groups,
@@ -13,6 +20,38 @@ from tests.unit_tests.core.transformer.moe.layers import (
     moe_config,
 )
 
+BF16 = {"bf16": True, "fp64": False, "hidden_size": 64, "ffn_hidden_size": 64}
+STEPS = {
+    "dense": BF16 | {"num_moe_experts": None, "moe_aux_loss_coeff": None},
+    "dense, fp32": {"num_moe_experts": None, "moe_aux_loss_coeff": None, "fp64": False},
+    "experts": BF16,
+    "experts, shared": BF16 | {"moe_shared_expert_intermediate_size": 64},
+    "experts, torch's kernels": BF16 | {"bias_swiglu_fusion": False, "moe_permute_fusion": False},
+    "depths": BF16 | {"mtp_num_layers": 2},
+    "latent attention": BF16
+    | {
+        "multi_latent_attention": True,
+        "position_embedding_type": "rope",
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_head_dim": 16,
+        "qk_pos_emb_head_dim": 16,
+        "v_head_dim": 16,
+    },
+    "sharded optimizer": BF16 | {"use_distributed_optimizer": True},
+    "sharded optimizer, overlap": BF16
+    | {
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    },
+    "recompute": BF16
+    | {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -41,3 +80,36 @@ def test_forward_and_backward_make_no_device_to_host_copy(dispatcher, options):
         layer(tokens, context)[0].sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_waits_at_its_end_alone(case, monkeypatch):
+    """From the first launch to the gradients of all microbatches, summed over ranks, it does not.
+
+    Then the host reads the loss, and after the launch of the update the norm.
+    """
+    config = make_config(hidden_dropout=0.1, attention_dropout=0.0, **STEPS[case])
+    groups = ProcessGroupCollection.create(config.model.layout(1))
+    world = World(rank=0, world_size=1, device=torch.device("cuda", 0), pg_collection=groups)
+    run = setup_run(config, world, model_provider, forward_step)
+    step_module.train_step(run, TrainState(), microbatches(run, 0))  # libraries make ready
+    forbidden = []
+
+    def without_waiting(function):
+        def called(*args, **kwargs):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                forbidden.append(function.__name__)
+
+        return called
+
+    for name in ("count_tokens", "run_microbatches", "finalize_model_grads"):
+        monkeypatch.setattr(step_module, name, without_waiting(getattr(step_module, name)))
+    launch = run.optimizer._flat_step._launch
+    monkeypatch.setattr(run.optimizer._flat_step, "_launch", without_waiting(launch))
+    outcome = step_module.train_step(run, TrainState(), microbatches(run, 0))
+    assert outcome.updated
+    assert forbidden == ["count_tokens", "run_microbatches", "finalize_model_grads", "_launch"]

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.moe.load_balancing import router_entropy
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,9 +37,8 @@ def make_tracker(config: TransformerConfig, device: str) -> MoEMetricsTracker:
 
 def train(step: Step, tracker: MoEMetricsTracker | None) -> None:
     """Make one step, with metrics if there is a tracker."""
-    step(ForwardContext(moe_metrics=tracker))
-    if tracker is not None:
-        tracker.end_step()
+    step.run = replace(step.run, moe_metrics=tracker)
+    step()
 
 
 def only_metrics(

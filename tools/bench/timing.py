@@ -23,12 +23,30 @@ class Timing(NamedTuple):
     high: float
     cpu: float
     """Median of processor time."""
+    cpu_low: float
+    cpu_high: float
 
     @property
     def busy(self) -> float:
         """What is to be compared: processor time of one thread, wall clock of several or CUDA."""
-        one_thread = not torch.cuda.is_available() and torch.get_num_threads() == 1
-        return self.cpu if one_thread else self.median
+        return self.cpu if _counts_processor_time() else self.median
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Least and most of what ``busy`` is the median of."""
+        if _counts_processor_time():
+            return self.cpu_low, self.cpu_high
+        return self.low, self.high
+
+
+def _counts_processor_time() -> bool:
+    return not torch.cuda.is_available() and torch.get_num_threads() == 1
+
+
+def busy_clock() -> float:
+    """Return the seconds of the clock that ``Timing.busy`` goes by; on CUDA all work is done."""
+    _synchronize()
+    return time.process_time() if _counts_processor_time() else time.perf_counter()
 
 
 def alternate(
@@ -68,7 +86,8 @@ def alternate(
 
 def _timing(spent: list[tuple[float, float]]) -> Timing:
     wall, cpu = zip(*spent, strict=True)
-    return Timing(statistics.median(wall), min(wall), max(wall), statistics.median(cpu))
+    middle = statistics.median
+    return Timing(middle(wall), min(wall), max(wall), middle(cpu), min(cpu), max(cpu))
 
 
 def _synchronize() -> None:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
 import torch.multiprocessing as mp
 
-# The first assert_close imports sympy (~500 modules), the first optimizer torch._dynamo (~200).
+# The first assert_close imports sympy (~500 modules), the first optimizer of torch.optim
+# torch._dynamo (~200); the two above come with the first checkpoint and the first sharded model.
 # Done here, once, before the fork: otherwise every rank of every test pays seconds for it.
 torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
 torch.optim.AdamW([torch.zeros(1)])

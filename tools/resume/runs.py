@@ -40,7 +40,8 @@ _OF_ONE_RUN = (
     "TORCHELASTIC_USE_AGENT_STORE",
 )
 _IMPORTED_BEFORE = [
-    "torch._dynamo",  # every optimizer imports it
+    "torch._dynamo",  # the optimizers of torch.optim import it, and so does the next
+    "torch.distributed.checkpoint",  # every save
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.models.gpt.moe_module_specs",
     "megatron.training.training",

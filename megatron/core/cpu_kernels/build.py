@@ -12,6 +12,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -21,9 +22,9 @@ import torch
 
 from megatron.core.errors import BackendError
 
+OPTIONS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 HEADERS = Path(__file__).parent
 """Folder of headers that a file of any folder may include, beside those of its own."""
-OPTIONS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", f"-I{HEADERS}")
 FOLDER_VARIABLE = "MEGATRON_KERNEL_CACHE"
 """Environment variable with the folder of compiled kernels; empty to keep none."""
 _COMPILERS = ("c++", "g++", "clang++")
@@ -36,6 +37,11 @@ def compiler() -> list[str] | None:
     if named:
         return named if shutil.which(named[0]) else None
     return next(([name] for name in _COMPILERS if shutil.which(name)), None)
+
+
+def openmp() -> tuple[str, ...]:
+    """Return the option for ``parallel.h``; none but on Linux, where torch brings GNU's library."""
+    return ("-fopenmp",) if sys.platform == "linux" else ()
 
 
 def load(source: Path, *, options: Sequence[str] = (), with_torch: bool = False) -> ctypes.CDLL:
@@ -52,11 +58,12 @@ def load(source: Path, *, options: Sequence[str] = (), with_torch: bool = False)
     command = compiler()
     if command is None:
         raise BackendError(f"there is no C++ compiler (CXX, {', '.join(_COMPILERS)})")
-    arguments = [*OPTIONS, *options]
+    how = [*OPTIONS, *openmp(), *options]
+    arguments = [*how, f"-I{HEADERS}"]
     if with_torch:
         # found by name: this process has the library already
         arguments += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-    name = f"{source.stem}-{_digest(source, command, arguments)}.so"
+    name = f"{source.stem}-{_digest(source, command, how)}.so"
     with tempfile.TemporaryDirectory(prefix="megatron_kernels_") as scratch:
         kept = kernel_folder()
         path = (kept or Path(scratch)) / name
@@ -122,13 +129,13 @@ def _compile(
         Path(made).unlink(missing_ok=True)
 
 
-def _digest(source: Path, command: Sequence[str], arguments: Sequence[str]) -> str:
+def _digest(source: Path, command: Sequence[str], how: Sequence[str]) -> str:
     """Return a name for what is compiled, by what, how, for which processor."""
     program = shutil.which(command[0])
     made = Path(program).resolve().stat() if program else None
     facts = (
         *command,
-        *arguments,
+        *how,
         f"{made.st_size} {made.st_mtime_ns}" if made else "",
         torch.__version__,
         platform.machine(),

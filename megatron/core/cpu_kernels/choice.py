@@ -70,7 +70,8 @@ def kernel(what: str, make: Callable[[], Made]) -> Made | None:
         return _made[what]
     if what not in _failed:
         try:
-            _made[what] = make()
+            with _untouched():
+                _made[what] = make()
             return _made[what]
         except (BackendError, OSError, AttributeError) as error:
             _failed[what] = str(error)
@@ -79,6 +80,27 @@ def kernel(what: str, make: Callable[[], Made]) -> Made | None:
     if _choice == "compiled":
         raise BackendError(f"--cpu-kernels compiled: {what}: {_failed[what]}; {_REMEDY}")
     return None
+
+
+@contextmanager
+def _untouched() -> Iterator[None]:
+    """Let a kernel be tried out as in a new process, wherever a run first needs it.
+
+    That may be without gradients, or where tensors are made on another device; and what is tried
+    out must not move the run's random numbers.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.device("cpu"),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def is_for(tensor: torch.Tensor) -> bool:

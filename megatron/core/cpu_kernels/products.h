@@ -159,15 +159,17 @@ static void pack_transposed(const number *from, int64_t stride, int64_t depth, i
 static void transpose(const number *from, int64_t stride, int64_t rows, int64_t depth,
                       int64_t columns, number *to)
 {
-    for (int64_t i = 0; i < columns; i += LANES)
-        for (int64_t k = 0; k < depth; k += 2 * LANES) {
-            bits square[LANES];
-            for (int64_t j = 0; j < LANES; j++)
-                square[j] = pairs(from + i, stride, k + j * 2, rows);
-            turn(square);
-            for (int64_t j = 0; j < LANES; j++)
-                memcpy(to + (i + j) * depth + k, &square[j], sizeof(bits));
-        }
+    const int64_t line = 64 / sizeof(number); /* both halves while it is in the cache */
+    for (int64_t first = 0; first < columns; first += line)
+        for (int64_t k = 0; k < depth; k += 2 * LANES)
+            for (int64_t i = first; i < least(first + line, columns); i += LANES) {
+                bits square[LANES];
+                for (int64_t j = 0; j < LANES; j++)
+                    square[j] = pairs(from + i, stride, k + j * 2, rows);
+                turn(square);
+                for (int64_t j = 0; j < LANES; j++)
+                    memcpy(to + (i + j) * depth + k, &square[j], sizeof(bits));
+            }
 }
 
 static inline void block_product(int64_t rows, int64_t width, int64_t depth, const number *left,

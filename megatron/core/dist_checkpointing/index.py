@@ -4,24 +4,23 @@ For torch.distributed.checkpoint (DCP), which works out what a rank has to read,
 ``Metadata`` that DCP's own files hold as a pickle.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from megatron.core.dist_checkpointing.folders import Place, write_file
 from megatron.core.dist_checkpointing.tensor_file import BlockFacts, dtype_code, dtype_of
 from megatron.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 INDEX = "index.json"
 
@@ -95,6 +94,13 @@ def read_index(folder: Place) -> dict[str, StoredTensor]:
 
 def as_metadata(index: TensorIndex) -> Metadata:
     """Return ``index`` as what DCP's planners work with."""
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     return Metadata(
         {
             key: TensorStorageMetadata(

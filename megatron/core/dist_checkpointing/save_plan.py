@@ -4,20 +4,25 @@ The planning is that of torch.distributed.checkpoint (DCP), but for the balance:
 as if it were its whole tensor, and so gives some ranks much more to write than others.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from megatron.core.dist_checkpointing.agreement import gather, gather_first, rank_in, scatter_first
 from megatron.core.dist_checkpointing.index import TensorFacts
 from megatron.core.dist_checkpointing.tensor_shards import Storable, TensorShards
+
+if TYPE_CHECKING:  # DCP is loaded when the first checkpoint is written or read
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+    from megatron.core.dist_checkpointing.dcp_planners import SavePlanner
 
 _Structure: TypeAlias = tuple[tuple[object, ...], ...]
 
@@ -110,13 +115,6 @@ def block_of(tensors: Mapping[str, Storable], block: PlannedBlock) -> Tensor:
     return found.block_at(block.offset) if isinstance(found, TensorShards) else found
 
 
-class _Planner(DefaultSavePlanner):
-    """Balances by what is really written."""
-
-    def _dedup_save_plans(self, all_plans: list[SavePlan]) -> list[SavePlan]:
-        return dedup(all_plans)
-
-
 def dedup(plans: list[SavePlan]) -> list[SavePlan]:
     """Leave each block to one of the ranks that offer it, the large ones first."""
     offers: dict[MetadataIndex, tuple[WriteItem, list[int]]] = {}
@@ -133,14 +131,18 @@ def dedup(plans: list[SavePlan]) -> list[SavePlan]:
     return [replace(plan, items=items) for plan, items in zip(plans, kept, strict=True)]
 
 
-def _planner(tensors: Mapping[str, Storable], first: bool) -> _Planner:
-    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+def _planner(tensors: Mapping[str, Storable], first: bool) -> SavePlanner:
+    from megatron.core.dist_checkpointing.dcp_planners import SavePlanner
+
+    planner = SavePlanner(dedup)
     planner.set_up_planner(dict(tensors), is_coordinator=first)
     return planner
 
 
 def _shares(plans: list[SavePlan], complete: bool) -> list[list[PlannedBlock]]:
     if complete:
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
         plans, metadata = _planner({}, True).create_global_plan(plans)
         for key, found in metadata.state_dict_metadata.items():
             assert isinstance(found, TensorStorageMetadata), f"{key} is no tensor"

@@ -4,19 +4,18 @@ torch.distributed.checkpoint (DCP) works out which saved block covers which want
 that resharding takes. The files are ours (see tensor_file.py): one safetensors file a rank.
 """
 
+from __future__ import annotations
+
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from io import RawIOBase
 from itertools import chain
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import ReadItem
 
 from megatron.core.dist_checkpointing.agreement import (
     attempt,
@@ -45,6 +44,9 @@ from megatron.core.dist_checkpointing.tensor_file import (
 from megatron.core.dist_checkpointing.tensor_shards import Storable, TensorShards
 from megatron.core.dist_checkpointing.validation import mismatch_problem
 from megatron.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import ReadItem
 
 _SHOWN = 5
 _Written: TypeAlias = list[tuple[PlannedBlock, StoredBlock]]
@@ -233,7 +235,9 @@ def _copies(
     index: TensorIndex, tensors: Mapping[str, Storable]
 ) -> dict[tuple[str, int], list[_Copy]]:
     """Return (key, number of a saved block) -> what this rank takes of it."""
-    planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    from megatron.core.dist_checkpointing.dcp_planners import LoadPlanner
+
+    planner = LoadPlanner()
     kept = {key: index[key] for key in tensors}
     planner.set_up_planner(dict(tensors), as_metadata(kept), is_coordinator=False)
     numbers = {
@@ -274,22 +278,3 @@ def _offset_of(item: ReadItem, tensor: Storable) -> tuple[int, ...]:
 
 def _box(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(at, at + length) for at, length in zip(offsets, lengths, strict=True))
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    """Finds blocks too."""
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        metadata: Metadata | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        """See DefaultLoadPlanner, which looks for tensors on the meta device and loses blocks."""
-        super().set_up_planner({}, metadata, is_coordinator)
-        self.state_dict = self.original_state_dict = state_dict
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """See DefaultLoadPlanner."""
-        found = self.state_dict[index.fqn]
-        return found.block_at(index.offset) if isinstance(found, TensorShards) else found

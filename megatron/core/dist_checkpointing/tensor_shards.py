@@ -4,19 +4,19 @@ DCP asks an object for its blocks by the methods with underscores; everything el
 (which saved block covers which wanted one) is DCP's own.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megatron.core.param_role import LogicalShard
+
+if TYPE_CHECKING:  # DCP loads 700 modules in 0.6 s: none before a checkpoint is written or read
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+    from torch.distributed.checkpoint.planner import WriteItem
 
 
 class TensorShards:
@@ -43,6 +43,8 @@ class TensorShards:
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         """See torch.distributed._checkpointable."""
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         return [
             ChunkStorageMetadata(offsets=torch.Size(shard.offset), sizes=shard.tensor.size())
             for shard in self.shards
@@ -50,6 +52,9 @@ class TensorShards:
 
     def __create_write_items__(self, key: str, _: object) -> list[WriteItem]:
         """See torch.distributed._checkpointable."""
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         properties = TensorProperties.create_from_tensor(self.shards[0].tensor)
         return [
             WriteItem(

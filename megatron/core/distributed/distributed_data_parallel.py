@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from megatron.core.cpu_kernels.flat_buffers import fill_zero
 from megatron.core.distributed.bucket_layout import (
     Bucket,
     BufferKey,
@@ -107,7 +108,7 @@ class DistributedDataParallel(DataParallelBase):
         """Begin a step: set all gradients to zero."""
         self._expect_settled("zero_grad_buffer")
         for buffer in self.grad_buffers:
-            buffer.grad_data.zero_()
+            fill_zero(buffer.grad_data)
         self._reducer.reset()
         self._is_synced = False
 

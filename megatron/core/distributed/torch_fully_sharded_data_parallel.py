@@ -23,6 +23,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+from megatron.core.cpu_kernels.flat_buffers import fill_zero
 from megatron.core.distributed.bucket_layout import BUFFER_ALIGNMENT, PARAM_ALIGNMENT, round_up
 from megatron.core.distributed.data_parallel_base import DataParallelBase
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
@@ -59,6 +60,8 @@ class TorchFullyShardedDataParallel(DataParallelBase):
     are reduced in fp32 (fp64) in *every* backward, for sums of several microbatches would
     otherwise be kept whole, and added up in the shard's ``main_grad``.
     """
+
+    keeps_whole_parameters = False
 
     def __init__(
         self,
@@ -115,7 +118,7 @@ class TorchFullyShardedDataParallel(DataParallelBase):
     def zero_grad_buffer(self) -> None:
         """See DataParallelBase.zero_grad_buffer."""
         for flat in self.grad_buffers:
-            flat.zero_()
+            fill_zero(flat)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Change nothing: shards of gradients are summed over ranks in every microbatch."""

@@ -6,15 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron.core.extensions import triton_ops
+from megatron.core.extensions.fused_adamw import FusedAdamW
 from megatron.core.extensions.registry import register
 from megatron.core.grad_sink import grad_sink_of
 from megatron.core.weight_grad_queue import weight_gradient
 
 
-@register("adam", "torch_native", why="torch.optim.AdamW, fused")
+@register("adam", "torch_native", why="torch's fused AdamW kernel")
 def adam(
     groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
-) -> torch.optim.Optimizer:
+) -> FusedAdamW:
     """Make an AdamW whose moments are called ``exp_avg`` and ``exp_avg_sq``.
 
     Args:
@@ -25,7 +27,7 @@ def adam(
 
     Source: Loshchilov and Hutter 2017 (arXiv:1711.05101).
     """
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return FusedAdamW(groups, lr=lr, betas=betas, eps=eps)
 
 
 @register(
@@ -90,11 +92,8 @@ def grouped_weight_grad(grad: Tensor, rows: Tensor, tokens_per_expert: Tensor) -
     """
     if _fits_grouped_mm(rows, grad.shape[1], rows.shape[1]):
         result = nn.functional.grouped_mm(grad.t(), rows, offs=_ends(tokens_per_expert))
-        if (
-            rows.device.type == "cuda"
-        ):  # its kernels may leave the block of an empty group unwritten
-            result.masked_fill_((tokens_per_expert == 0).view(-1, 1, 1), 0.0)
-        return result
+        # on CUDA its kernels may leave the block of an empty group unwritten
+        return _zero_empty_(result, tokens_per_expert) if rows.is_cuda else result
     sizes = tokens_per_expert.tolist()
     result = rows.new_empty(len(sizes), grad.shape[1], rows.shape[1])
     for left, right, block in zip(grad.split(sizes), rows.split(sizes), result, strict=True):
@@ -107,6 +106,13 @@ def _fits_grouped_mm(rows: Tensor, *widths: int) -> bool:
     typed = rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
     aligned = all(width * rows.element_size() % 16 == 0 for width in widths)
     return typed and aligned and rows.shape[0] > 0
+
+
+def _zero_empty_(blocks: Tensor, counts: Tensor) -> Tensor:
+    """Set the blocks without rows to zeros; torch alone reads and writes all others, too."""
+    if triton_ops.unusable() is None:
+        return triton_ops.zero_empty_(blocks, counts)
+    return blocks.masked_fill_((counts == 0).view(-1, 1, 1), 0.0)
 
 
 def _ends(tokens_per_expert: Tensor) -> Tensor:

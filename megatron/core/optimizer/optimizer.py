@@ -7,17 +7,14 @@ Sharded (ZeRO-1, Rajbhandari et al. 2020, arXiv:1910.02054), a rank keeps main w
 of its slices of the buffers only, steps those, and takes the rest of the weights from their owners.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from megatron.core.distributed.data_parallel_base import DataParallelBase
+from megatron.core.distributed.data_parallel_base import DataParallelBase, is_fully_sharded
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import ParamAndGradBuffer, main_dtype
-from megatron.core.distributed.torch_fully_sharded_data_parallel import (
-    TorchFullyShardedDataParallel,
-)
 from megatron.core.optimizer.base_optimizer import BaseOptimizer, NamedState, StepResult
 from megatron.core.optimizer.clip_grads import (
     global_grad_norm,
@@ -26,7 +23,6 @@ from megatron.core.optimizer.clip_grads import (
     sum_over_ranks,
 )
 from megatron.core.optimizer.flat_step import FlatStep
-from megatron.core.optimizer.fully_sharded_optimizer import FullyShardedOptimizer
 from megatron.core.optimizer.grad_scaler import GradScaler, build_grad_scaler
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import plan_param_groups
@@ -71,6 +67,7 @@ class MegatronOptimizer(BaseOptimizer):
                 }
                 for group in groups
             ],
+            {main: weights for weights, main in self._rounded()},
         )
 
     @torch.no_grad()
@@ -79,7 +76,7 @@ class MegatronOptimizer(BaseOptimizer):
         self._ddp.finish_param_sync()
         result = self._clip_and_step(self._grad_norm())
         if result.update_successful:
-            self._copy_main_to_model()
+            self._copy_main_to_model(but=self._flat_step.rounds)
         return result
 
     def named_state(self) -> Iterator[NamedState]:
@@ -130,9 +127,11 @@ class MegatronOptimizer(BaseOptimizer):
         owned = owned_gradients(whole, self._pg_collection)
         return global_grad_norm(owned, device, squares=lambda known: known)
 
-    def _copy_main_to_model(self) -> None:
+    def _copy_main_to_model(self, *, but: Callable[[Tensor], bool] = lambda _: False) -> None:
+        """Round main weights into the model, ``but`` those that are there already."""
         for weights, main in self._rounded():
-            weights.copy_(main)
+            if not but(main):
+                weights.copy_(main)
         self._ddp.start_param_sync()
 
     def _rounded(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -160,7 +159,9 @@ def get_megatron_optimizer(
     """
     scaler = grad_scaler or build_grad_scaler(optimizer_config, fp16=False)
     groups = pg_collection
-    if isinstance(ddp, TorchFullyShardedDataParallel):
+    if is_fully_sharded(ddp):
+        from megatron.core.optimizer.fully_sharded_optimizer import FullyShardedOptimizer
+
         return FullyShardedOptimizer(
             optimizer_config, ddp, pg_collection=groups, grad_scaler=scaler
         )

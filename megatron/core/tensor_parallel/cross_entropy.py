@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron.core.grad_sink import grad_sink_of
+from megatron.core.tensor_parallel.linear_product import add_transposed_product
 from megatron.core.tensor_parallel.region_entry import GatheredAgain, RegionEntry, landed
 from megatron.core.tensor_parallel.regions import all_reduce_
+from megatron.core.tensor_parallel.softmax_kernel import SoftmaxKernel, softmax_kernel
+from megatron.core.tensor_parallel.wide_room import borrow, give_back
 from megatron.core.weight_grad_queue import LateOperand, is_put_off, weight_gradient
 
 _ALONE = RegionEntry()
@@ -67,8 +70,9 @@ class LogitTransform(NamedTuple):
 
 _UNCHANGED = LogitTransform()
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}
-"""Logits worked on at a time: on the CPU what stays in its cache."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25, "kept": 1 << 24}
+"""Logits worked on at a time: on the CPU what stays in its cache. Those that are kept anyway and
+that one pass makes a softmax of may leave it: larger products are faster."""
 _TOP = 16.0
 """Largest element of a row in fp16: its product with weights of up to 2000 is finite, and elements
 of a 200,000th of it have all digits."""
@@ -126,7 +130,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, target: Tensor) -> Tensor:
         log_norm = logits.new_empty(len(logits), dtype=_wide(logits))
-        for rows in _chunks(len(logits), logits.shape[1], logits.device):
+        for rows in _chunks(len(logits), logits.shape[1], logits.device.type):
             log_norm[rows] = logits[rows].to(log_norm.dtype).logsumexp(dim=-1)
         ctx.save_for_backward(logits, target, log_norm)
         return log_norm - logits.gather(1, target.unsqueeze(1)).squeeze(1)
@@ -136,7 +140,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         logits, target, log_norm = ctx.saved_tensors  # type: ignore[attr-defined]
         d_logits = torch.empty_like(logits)
-        for rows in _chunks(len(logits), logits.shape[1], logits.device):
+        for rows in _chunks(len(logits), logits.shape[1], logits.device.type):
             probs = (logits[rows].to(log_norm.dtype) - log_norm[rows, None]).exp_()
             _subtract_at(probs, target[rows], torch.ones_like(grad[rows]))
             d_logits[rows] = probs.mul_(grad[rows, None])
@@ -163,39 +167,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         own, hidden = hidden, entry.whole(hidden)
         n, vocab = len(hidden), len(weight)
+        kernel = softmax_kernel(hidden) if transform.softcap is None else None
         shares = entry.group if entry.ranks > 1 else None
-        saved = hidden.new_empty(n if keep else 0, vocab)
+        saved = borrow(n if keep else 0, vocab, hidden)
         loss = hidden.new_empty(n, dtype=_wide(hidden))
         sums = torch.empty_like(loss)
-        for rows in _chunks(n, vocab, hidden.device):
+        for rows in _chunks(n, vocab, "kept" if keep and kernel else hidden.device.type):
             room = saved[rows] if keep else hidden.new_empty(len(loss[rows]), vocab)
             logits = torch.mm(hidden[rows], weight.T, out=room)
-            exps = logits.to(loss.dtype)  # itself, unless it is narrower
-            slope = transform.apply_(exps)
-            top, label = exps.amax(dim=-1, keepdim=True), target[rows]
-            elsewhere = None
-            if shares is not None:
-                all_reduce_(shares, top, dist.ReduceOp.MAX)
-                label = label - shares.rank() * vocab
-                elsewhere = (label < 0) | (label >= vocab)
-                label = label.masked_fill(elsewhere, 0)
-            chosen = (exps.gather(1, label.unsqueeze(1)) - top).squeeze(1)
-            total = exps.sub_(top).exp_().sum(dim=-1)
-            at_label = total
-            if shares is not None and elsewhere is not None:
-                both = torch.stack([total, chosen.masked_fill(elsewhere, 0.0)])
-                total, chosen = all_reduce_(shares, both)
-                at_label = total.masked_fill(elsewhere, 0.0)
-            loss[rows], sums[rows] = total.log() - chosen, total
-            _subtract_at(exps, label, at_label)
-            if slope is not None:
-                exps.mul_(slope)
-            if transform.multiplier != 1.0:
-                sums[rows] /= transform.multiplier
-            if saved.dtype == torch.float16 and keep:
-                sums[rows] *= _level(exps)
-            if exps is not logits:
-                logits.copy_(exps)
+            label = _label(target[rows], vocab, shares)
+            if kernel is None:
+                loss[rows], sums[rows] = _softmax(logits, label, transform, shares)
+            else:
+                made = _compiled_softmax(kernel, logits, label, transform, shares)
+                loss[rows], sums[rows] = made
         ctx.save_for_backward(own, weight, saved, sums)
         ctx.sink, ctx.entry = grad_sink_of(weight), entry
         return loss
@@ -210,15 +195,107 @@ class _LinearCrossEntropy(torch.autograd.Function):
             operand.launch()
         on_its_way = ctx.entry.start_sum((saved @ weight).mul_(factor))
         try:
-            d_weight = weight_gradient(ctx.sink, _weight_grad, saved, factor, operand)
+            operands = saved, factor, operand
+            d_weight = weight_gradient(ctx.sink, _weight_grad, *operands, add=_add_weight_grad)
         finally:  # nobody may write to freed memory if a product fails
             d_hidden = on_its_way.land()
+        if not is_put_off(ctx.sink):
+            give_back(saved)
         return d_hidden, d_weight, None, None, None, None
 
 
+class _Label(NamedTuple):
+    """Where the labels of rows stand in the vocabulary of this rank."""
+
+    column: Tensor
+    """[n, 1]; 0 where the label is another rank's."""
+    elsewhere: Tensor | None
+    """[n] bool: it is another rank's. None without other ranks."""
+
+    def here(self, values: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
+        """Return ``values`` [n] where labels are this rank's."""
+        if self.elsewhere is None:
+            return values
+        return torch.where(self.elsewhere, otherwise, values)
+
+
+def _label(target: Tensor, vocab: int, shares: dist.ProcessGroup | None) -> _Label:
+    if shares is None:
+        return _Label(target.unsqueeze(1), None)
+    label = target - shares.rank() * vocab
+    elsewhere = (label < 0) | (label >= vocab)
+    return _Label(label.masked_fill(elsewhere, 0).unsqueeze(1), elsewhere)
+
+
+def _softmax(
+    logits: Tensor, label: _Label, transform: LogitTransform, shares: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Make ``logits`` [n, v] what is saved; return the losses and what it is to be divided by."""
+    exps = logits.to(_wide(logits))  # itself, unless it is narrower
+    slope = transform.apply_(exps)
+    top = exps.amax(dim=-1, keepdim=True)
+    if shares is not None:
+        all_reduce_(shares, top, dist.ReduceOp.MAX)
+    chosen = (exps.gather(1, label.column) - top).squeeze(1)
+    total, chosen = _over_ranks(shares, exps.sub_(top).exp_().sum(dim=-1), label.here(chosen))
+    exps.scatter_add_(1, label.column, -label.here(total).unsqueeze(1))
+    if slope is not None:
+        exps.mul_(slope)
+    sums = total / transform.multiplier
+    if logits.dtype == torch.float16:
+        sums *= _level(exps)
+    if exps is not logits:
+        logits.copy_(exps)
+    return total.log() - chosen, sums
+
+
+def _compiled_softmax(
+    kernel: SoftmaxKernel,
+    logits: Tensor,
+    label: _Label,
+    transform: LogitTransform,
+    shares: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """See ``_softmax``; without a cap. Rounds what stands at the label once, like all else."""
+    columns = logits.shape[1] if transform.columns is None else transform.columns
+    factor, tops = transform.multiplier, None
+    chosen = logits.gather(1, label.column).squeeze(1).float().mul_(factor)
+    if shares is not None:
+        tops = all_reduce_(
+            shares, kernel.max(logits, columns, factor).unsqueeze(1), dist.ReduceOp.MAX
+        ).squeeze(1)
+    tops, total = kernel.exp_(logits, columns, factor, tops)
+    total, chosen = _over_ranks(shares, total, label.here(chosen - tops))
+    flat, places = logits.view(-1), label.column.squeeze(1)
+    places = torch.arange(len(places), device=places.device) * logits.shape[1] + places
+    at_label = label.here((chosen.exp() - total).to(logits.dtype), flat[places])
+    flat.index_copy_(0, places, at_label)  # scatter_ takes 40 ms for 2048 rows in bf16
+    return total.log() - chosen, total / factor
+
+
+def _over_ranks(
+    shares: dist.ProcessGroup | None, total: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the sums of both [n] over the ranks."""
+    if shares is None:
+        return total, chosen
+    total, chosen = all_reduce_(shares, torch.stack([total, chosen]))
+    return total, chosen
+
+
 def _weight_grad(saved: Tensor, factor: Tensor, operand: Tensor | GatheredAgain) -> Tensor:
+    return saved.T @ _scaled(operand, factor)
+
+
+def _add_weight_grad(
+    total: Tensor, saved: Tensor, factor: Tensor, operand: Tensor | GatheredAgain
+) -> None:
+    add_transposed_product(total, saved, _scaled(operand, factor))
+
+
+def _scaled(operand: Tensor | GatheredAgain, factor: Tensor) -> Tensor:
     hidden = landed(operand)
-    return saved.T @ (hidden * factor).to(hidden.dtype)
+    return (hidden * factor).to(hidden.dtype)
 
 
 def _level(exps: Tensor) -> Tensor:
@@ -239,9 +316,9 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _chunks(rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    """Yield slices that cover ``rows`` rows of ``vocab`` logits, a cache full at a time."""
-    step = max(_MIN_ROWS, _CHUNK_ELEMENTS.get(device.type, 1 << 24) // vocab)
+def _chunks(rows: int, vocab: int, kind: str) -> Iterator[slice]:
+    """Yield slices that cover ``rows`` rows of ``vocab`` logits; see ``_CHUNK_ELEMENTS``."""
+    step = max(_MIN_ROWS, _CHUNK_ELEMENTS.get(kind, 1 << 24) // vocab)
     for start in range(0, rows, step):
         yield slice(start, start + step)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron.core.cpu_kernels.weight_gradient import add_weight_gradient
 from megatron.core.grad_sink import grad_sink_of
 from megatron.core.tensor_parallel.region_entry import GatheredAgain, RegionEntry, landed
 from megatron.core.weight_grad_queue import LateOperand, is_put_off, weight_gradient
@@ -38,6 +39,20 @@ def linear_weight_grad(grad: Tensor, input_: Tensor | GatheredAgain) -> Tensor:
     return grad.t() @ whole.reshape(-1, whole.shape[-1])
 
 
+def add_linear_weight_grad(total: Tensor, grad: Tensor, input_: Tensor | GatheredAgain) -> None:
+    """Add what ``linear_weight_grad`` returns to ``total`` [out, in], which may be wider."""
+    whole = landed(input_)
+    add_transposed_product(total, grad, whole.reshape(-1, whole.shape[-1]))
+
+
+def add_transposed_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left.T @ right, of [n, a] and [n, b], to ``total`` [a, b], which may be wider."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+    elif not add_weight_gradient(left, right, total):
+        total.add_(left.t() @ right)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -63,7 +78,9 @@ class _Linear(torch.autograd.Function):
         grad_weight = grad_bias = None
         try:
             if need_weight:
-                grad_weight = weight_gradient(ctx.sink, linear_weight_grad, rows, operand)
+                grad_weight = weight_gradient(
+                    ctx.sink, linear_weight_grad, rows, operand, add=add_linear_weight_grad
+                )
             if need_bias:
                 grad_bias = rows.sum(0)
         finally:  # nobody may write to freed memory if a product fails

@@ -55,7 +55,8 @@ class Tokenizer(ABC):
 
     def tokenize_array(self, text: str) -> np.ndarray:
         """Return ``tokenize(text)`` as an integer array [tokens]."""
-        return np.array(self.tokenize(text), dtype=np.int64)
+        ids = self.tokenize(text)
+        return np.fromiter(ids, dtype=np.int64, count=len(ids))
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``; ends of document are left out, broken UTF-8 becomes U+FFFD.

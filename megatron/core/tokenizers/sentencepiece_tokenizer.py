@@ -112,12 +112,14 @@ def _merges_within_lines(model: Any) -> bool:
     newline itself holds a newline, and which do nothing to the ends of a text. Unigram models add
     up scores over the whole text in fp32, so that a cut may tip a tie.
     """
-    pieces = [model.id_to_piece(n) for n in range(model.get_piece_size())]
-    ranked = all(model.get_score(n) == int(model.get_score(n)) for n in range(len(pieces)))
+    numbers = range(model.get_piece_size())
+    if any(score != int(score) for score in map(model.get_score, numbers)):
+        return False  # at the first pieces of a unigram model
+    pieces = map(model.id_to_piece, numbers)
     crossing = any("\n" in piece and piece != "\n" for piece in pieces)
     probe = " a \n b "
     kept = model.decode(model.encode(probe)) == probe
-    return ranked and not crossing and kept and not _adds_space(model)
+    return not crossing and kept and not _adds_space(model)
 
 
 def _byte_ids_of_space_mark(model: Any) -> list[int]:

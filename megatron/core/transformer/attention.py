@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.query_groups import QueryGroups
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.init_rules import input_init, output_init
 from megatron.core.transformer.precision import params_dtype
@@ -84,6 +85,8 @@ class SelfAttention(nn.Module):
             layer_number=layer_number,
             pg_collection=pg_collection,
         )
+        may_split = isinstance(self.core_attention, DotProductAttention)
+        self.may_be_one_pass = may_split and self.q_layernorm is None
         self.linear_proj = build_module(
             submodules.linear_proj,
             heads * head_dim,
@@ -117,10 +120,24 @@ class SelfAttention(nn.Module):
         mixed, bias = self.linear_qkv(hidden_states)
         if bias is not None:
             mixed = mixed + bias
-        query, key, value = self._heads(self.query_groups.attended(mixed), rotary)
-        attended = recomputed(  # [s, b, h]
-            self.core_attention, self.recomputes_core, query, key, value, attention_mask, context
-        )
+        mixed = self.query_groups.attended(mixed)
+        attended = None
+        if self.may_be_one_pass:
+            one_pass = self.core_attention.of_projection
+            attended = recomputed(
+                one_pass, self.recomputes_core, mixed, attention_mask, rotary, context
+            )
+        if attended is None:
+            query, key, value = self._heads(mixed, rotary)
+            attended = recomputed(  # [s, b, h]
+                self.core_attention,
+                self.recomputes_core,
+                query,
+                key,
+                value,
+                attention_mask,
+                context,
+            )
         output: tuple[Tensor, Tensor | None] = self.linear_proj(attended)
         return output
 

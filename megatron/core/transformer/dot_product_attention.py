@@ -14,9 +14,15 @@ from megatron.core.transformer.blocked_attention import (
     WeightDropout,
     blocked_causal_attention,
 )
+from megatron.core.transformer.compiled_attention import (
+    can_be_compiled,
+    compiled_attention,
+    compiled_attention_of_projection,
+)
 from megatron.core.transformer.context_parallel.attention import context_parallel_attention
 from megatron.core.transformer.forward_context import ForwardContext
 from megatron.core.transformer.fused_attention import fused_causal_attention
+from megatron.core.transformer.rotary import RotaryTables
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 log = logging.getLogger(__name__)
@@ -33,7 +39,8 @@ class DotProductAttention(nn.Module):
     """softmax(q k / sqrt(d)) v over each position's past, and what ``CoreAttentionConfig`` adds.
 
     ``F.scaled_dot_product_attention``, but where weights are dropped (each sample has a mask of
-    its own, see ``SampleRng``), where scores are capped, or where blocks of our own are faster.
+    its own, see ``SampleRng``), where scores are capped, or where blocks of our own are faster:
+    on CPUs compiled ones, of whole sequences without a mask.
 
     ``softmax_offset`` [heads of this rank] is there under ``softmax_type`` learnable.
     """
@@ -67,6 +74,12 @@ class DotProductAttention(nn.Module):
         )
         if config.attn_logit_softcapping is not None:
             log_once(log, _CAPPED, logging.INFO)
+        self.compiled = (
+            self.cp_group.size() == 1
+            and self.dropout == 0.0
+            and config.softmax_type == "vanilla"
+            and can_be_compiled(self.weighting)
+        )
         self.softmax_type = config.softmax_type
         self.softmax_offset = (
             learnt_sink(config, tp) if config.softmax_type == "learnable" else None
@@ -95,6 +108,10 @@ class DotProductAttention(nn.Module):
         Returns:
             [s, b, heads * dv].
         """
+        if self._is_compiled(attention_mask, context):
+            got = compiled_attention(query, key, value, self.weighting)
+            if got is not None:
+                return got.permute(2, 0, 1, 3).flatten(2)
         if context.kv_cache is not None:
             key, value = context.kv_cache.append(self.layer_number, key, value)
         weighting = self._weighting(query, context)
@@ -113,6 +130,31 @@ class DotProductAttention(nn.Module):
             offset = key.shape[2] - query.shape[2]
             out = causal_attention(query, key, value, attention_mask, weighting, offset=offset)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def of_projection(
+        self,
+        mixed: Tensor,
+        attention_mask: Tensor | None,
+        rotary: RotaryTables | None,
+        context: ForwardContext,
+    ) -> Tensor | None:
+        """Split a projection, rotate queries and keys, and attend, where that is one pass.
+
+        Args:
+            mixed: [s, b, groups, heads / groups + 2, d]: a group's queries, its key, its value.
+            attention_mask: See ``forward``.
+            rotary: For these s positions; None rotates nothing.
+            context: See ``forward``.
+
+        Returns:
+            [s, b, heads * d]; None where it is no one pass, and nothing was done.
+        """
+        if not self._is_compiled(attention_mask, context):
+            return None
+        return compiled_attention_of_projection(mixed, rotary, self.weighting)
+
+    def _is_compiled(self, attention_mask: Tensor | None, context: ForwardContext) -> bool:
+        return self.compiled and attention_mask is None and context.kv_cache is None
 
     def _weighting(self, query: Tensor, context: ForwardContext) -> Weighting:
         """Add to what never changes what this forward has: the sink and the random numbers."""

@@ -3,28 +3,14 @@
 Where nothing stands between the projection and the rotation, all of it is one pass each way.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megatron.core.cpu_kernels.heads import RotaryTables
+from megatron.core.cpu_kernels.rotary import rotary_kernel
 
-class RotaryTables(NamedTuple):
-    """Rotation of each position and channel: x * cos + swapped(x) * sin.
-
-    ``swapped`` exchanges the two channels of each pair.
-    """
-
-    cos: Tensor
-    """[s, d]; 1 in channels that are not rotated."""
-    sin: Tensor
-    """[s, d]; with a minus sign in the first channel of a pair, 0 in channels that are not
-    rotated."""
-    half: int
-    """Pairs of channels."""
-    interleaved: bool = False
-    """A pair is channels 2 i and 2 i + 1; else i and i + half."""
+__all__ = ["RotaryTables", "rotate", "split_and_rotate"]
 
 
 def split_and_rotate(mixed: Tensor, tables: RotaryTables | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,18 +42,21 @@ def rotate(x: Tensor, tables: RotaryTables | None) -> Tensor:
 
 
 class _SplitAndRotate(torch.autograd.Function):
-    """Writes each result where it belongs, and rotates in whole contiguous tensors."""
+    """Writes each result where it belongs."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, mixed: Tensor, tables: RotaryTables | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        s, b, _, _, d = mixed.shape
+        s, b, groups, slots, d = mixed.shape
         ctx.tables, ctx.shape = tables, mixed.shape  # type: ignore[attr-defined]
         by_position = mixed.permute(1, 2, 3, 0, 4)  # [b, groups, slots, s, d]
-        query = _rotated(by_position[:, :, :-2], tables)
-        key = _rotated(by_position[:, :, -2], tables)
-        return query.view(b, -1, s, d), key, by_position[:, :, -1].contiguous()
+        query = mixed.new_empty(b, groups, slots - 2, s, d)
+        key, value = (mixed.new_empty(b, groups, 1, s, d) for _ in range(2))
+        _rotate_into(query, by_position[:, :, :-2], tables)
+        _rotate_into(key, by_position[:, :, -2:-1], tables)
+        value.copy_(by_position[:, :, -1:])
+        return query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2)
 
     @staticmethod
     @once_differentiable
@@ -75,12 +64,11 @@ class _SplitAndRotate(torch.autograd.Function):
         ctx: FunctionCtx, d_query: Tensor, d_key: Tensor, d_value: Tensor
     ) -> tuple[Tensor, None]:
         tables, (s, b, groups, slots, d) = ctx.tables, ctx.shape  # type: ignore[attr-defined]
-        tables = _reversed(tables)
         d_mixed = d_key.new_empty(s, b, groups, slots, d)
         by_position = d_mixed.permute(1, 2, 3, 0, 4)
         d_query = d_query.unflatten(1, (groups, slots - 2))
-        by_position[:, :, :-2] = d_query if tables is None else _rotated(d_query, tables)
-        by_position[:, :, -2] = d_key if tables is None else _rotated(d_key, tables)
+        _rotate_into(by_position[:, :, :-2], d_query, tables, back=True)
+        _rotate_into(by_position[:, :, -2:-1], d_key.unsqueeze(2), tables, back=True)
         by_position[:, :, -1] = d_value
         return d_mixed, None
 
@@ -90,33 +78,50 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, tables: RotaryTables | None) -> Tensor:
-        ctx.tables, ctx.heads = tables, x.shape[2:-1]  # type: ignore[attr-defined]
-        return _rotated(x.movedim(0, -2), tables).flatten(1, -3)
+        by_position = x.movedim(0, -2)  # [b, ..., s, d]
+        ctx.tables, ctx.heads = tables, by_position.shape[1:-2]  # type: ignore[attr-defined]
+        if by_position.dim() == 4:
+            by_position = by_position.unsqueeze(2)
+        out = x.new_empty(by_position.shape)
+        _rotate_into(out, by_position, tables)
+        return out.flatten(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         tables, heads = ctx.tables, ctx.heads  # type: ignore[attr-defined]
-        turned = grad if tables is None else _rotated(grad, _reversed(tables))
+        turned = grad
+        if tables is not None:
+            turned = torch.empty_like(grad, memory_format=torch.contiguous_format)
+            _rotate_into(turned.unsqueeze(2), grad.unsqueeze(2), tables, back=True)
         return turned.unflatten(1, heads).movedim(-2, 0), None
 
 
-def _reversed(tables: RotaryTables | None) -> RotaryTables | None:
-    """Return the tables of the transposed map."""
-    return None if tables is None else tables._replace(sin=-tables.sin)
+def _rotate_into(
+    out: Tensor, x: Tensor, tables: RotaryTables | None, *, back: bool = False
+) -> None:
+    """Write ``x`` [b, groups, heads, s, d], rotated or turned back, over ``out``."""
+    kernel = rotary_kernel(x)
+    if kernel is not None:
+        kernel(x if x.stride(-1) == 1 else x.contiguous(), out, tables, back=back)
+    elif tables is None:
+        out.copy_(x)
+    else:
+        _rotate_by_torch(out, x, tables._replace(sin=-tables.sin) if back else tables)
 
 
-def _rotated(x: Tensor, tables: RotaryTables | None) -> Tensor:
-    """Return a contiguous copy of ``x`` [..., s, d], rotated."""
-    out = x.clone(memory_format=torch.contiguous_format)
-    if tables is None:
-        return out
+def _rotate_by_torch(out: Tensor, x: Tensor, tables: RotaryTables) -> None:
+    """Do as ``_rotate_into``, in whole contiguous tensors."""
+    turned = out if out.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    turned.copy_(x)
     end = 2 * tables.half
     first, second = slice(0, tables.half), slice(tables.half, end)
     if tables.interleaved:
         first, second = slice(0, end, 2), slice(1, end, 2)
-    swapped = torch.empty_like(out)
+    swapped = torch.empty_like(turned)
     swapped[..., first] = x[..., second]
     swapped[..., second] = x[..., first]
     swapped[..., end:] = 0.0
-    return out.mul_(tables.cos).addcmul_(swapped, tables.sin)
+    turned.mul_(tables.cos).addcmul_(swapped, tables.sin)
+    if turned is not out:
+        out.copy_(turned)

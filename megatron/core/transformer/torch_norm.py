@@ -1,8 +1,9 @@
 """LayerNorm and RMSNorm in torch, with statistics in fp32 (fp64 in fp64).
 
 ``F.rms_norm`` is several times slower than ``F.layer_norm`` on the CPU, forward and backward;
-there RMSNorm borrows the fused backward of LayerNorm (see ``_RMSNormOnCPU``). So does a weight that
-is kept as its difference from 1, on any device: 1 + weight stays in the dtype of statistics.
+there both are compiled (``norm_kernel.py``), or RMSNorm borrows the fused backward of LayerNorm
+(see ``_RMSNormOnCPU``). So does a weight that is kept as its difference from 1, on any device:
+1 + weight stays in the dtype of statistics.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron.core.param_role import Init, ParamRole, set_role
+from megatron.core.transformer.norm_kernel import CompiledNorm, norm_kernel
 from megatron.core.transformer.precision import compute_dtype, params_dtype
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -29,14 +31,16 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., h] over its last dimension."""
-        if self.zero_centered:
-            scaled: Tensor = _LayerNormOnCPU.apply(x, _around_one(self.weight), self.bias, self.eps)
-            return scaled
-        if x.is_cuda:
+        if x.is_cuda and not self.zero_centered:
             shape = self.weight.shape
             return nn.functional.layer_norm(x, shape, self.weight, self.bias, self.eps)
-        out: Tensor = _LayerNormOnCPU.apply(x, self.weight, self.bias, self.eps)
-        return out
+        scale = _around_one(self.weight) if self.zero_centered else self.weight
+        compiled, out = norm_kernel(x), None
+        if compiled is not None:
+            out = CompiledNorm.apply(x, scale, self.bias, self.eps, compiled)
+        else:
+            out = _LayerNormOnCPU.apply(x, scale, self.bias, self.eps)
+        return out  # type: ignore[no-any-return]
 
 
 class RMSNorm(nn.Module):
@@ -53,13 +57,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., h] over its last dimension."""
-        if self.zero_centered:
-            scaled: Tensor = _RMSNormOnCPU.apply(x, _around_one(self.weight), self.eps)
-            return scaled
-        if x.is_cuda:
+        if x.is_cuda and not self.zero_centered:
             return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        out: Tensor = _RMSNormOnCPU.apply(x, self.weight, self.eps)
-        return out
+        scale = _around_one(self.weight) if self.zero_centered else self.weight
+        compiled, out = norm_kernel(x), None
+        if compiled is not None:
+            out = CompiledNorm.apply(x, scale, None, self.eps, compiled)
+        else:
+            out = _RMSNormOnCPU.apply(x, scale, self.eps)
+        return out  # type: ignore[no-any-return]
 
 
 def _scale(config: TransformerConfig, size: int) -> nn.Parameter:

@@ -12,6 +12,7 @@ from megatron.core.errors import ConfigError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.config.activation import ActivationConfig
 from megatron.core.transformer.config.core_attention import CoreAttentionConfig
+from megatron.core.transformer.config.fusion import FusionConfig
 from megatron.core.transformer.config.init import InitConfig
 from megatron.core.transformer.config.mla import MLAConfig
 from megatron.core.transformer.config.mtp import MTPConfig
@@ -33,6 +34,7 @@ class TransformerConfig(
     InitConfig,
     PrecisionConfig,
     RecomputeConfig,
+    FusionConfig,
     PipelineConfig,
     ModelParallelConfig,
 ):

@@ -88,7 +88,8 @@ LAYOUT: tuple[tuple[str, ...], ...] = (
 _OF_THIS_RUN = """
     init_method_std moe_router_force_load_balancing moe_router_force_biased
     moe_enable_routing_replay moe_token_dispatcher_type moe_dispatcher_node_size moe_experts_type
-    moe_grouped_mm_backend moe_fused_activation moe_expert_chunk_tokens moe_shared_expert_overlap
+    moe_grouped_mm_backend moe_fused_activation bias_swiglu_fusion moe_permute_fusion
+    moe_expert_chunk_tokens moe_shared_expert_overlap
     overlap_moe_expert_parallel_comm delay_wgrad_compute recompute_granularity recompute_method
     recompute_num_layers recompute_modules cache_mla_latents
 """

@@ -61,14 +61,12 @@ NO_EFFECT: dict[str, NoEffect] = {
     "--manual-gc": NoEffect("Python collects its own garbage"),
     "--manual-gc-interval": NoEffect("Python collects its own garbage"),
     "--moe-grouped-gemm": NoEffect("it is already so: --moe-experts-type grouped"),
-    "--moe-permute-fusion": NoEffect(_FUSED),
     "--moe-router-fusion": NoEffect(_FUSED),
     "--no-align-grad-reduce": NoEffect("a pipeline stage reduces gradients when it has them"),
     "--disable-align-grad-reduce": NoEffect("a pipeline stage reduces gradients when it has them"),
     "--no-barrier-with-level-1-timing": NoEffect("there are no such timers"),
     "--no-bias-dropout-fusion": NoEffect(_FUSED),
     "--no-bias-gelu-fusion": NoEffect(_FUSED),
-    "--no-bias-swiglu-fusion": NoEffect(_FUSED),
     "--no-check-for-nan-in-loss-and-grad": NoEffect(
         "a step whose gradient is not finite is skipped on every rank"
     ),
@@ -184,6 +182,7 @@ _STAGE_GROUPS = "stages talk over the library of --distributed-backend; leave it
 _BF16 = "number formats offered are fp32, --bf16, --fp16 and --fp64"
 _OTHER_MODEL = "only GPT models with attention are offered"
 _GENERATE = "tools/generate.py generates text"
+_NO_GRAPHS = "steps are launched kernel by kernel (docs/gpu.md says why); leave it out"
 
 # first match wins
 PREFIXES: tuple[tuple[str, str], ...] = (
@@ -225,9 +224,9 @@ PREFIXES: tuple[tuple[str, str], ...] = (
     ("--bert", _OTHER_MODEL),
     ("--inference-", _GENERATE),
     ("--flash-decode", _GENERATE),
-    ("--cuda-graph", "CUDA graphs are not used; leave it out"),
-    ("--enable-cuda-graph", "CUDA graphs are not used; leave it out"),
-    ("--external-cuda-graph", "CUDA graphs are not used; leave it out"),
+    ("--cuda-graph", _NO_GRAPHS),
+    ("--enable-cuda-graph", _NO_GRAPHS),
+    ("--external-cuda-graph", _NO_GRAPHS),
     ("--muon", "use --optimizer adam or sgd"),
     ("--lion", "use --optimizer adam or sgd"),
     ("--optimizer-", "the optimizer runs where the model is; leave it out"),

@@ -8,6 +8,7 @@ from megatron.training.config.checkpoint_rules import (
 )
 from megatron.training.config.checks import Check
 from megatron.training.config.data_rules import DATA_RULES
+from megatron.training.config.fusion_rules import FUSION_RULES
 from megatron.training.config.mla_rules import MLA_RULES
 from megatron.training.config.model_rules import MODEL_RULES
 from megatron.training.config.mtp_rules import MTP_RULES
@@ -25,6 +26,7 @@ RULES = (
     *MLA_RULES,
     *SCALING_RULES,
     *MTP_RULES,
+    *FUSION_RULES,
     *PIPELINE_RULES,
     *OVERLAP_RULES,
     *DATA_RULES,

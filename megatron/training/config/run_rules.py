@@ -213,6 +213,15 @@ def machine(check: Check) -> Iterator[str]:
         )
 
 
+def cpu_settings(check: Check) -> Iterator[str]:
+    """Settings of a machine of CPUs mean nothing elsewhere."""
+    if check.config.distributed.device == "cuda":
+        names = "cpu_core_binding cpu_allocator cpu_float32_products"
+        yield from check.useless(names, "with --device cuda")
+    elif check.config.model.fp64:
+        yield from check.useless("cpu_float32_products", "with --fp64")
+
+
 def cpu_kernels(check: Check) -> Iterator[str]:
     """Compiled kernels that are asked for must have something to compute."""
     model, shown = check.config.model, check.show("cpu_kernels")
@@ -318,6 +327,7 @@ RUN_RULES: tuple[Rule, ...] = (
     loading,
     machine,
     cpu_kernels,
+    cpu_settings,
     sharded_optimizer,
     fully_sharded,
     evaluation,

@@ -6,7 +6,7 @@ memory are left out, and attention and experts take the way of the device that t
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 
+from megatron.core.extensions import torch_native
 from megatron.core.transformer import dot_product_attention
 from megatron.core.transformer.moe import permutation
 from megatron.core.transformer.moe import router as router_module
@@ -70,6 +71,8 @@ def stand_ins(device: str, expert_ranks: int = 1) -> Iterator[None]:
             put(dot_product_attention, "_blocked_is_faster", lambda *_: False)
             put(_Scratch, "_BLOCK_NUMEL", sys.maxsize)  # blocks are for the caches of a CPU
             put(permutation, "_CPU_TOKENS", sys.maxsize)
+            fits = partial(_fits_without_data, torch_native._fits_grouped_mm)
+            put(torch_native, "_fits_grouped_mm", fits)
         yield
 
 
@@ -89,6 +92,11 @@ def _choosing_evenly(choose: Any, ranks: int) -> Any:
         return choose(router, logits, context)
 
     return chosen
+
+
+def _fits_without_data(fits: Callable[..., bool], rows: Tensor, *widths: int) -> bool:
+    """Leave all but bf16 to a product for each expert: torch knows no other without data."""
+    return rows.dtype == torch.bfloat16 and fits(rows, *widths)
 
 
 def _hash_map(ranks: int, ids: Tensor, num_experts: int, topk: int, layer: int) -> Tensor:

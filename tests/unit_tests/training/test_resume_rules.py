@@ -61,6 +61,8 @@ MAY_DIFFER = {
     "moe_pad_expert_input_to_capacity",
     "moe_grouped_mm_backend",
     "moe_fused_activation",
+    "bias_swiglu_fusion",
+    "moe_permute_fusion",
     "moe_expert_chunk_tokens",
     "moe_shared_expert_overlap",
     "overlap_moe_expert_parallel_comm",

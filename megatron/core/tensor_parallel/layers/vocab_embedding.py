@@ -83,10 +83,19 @@ class _LookUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (ids,) = ctx.saved_tensors
-        return weight_gradient(ctx.sink, _table_grad, grad, ids, ctx.num_rows), None
+        operands, add = (grad, ids, ctx.num_rows), None
+        if grad.device.type == "cpu":  # elsewhere sums of one row would come in any order
+            add = _add_table_grad
+        return weight_gradient(ctx.sink, _table_grad, *operands, add=add), None
 
 
 def _table_grad(grad: Tensor, ids: Tensor, num_rows: int) -> Tensor:
     """Return the sum of ``grad`` [..., h] over the places of each id: [num_rows, h]."""
     table: Tensor = torch.ops.aten.embedding_dense_backward(grad, ids, num_rows, -1, False)
     return table
+
+
+def _add_table_grad(total: Tensor, grad: Tensor, ids: Tensor, num_rows: int) -> None:
+    """Add what ``_table_grad`` returns to ``total``, perhaps wider: to rows looked up only."""
+    assert len(total) == num_rows, f"{total.shape=} {num_rows=}"
+    total.index_add_(0, ids.reshape(-1), grad.reshape(-1, total.shape[1]).to(total.dtype))

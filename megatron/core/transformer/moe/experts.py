@@ -30,6 +30,7 @@ from megatron.core.transformer.moe.expert_activation import (
     weighted_activation,
 )
 from megatron.core.transformer.moe.expert_loop import ExpertWeights, looped_experts
+from megatron.core.transformer.moe.fused_on_cuda import cuda_activation
 from megatron.core.transformer.moe.fused_swiglu import fused_swiglu
 from megatron.core.transformer.moe.output_bias import add_output_bias, adds_output_bias
 from megatron.core.transformer.precision import compute_dtype, params_dtype
@@ -72,6 +73,7 @@ class GroupedMLP(nn.Module):
         self.grouped_mm = resolve("grouped_mm", config.moe_grouped_mm_backend)
         self.loops_on_cpu = config.moe_grouped_mm_backend == "auto"
         self.fused = config.moe_fused_activation
+        self.on_cuda = cuda_activation(config)
         if self.fused == "compiled":
             self._activation(params_dtype(config))  # fails here, if at all
         ids = local_expert_ids(num_local_experts, pg_collection)
@@ -167,7 +169,14 @@ class GroupedMLP(nn.Module):
     def _second_product(self, inner: Tensor, probs: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Activate ``inner`` [num_rows, ffn or 2 * ffn] and multiply by the second matrices."""
         if self.grouped_mm is torch_native.grouped_mm:
-            return activated_product(inner, probs, self.weight2, tokens_per_expert, kind=self.kind)
+            return activated_product(
+                inner,
+                probs,
+                self.weight2,
+                tokens_per_expert,
+                kind=self.kind,
+                activation=self.on_cuda,
+            )
         active = weighted_activation(inner, probs, kind=self.kind)  # which the package keeps
         output: Tensor = self.grouped_mm(active, self.weight2, tokens_per_expert)
         return output

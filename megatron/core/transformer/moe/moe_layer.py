@@ -23,6 +23,7 @@ from megatron.core.transformer.moe.capacity import (
     get_capacity,
 )
 from megatron.core.transformer.moe.expert_choice import expert_capacity, takes_by_expert
+from megatron.core.transformer.moe.fused_on_cuda import row_mover
 from megatron.core.transformer.moe.microbatch_share import MicrobatchShare
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.routing import Routing
@@ -103,6 +104,7 @@ class MoELayer(nn.Module):
             pg_collection=pg_collection,
             topk=config.max_experts_per_token,
             exact=config.is_topk_exact,
+            mover=row_mover(config),
         )
         self.experts = build_module(
             submodules.experts,

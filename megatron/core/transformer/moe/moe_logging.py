@@ -189,7 +189,8 @@ class MoEMetricsTracker:
         self._count_sums += (self._counts * routed).sum(dim=1)
         is_counted = finite & (self._counts.sum(dim=2, keepdim=True) > 0)
         of_all = finite & self._is_filled
-        is_counted[..., _OF_ALL_TOKENS] = of_all[..., _OF_ALL_TOKENS]
+        for column in _OF_ALL_TOKENS:  # a list would be copied to the device, and waited for
+            is_counted[..., column] = of_all[..., column]
         self._loss_sums += self._losses.where(is_counted, 0.0).sum(dim=1)
         self._finite += is_counted.sum(dim=1)
         self._left_out += (~finite).any(dim=2).sum(dim=1)

@@ -4,13 +4,37 @@ Rows are expert-major, and in the order of their tokens within an expert; every 
 that order, so that a weight gradient adds up the same tokens in the same order in any layout.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class RowMover(NamedTuple):
+    """A way to copy and to sum rows; without autograd."""
+
+    gather: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    """(rows [n, h], index [m], dtype) -> [m, h]: row ``index[i]`` at place i."""
+    add_up: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    """(rows [n, h], slots [k, m], dtype) -> [m, h]: sums in fp32 or wider, slots ascending; a slot
+    of n stands for no row."""
+
+
+def gather_in_torch(rows: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """See ``RowMover.gather``."""
+    return rows.to(dtype).index_select(0, index)
+
+
+def add_up_in_torch(rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """See ``RowMover.add_up``."""
+    return _sum_slots(rows, slots, dtype)
+
+
+IN_TORCH = RowMover(gather_in_torch, add_up_in_torch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +49,8 @@ class RowPlan:
     """[num_tokens, num_experts], bool."""
     max_rows_per_token: int
     """No token has more rows than this."""
+    mover: RowMover = field(default=IN_TORCH, compare=False)
+    """What copies and sums the rows."""
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +69,11 @@ class RowPlan:
 
 
 def plan_rows(
-    routing_map: Tensor, *, num_rows: int | None = None, max_rows_per_token: int | None = None
+    routing_map: Tensor,
+    *,
+    num_rows: int | None = None,
+    max_rows_per_token: int | None = None,
+    mover: RowMover = IN_TORCH,
 ) -> RowPlan:
     """Order the (token, expert) pairs of ``routing_map``: experts first, tokens within.
 
@@ -52,6 +82,7 @@ def plan_rows(
         num_rows: Number of True entries where the host knows it; otherwise a CUDA device is
             waited for.
         max_rows_per_token: Upper bound; num_experts when None.
+        mover: What copies and sums the rows.
     """
     num_experts = routing_map.shape[1]
     by_expert = routing_map.t().contiguous()
@@ -64,6 +95,7 @@ def plan_rows(
         pair_of_row=token_of_row * num_experts + expert_of_row,
         routing_map=routing_map,
         max_rows_per_token=num_experts if max_rows_per_token is None else max_rows_per_token,
+        mover=mover,
     )
 
 
@@ -142,8 +174,8 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, plan: RowPlan) -> Tensor:
         slots = None if _adds_in_order(tokens, plan, tokens.dtype) else plan.slots
         ctx.save_for_backward(plan.token_of_row, slots)
-        ctx.num_tokens = plan.num_tokens
-        return tokens.index_select(0, plan.token_of_row)
+        ctx.num_tokens, ctx.mover = plan.num_tokens, plan.mover
+        return plan.mover.gather(tokens, plan.token_of_row, tokens.dtype)
 
     @staticmethod
     @once_differentiable
@@ -151,22 +183,22 @@ class _Permute(torch.autograd.Function):
         token_of_row, slots = ctx.saved_tensors
         if slots is None:
             return _add_in_order(grad, token_of_row, ctx.num_tokens), None
-        return _sum_slots(grad, slots, grad.dtype), None
+        return ctx.mover.add_up(grad, slots, grad.dtype), None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
         # Kept by itself: saved, it would make a recomputation bring the rows home once more.
-        ctx.token_of_row, ctx.dtype = plan.token_of_row, rows.dtype
+        ctx.token_of_row, ctx.dtype, ctx.mover = plan.token_of_row, rows.dtype, plan.mover
         if _adds_in_order(rows, plan, dtype):
             return _add_in_order(rows, plan.token_of_row, plan.num_tokens)
-        return _sum_slots(rows, plan.slots, dtype)
+        return plan.mover.add_up(rows, plan.slots, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.to(ctx.dtype).index_select(0, ctx.token_of_row), None, None
+        return ctx.mover.gather(grad, ctx.token_of_row, ctx.dtype), None, None
 
 
 class _Reorder(torch.autograd.Function):

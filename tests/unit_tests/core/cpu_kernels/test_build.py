@@ -1,5 +1,6 @@
 """Kernels are compiled once, kept where only the user writes, and done without where they fail."""
 
+import ctypes
 import logging
 from pathlib import Path
 
@@ -14,6 +15,19 @@ ANSWER = 'extern "C" int answer() { return NUMBER; }\n'
 SIZE = """
 namespace at { int get_num_threads(); }
 extern "C" int threads() { return at::get_num_threads(); }
+"""
+
+
+SHARED = """
+#include "parallel.h"
+extern "C" void add_one(int64_t *counts, int64_t *parts, int64_t size)
+{
+    in_parallel(size, 100, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+            counts[i]++;
+        __atomic_fetch_add(parts, 1, __ATOMIC_SEQ_CST);
+    });
+}
 """
 
 
@@ -62,6 +76,28 @@ def test_functions_of_torch_can_be_called(folder, tmp_path):
     path = tmp_path / "threads.cpp"
     path.write_text(SIZE)
     assert build.load(path, with_torch=True).threads() == torch.get_num_threads()
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+def test_work_is_shared_among_threads(folder, tmp_path, threads):
+    path = tmp_path / "shared.cpp"
+    path.write_text(SHARED)
+    counts = torch.zeros(1000, dtype=torch.int64)
+    parts = torch.zeros(1, dtype=torch.int64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        add = build.load(path).add_one
+        add(*map(ctypes.c_void_p, (counts.data_ptr(), parts.data_ptr())), ctypes.c_int64(1000))
+        add(*map(ctypes.c_void_p, (counts.data_ptr(), parts.data_ptr())), ctypes.c_int64(199))
+    finally:
+        torch.set_num_threads(before)
+    expected = torch.ones(1000, dtype=torch.int64)
+    expected[:199] += 1
+    assert torch.equal(counts, expected)
+    is_shared = "-fopenmp" in build.openmp()
+    assert parts.item() == (threads if is_shared else 1) + 1  # 199 is not worth two threads
 
 
 @needs_compiler
@@ -128,6 +164,25 @@ def test_a_kernel_that_fails_is_told_once_and_refused_where_asked_for(nothing_ma
     ]
     with choice.using("compiled"), pytest.raises(BackendError, match="compiled: sums: no luck"):
         choice.kernel("sums", fail)
+
+
+def test_a_kernel_is_tried_out_as_in_a_new_process(nothing_made):
+    def make():
+        x = torch.rand(2, requires_grad=True)
+        (x * x).sum().backward()
+        return x.grad.dtype, x.grad.device.type
+
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            assert choice.kernel("squares", make) == (torch.float32, "cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.rand(1), expected)
 
 
 def test_what_kernels_can_compute_with():

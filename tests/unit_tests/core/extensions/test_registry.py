@@ -21,7 +21,7 @@ def test_the_table_names_each_op_its_choice_and_the_others():
     assert rows[0] == Choice(
         op="adam",
         chosen="torch_native",
-        why="torch.optim.AdamW, fused",
+        why="torch's fused AdamW kernel",
         also_known=f"apex ({apex.unusable()})",
     )
     assert rows[1].also_known == f"grouped_gemm ({grouped_gemm.unusable()})"

@@ -16,7 +16,7 @@ TRANSFORMS = [LogitTransform(0.3), LogitTransform(1.0, 2.0), LogitTransform(1.7,
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make 21 rows several chunks, the last one short."""
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", {"cpu": 0})
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", {"cpu": 0, "kept": 0})
     monkeypatch.setattr(cross_entropy, "_MIN_ROWS", 4)
 
 
@@ -91,14 +91,17 @@ def test_fp16_keeps_the_gradients_of_capped_logits() -> None:
     torch.testing.assert_close(weight.grad.double(), d_weight, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-def test_a_split_vocabulary_is_transformed_as_the_whole(transform: LogitTransform) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("transform", [LogitTransform(), *TRANSFORMS], ids=str)
+def test_a_split_vocabulary_is_transformed_as_the_whole(
+    transform: LogitTransform, dtype: torch.dtype
+) -> None:
     torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # slow to import, before the fork
-    run_ranks(_of_a_slice, 2, transform)
+    run_ranks(_of_a_slice, 2, transform, dtype)
 
 
-def _of_a_slice(transform: LogitTransform) -> None:
-    hidden, weight, labels = _operands(torch.float64)
+def _of_a_slice(transform: LogitTransform, dtype: torch.dtype) -> None:
+    hidden, weight, labels = _operands(dtype)
     group = dist.group.WORLD
     assert group is not None
     own = slice(25 * group.rank(), 25 * group.rank() + 25)
@@ -108,6 +111,13 @@ def _of_a_slice(transform: LogitTransform) -> None:
     )
     (loss * _upstream(loss)).sum().backward()
     want_loss, d_hidden, d_weight = _by_torch(transform, torch.float64)
-    torch.testing.assert_close(loss.detach(), want_loss, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(hidden.grad, d_hidden, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(part.grad, d_weight[own], rtol=1e-12, atol=1e-12)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    if dtype != torch.float64:  # compiled, but for the cap
+        close = {"rtol": 1e-5, "atol": 1e-5}
+    for got, want in (
+        (loss.detach(), want_loss),
+        (hidden.grad, d_hidden),
+        (part.grad, d_weight[own]),
+    ):
+        assert got is not None
+        torch.testing.assert_close(got.double(), want, **close)

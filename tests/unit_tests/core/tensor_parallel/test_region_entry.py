@@ -43,7 +43,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ == "mm":
+        if func.overloadpacket.__name__ in ("mm", "addmm_"):
             self.events.append("weight" if result.shape in self.shapes else "input")
         return result
 

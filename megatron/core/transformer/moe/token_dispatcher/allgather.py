@@ -66,7 +66,9 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher[AllGatherState]):
         tokens = all_gather_rows(self.tp_ep_group, hidden_states, sizes)
         columns = self._own_columns(probs, routing_map, sizes)  # [sum(sizes), num_local_experts]
         routed = ~(columns.detach() < 0.0)  # so written, a NaN stays routed
-        plan = plan_rows(routed, num_rows=wanted, max_rows_per_token=self._max_rows())
+        plan = plan_rows(
+            routed, num_rows=wanted, max_rows_per_token=self._max_rows(), mover=self.mover
+        )
         return DispatchedTokens(
             hidden_states=permute(tokens, plan),
             probs=permute_probs(columns, plan),

@@ -68,6 +68,7 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher[AllToAllState]):
             routing_map,
             num_rows=rows_sent(splits.send, hidden_states.shape[0], self.topk, exact=self.exact),
             max_rows_per_token=self.topk,
+            mover=self.mover,
         )
         sent = permute(hidden_states, plan), permute_probs(probs, plan)
         rows, weights = all_to_all_together(self.ep_group, sent, splits, during=during)

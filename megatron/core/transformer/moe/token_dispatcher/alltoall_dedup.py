@@ -83,6 +83,7 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
             wanted,
             num_rows=rows_sent(splits.send, num_tokens, alone, exact=self.exact),
             max_rows_per_token=min(most, blocks),
+            mover=self.mover,
         )
         marked = probs.masked_fill(~routing_map, -1.0).view(-1, self.num_local_experts)
         columns = marked.index_select(0, sent.pair_of_row)  # [rows sent, num_local_experts]
@@ -93,7 +94,10 @@ class MoEAlltoAllDedupTokenDispatcher(MoETokenDispatcher[AllToAllDedupState]):
         columns = reorder(all_gather_rows(self.expt_tp_group, columns, sizes), order)
         routed = ~(columns.detach() < 0.0)  # so written, a NaN stays routed
         copies = plan_rows(
-            routed, num_rows=pairs, max_rows_per_token=min(most, self.num_local_experts)
+            routed,
+            num_rows=pairs,
+            max_rows_per_token=min(most, self.num_local_experts),
+            mover=self.mover,
         )
         return DispatchedTokens(
             hidden_states=permute(tokens, copies),

@@ -19,7 +19,9 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_rows,
 )
 from megatron.core.transformer.moe.permutation import (
+    IN_TORCH,
     ChunkOrder,
+    RowMover,
     RowPlan,
     permute,
     permute_probs,
@@ -64,12 +66,15 @@ class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
         pg_collection: ProcessGroupCollection,
         topk: int | None = None,
         exact: bool = True,
+        mover: RowMover = IN_TORCH,
     ) -> None:
         """See ``MoETokenDispatcher``; rank r of ``ep`` is place r % n of node r // n.
 
         n is the size of ``ep_node``.
         """
-        super().__init__(num_experts, pg_collection=pg_collection, topk=topk, exact=exact)
+        super().__init__(
+            num_experts, pg_collection=pg_collection, topk=topk, exact=exact, mover=mover
+        )
         self.node_group = pg_collection.ep_node
         self.across_group = pg_collection.ep_across
 
@@ -91,7 +96,9 @@ class MoEHierarchicalTokenDispatcher(MoETokenDispatcher[HierarchicalState]):
             each=rows_per_expert,
         )
         num_rows = rows_sent(hops.within.send, hidden_states.shape[0], self.topk, exact=self.exact)
-        plan = plan_rows(routing_map, num_rows=num_rows, max_rows_per_token=self.topk)
+        plan = plan_rows(
+            routing_map, num_rows=num_rows, max_rows_per_token=self.topk, mover=self.mover
+        )
         by_place = rank_major_to_expert_major(hops.sent, sum(hops.within.send))
         by_node = rank_major_to_expert_major(hops.passed, sum(hops.across.send))
         by_expert = rank_major_to_expert_major(hops.received, sum(hops.sizes))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.flight import Meanwhile
+from megatron.core.transformer.moe.permutation import IN_TORCH, RowMover
 
 StateT = TypeVar("StateT")
 
@@ -57,6 +58,7 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
         pg_collection: ProcessGroupCollection,
         topk: int | None = None,
         exact: bool = True,
+        mover: RowMover = IN_TORCH,
     ) -> None:
         """Remember group and sizes.
 
@@ -67,6 +69,7 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
             topk: Experts of every token. Unknown when None: in a group of one a CUDA device is
                 then waited for in each forward.
             exact: False when a token may have fewer than ``topk`` experts.
+            mover: What copies and sums rows.
         """
         self.num_experts = num_experts
         self.num_local_experts = local_expert_count(num_experts, pg_collection.ep.size())
@@ -75,6 +78,7 @@ class MoETokenDispatcher(ABC, Generic[StateT]):
         self.tp_ep_group = pg_collection.tp_ep
         self.topk = topk
         self.exact = exact
+        self.mover = mover
 
     @abstractmethod
     def token_permutation(
