@@ -127,10 +127,12 @@ def measure(
             pair = (two_parts(first.step()), two_parts(other.step()))
             if turn >= args.warm_up:
                 rounds.append(pair)
+        keys = rounds[0][0]
+        growth = {k: statistics.median(new[k] / old[k] for old, new in rounds) for k in keys}
         yield Measured(
             point,
-            {k: statistics.median(new[k] for _, new in rounds) for k in rounds[0][0]},
-            {k: statistics.median(new[k] / old[k] for old, new in rounds) for k in rounds[0][0]},
+            {k: statistics.median(new[k] for _, new in rounds) for k in keys},
+            dict.fromkeys(keys, 1.0) if other is first else growth,
             flops_of(other),
             other.num_parameters,
         )
