@@ -58,12 +58,30 @@ def _config(weights: MixtralWeights, size: Size) -> Any:
         for name in ("attention", "config_utils", "embedding", "linear", "nn_modules", "rope")
     }
     qwen = importlib.import_module("torchtitan.models.qwen3.model")
+    hidden, vocabulary = weights.config["hidden_size"], weights.config["vocab_size"]
+    norm = parts["nn_modules"].RMSNorm.Config(
+        normalized_shape=hidden, eps=weights.config["rms_norm_eps"], param_init={}
+    )
+    attention, moe = _branches(parts, weights, size)
+    layer = qwen.Qwen3TransformerBlock.Config(
+        attention_norm=norm, ffn_norm=norm, attention=attention, moe=moe
+    )
+    linear, embedding = parts["linear"].Linear, parts["embedding"].Embedding
+    return qwen.Qwen3Model.Config(
+        dim=hidden,
+        vocab_size=vocabulary,
+        lm_head=linear.Config(in_features=hidden, out_features=vocabulary),
+        tok_embeddings=embedding.Config(num_embeddings=vocabulary, embedding_dim=hidden),
+        norm=norm,
+        layers=[layer] * weights.num_layers,
+    )
+
+
+def _branches(parts: dict[str, Any], weights: MixtralWeights, size: Size) -> tuple[Any, Any]:
+    """Return the configurations of attention and experts of a layer."""
     make, config = parts["config_utils"], weights.config
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     experts, topk = config["num_local_experts"], config["num_experts_per_tok"]
-    norm = parts["nn_modules"].RMSNorm.Config(
-        normalized_shape=hidden, eps=config["rms_norm_eps"], param_init={}
-    )
     attention = make.make_gqa_config(
         dim=hidden,
         n_heads=heads,
@@ -97,19 +115,7 @@ def _config(weights: MixtralWeights, size: Size) -> Any:
         ),
         load_balance_coeff=None,
     )
-    layer = qwen.Qwen3TransformerBlock.Config(
-        attention_norm=norm, ffn_norm=norm, attention=attention, moe=moe
-    )
-    vocabulary = config["vocab_size"]
-    linear, embedding = parts["linear"].Linear, parts["embedding"].Embedding
-    return qwen.Qwen3Model.Config(
-        dim=hidden,
-        vocab_size=vocabulary,
-        lm_head=linear.Config(in_features=hidden, out_features=vocabulary),
-        tok_embeddings=embedding.Config(num_embeddings=vocabulary, embedding_dim=hidden),
-        norm=norm,
-        layers=[layer] * weights.num_layers,
-    )
+    return attention, moe
 
 
 def _tensors(weights: MixtralWeights) -> dict[str, Tensor]:
