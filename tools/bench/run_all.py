@@ -44,10 +44,6 @@ QUICK = {
     "scaling": "--quick --hidden-size 32 --vocab-size 64 --seq-length 16 --sequences 8 16 "
     "--experts 4 8 --rounds 1 --warm-up 0 --curves sequence experts --dtypes fp32",
     "startup": "--rounds 1 --no-tools --ranks",
-    "scaling": "--quick --hidden-size 32 --vocab-size 64 --seq-length 16 --sequences 8 16 "
-    "--experts 4 8 --rounds 1 --warm-up 0",
-    "two_ranks": "--hidden-size 32 --num-layers 2 --vocab-size 64 --seq-length 16 --rounds 1 "
-    "--warm-up 0 --global-batch-size 4 --micro-batch-size 1",
     "step": f"{_SMALL} --warm-up 1 --parts steps roofline --contenders ours textbook "
     "transformers-grouped_mm",
     "two_ranks": "--hidden-size 32 --num-layers 2 --vocab-size 64 --seq-length 16 --rounds 1 "
