@@ -25,7 +25,7 @@ FLAGS = """
     --fp16
 """
 WINDOW = "--loss-scale-window 8"
-SEARCHING, FOUND = 8, 32
+SEARCHING, FOUND = 8, 24
 """Iterations to resume from: in the first the scale falls, in the second it has risen."""
 LINE = re.compile(
     r"iteration +(\d+)/ +40 .* loss scale: ([\d.]+) \|( grad norm: \S+ \|)? number of skipped "

@@ -32,7 +32,15 @@ LAYERS, HIDDEN, SEQUENCE, SAMPLES, MICROBATCHES, VOCABULARY, TOPK = 2, 64, 128, 
 TOKENS = SEQUENCE * SAMPLES
 """Of a microbatch: more than one chunk of logits."""
 WARM_UP = 1
-_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "_grouped_mm": 0}
+_PRODUCTS = {
+    "mm": 0,
+    "addmm": 1,
+    "addmm_": 1,
+    "bmm": 0,
+    "baddbmm": 1,
+    "baddbmm_": 1,
+    "_grouped_mm": 0,
+}
 """Name of an operation -> place of its first factor."""
 _MASKS = ("tril", "tril_", "triu", "triu_", "tril_indices", "triu_indices")
 

@@ -28,6 +28,7 @@ QUICK = {
     "attention": "--tokens 32 --heads 2 --groups 1 --channels 16 --sequences 16 --rounds 1",
     "checkpoint": "--mib 16 --rounds 1",
     "cross_entropy": "--rows 300 --vocab-size 500 --rounds 1",
+    "dispatcher": "--tokens 16 --hidden-size 16 --num-experts 4 --rounds 1",
     "expert_overlap": "--num-layers 1 --hidden-size 16 --seq-length 8 --num-microbatches 2 "
     "--way-ms 1 --rounds 1",
     "gpu_kernels": "--device cpu --tokens 32 --hidden-size 16 --moe-ffn-hidden-size 24 --rounds 1",
