@@ -148,7 +148,8 @@ def _try_out(norm: NormKernel) -> None:
         centred = leaves[0] - (0.0 if shift is None else leaves[0].mean(-1, keepdim=True))
         plain = centred / (centred.square().mean(-1, keepdim=True) + 0.1).sqrt() * leaves[1]
         want = [plain + (0.0 if shift is None else shift)]
-        want += torch.autograd.grad(plain, leaves, grad.double())
+        # of a number: for a gradient that it is given, torch loads sympy
+        want += torch.autograd.grad((plain * grad.double()).sum(), leaves)
         out, mean, rstd = norm.forward(rows, scale, shift, 0.1)
         for one, other in zip(
             want, (out, *norm.backward(grad, rows, scale, mean, rstd)), strict=False
