@@ -133,7 +133,7 @@ def test_bf16_follows_the_plain_optimizer() -> None:
         assert torch.equal(got.initial[key], weight), key
     for mine, theirs in zip(got.steps, want.steps, strict=True):
         assert mine.lm_loss == pytest.approx(theirs.lm_loss, rel=2e-3)
-        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-2)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
         for key, weight in theirs.weights.items():
             error = (mine.weights[key].float() - weight.float()).abs().max().item()
             assert error <= 2**-7 * weight.abs().max().item() + 2e-3, f"{key}: {error}"
