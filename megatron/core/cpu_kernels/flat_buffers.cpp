@@ -16,19 +16,9 @@
 #include <immintrin.h>
 #endif
 
-/* As many numbers as a register holds: more are taken apart, which costs five times the time. */
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX2__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
-#define WITHIN static inline __attribute__((always_inline))
+#define BF16 /* what weights are rounded to */
+#include "registers.h"
 
-typedef float wide __attribute__((vector_size(4 * LANES)));
-typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t half_bits __attribute__((vector_size(2 * LANES)));
 typedef float half_wide __attribute__((vector_size(2 * LANES)));
 typedef double doubles __attribute__((vector_size(4 * LANES)));
 
@@ -73,14 +63,6 @@ WITHIN wide root(wide x)
         y[i] = __builtin_sqrtf(x[i]);
     return y;
 #endif
-}
-
-/* To the nearest bf16, ties to even; a NaN stays one. */
-WITHIN half_bits narrow(wide x)
-{
-    bits b = (bits)x, nan = (bits)(x != x);
-    bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-    return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), half_bits);
 }
 
 /* Write past the cache, to an address that is a multiple of the size. */
