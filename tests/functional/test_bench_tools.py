@@ -43,7 +43,10 @@ TINY = {
     "two_ranks": "--hidden-size 32 --num-layers 2 --vocab-size 64 --seq-length 16 --rounds 1 "
     "--warm-up 0 --dtypes fp32 --global-batch-size 4 --micro-batch-size 1 --layouts ep2 pp2",
 }
-SLOW = ("expert_overlap", "overlap", "preprocess", "scaling", "two_ranks")
+SLOW = (
+    *("checkpoint", "cross_entropy", "dispatcher", "expert_overlap", "metrics_cost", "optimizer"),
+    *("overlap", "preprocess", "profile_step", "scaling", "startup", "two_ranks"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,7 @@ def test_the_layer_is_timed_beside_its_limit_and_others_in_every_case(run_bench)
         assert bool(parts) == (mode == "training")
 
 
+@pytest.mark.slow
 def test_a_profile_names_operations_kernels_and_their_callers(run_bench):
     rows = [r for r in run_bench("profile_step") if r["dtype"] == "bf16"]
     places = {r["what"]: r for r in rows}
